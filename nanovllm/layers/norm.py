@@ -1,0 +1,25 @@
+"""RMSNorm, alone or fused with the residual addition before it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from nanovllm import kernels
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square normalisation over the last dimension (Zhang and Sennrich, 2019)."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(size), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[T, size] -> [T, size]."""
+        return kernels.rms_norm(x, self.weight, self.eps)
+
+    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """The normalised sum and the sum itself (the new residual); may overwrite both arguments."""
+        return kernels.add_rms_norm(x, residual, self.weight, self.eps)
