@@ -32,3 +32,14 @@ def silu_and_mul(x: Tensor) -> Tensor:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x [T, K] @ weight [N, K].T + bias [N] -> [T, N]."""
     return F.linear(x, weight, bias)
+
+
+def draw(logits: Tensor, temperature: Tensor, u: Tensor) -> Tensor:
+    """Draws from softmax(logits / temperature) by inverse CDF: logits [R, V], temperature and u [R] -> ids [R] int64.
+
+    The token is the first in vocabulary order whose cumulative probability exceeds u, among those that are not 0.
+    """
+    probs = (logits.float() / temperature[:, None]).softmax(-1)
+    mass = probs.cumsum(-1)
+    beyond = (mass > u[:, None] * mass[:, -1:]) & (probs > 0)
+    return beyond.int().argmax(-1)

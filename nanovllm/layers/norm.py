@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from nanovllm import kernels
+from nanovllm.layers.source import Source
 
 
 class RMSNorm(nn.Module):
@@ -15,6 +16,11 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(size), requires_grad=False)
+
+    def sources(self, prefix: str) -> list[Source]:
+        # Q and K norms live in `rope`, one level below where checkpoints have them.
+        name = f"{prefix.replace('.rope.', '.')}.weight"
+        return [Source(name, tuple(self.weight.shape), (slice(None),), self.weight)]
 
     def forward(self, x: Tensor) -> Tensor:
         """[T, size] -> [T, size]."""

@@ -1,0 +1,216 @@
+"""The step as the device sees it: packed numpy arrays, no Sequence and no torch.
+
+All arrays hold 4-byte items, so a batch travels as one int32 buffer: one copy to a GPU, one message to other ranks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from nanovllm.engine.sequence import Sequence, SequenceTable
+
+if TYPE_CHECKING:
+    from nanovllm.engine.scheduler import Step
+
+
+def no_ints() -> Any:
+    return field(default_factory=lambda: np.empty(0, np.int32))
+
+
+def no_floats() -> Any:
+    return field(default_factory=lambda: np.empty(0, np.float32))
+
+
+@dataclass
+class Batch:
+    """T tokens of S sequences, K of which get a new token. Fields that no request of the batch needs are empty.
+
+    Token ids of -1 are pending: the device has sampled them for `token_rows` in an earlier step that the host has not
+    seen yet. What `*_at` arrays hold are indices: into the T tokens, into the K sampled rows (samples), into the rows
+    that draw at random (draws), as said.
+    """
+
+    sizes: np.ndarray  # [4] max_query_len, max_context_len, most logprobs and most prompt logprobs wanted
+    token_ids: np.ndarray  # [T]
+    positions: np.ndarray  # [T]
+    slot_mapping: np.ndarray  # [T] where K/V go: block * block_size + offset, or -1
+    token_rows: np.ndarray  # [T]
+    query_start: np.ndarray  # [S + 1]
+    context_lens: np.ndarray  # [S]
+    block_tables: np.ndarray  # [S, most blocks]
+    sample_at: np.ndarray  # [K] into tokens: whose logits are sampled
+    sample_rows: np.ndarray  # [K]
+    random_at: np.ndarray = no_ints()  # [R] into samples: the rest is greedy
+    temperature: np.ndarray = no_floats()  # [R]
+    uniform: np.ndarray = no_floats()  # [R] in [0, 1)
+    filter_at: np.ndarray = no_ints()  # [F] into draws
+    top_k: np.ndarray = no_ints()  # [F] the vocabulary size where off
+    top_p: np.ndarray = no_floats()  # [F]
+    min_p: np.ndarray = no_floats()  # [F]
+    allow_at: np.ndarray = no_ints()  # [A] into samples: only the ids of allow_ids[allow_start[i]:allow_start[i + 1]]
+    allow_start: np.ndarray = no_ints()  # [A + 1]
+    allow_ids: np.ndarray = no_ints()
+    bias_at: np.ndarray = no_ints()  # [E] into samples
+    bias_ids: np.ndarray = no_ints()  # [E]
+    bias_values: np.ndarray = no_floats()  # [E] added to the logits; -inf bans
+    penalty_at: np.ndarray = no_ints()  # [P] into samples
+    presence: np.ndarray = no_floats()  # [P]
+    frequency: np.ndarray = no_floats()  # [P]
+    repetition: np.ndarray = no_floats()  # [P]
+    history_start: np.ndarray = no_ints()  # [P + 1]
+    history_prompt: np.ndarray = no_ints()  # [P] how many tokens of each history are prompt
+    history: np.ndarray = no_ints()  # token ids, pending ones -1
+    logprob_at: np.ndarray = no_ints()  # [L] into samples
+    prompt_at: np.ndarray = no_ints()  # [Q] into tokens
+    prompt_targets: np.ndarray = no_ints()  # [Q] the prompt token that follows each
+
+    def pack(self) -> tuple[np.ndarray, list[int]]:
+        """All fields in one int32 buffer, and the length of each."""
+        arrays = [getattr(self, f.name) for f in fields(self)]
+        return np.concatenate([a.reshape(-1).view(np.int32) for a in arrays]), [a.size for a in arrays]
+
+    @classmethod
+    def unpack(cls, lengths: list[int], buffer: Any, float32: Any) -> Batch:
+        """Views into a packed buffer, of numpy or of torch; `float32` is that library's dtype."""
+        arrays, at = {}, 0
+        for f, length in zip(fields(cls), lengths):
+            piece = buffer[at : at + length]
+            arrays[f.name] = piece.view(float32) if f.name in FLOAT_FIELDS else piece
+            at += length
+        num_seqs = len(arrays["context_lens"])
+        arrays["block_tables"] = arrays["block_tables"].reshape(num_seqs, -1)
+        return cls(**arrays)
+
+
+FLOAT_FIELDS = {"temperature", "uniform", "top_p", "min_p", "bias_values", "presence", "frequency", "repetition"}
+
+
+def build_batch(table: SequenceTable, step: Step, block_size: int, vocab_size: int) -> Batch:
+    """Reads the step's rows out of the table."""
+    rows, starts, ends = step.rows, step.starts, step.ends
+    counts = ends - starts
+    query_start = np.zeros(len(rows) + 1, np.int32)
+    np.cumsum(counts, out=query_start[1:])
+    if query_start[-1] == len(rows):  # one token each
+        token_rows, positions = rows, starts
+    else:
+        token_rows = np.repeat(rows, counts)
+        positions = np.arange(query_start[-1], dtype=np.int32) - np.repeat(query_start[:-1] - starts, counts)
+    blocks = table.block_table[token_rows, positions // block_size]
+    slots = np.where(positions < table.num_cached[token_rows], -1, blocks * block_size + positions % block_size)
+    sample_rows = rows[step.sampled]
+    max_blocks = -(-int(ends.max()) // block_size)
+    batch = Batch(
+        sizes=np.array([counts.max(), ends.max(), -1, -1], np.int32),
+        token_ids=table.token_ids[token_rows, positions],
+        positions=positions,
+        slot_mapping=slots.astype(np.int32, copy=False),
+        token_rows=token_rows.astype(np.int32),
+        query_start=query_start,
+        context_lens=ends,
+        block_tables=table.block_table[rows, :max_blocks],
+        sample_at=query_start[1:][step.sampled] - 1,
+        sample_rows=sample_rows.astype(np.int32),
+    )
+    add_sampling(batch, table, sample_rows, ends[step.sampled], vocab_size)
+    return batch
+
+
+def add_sampling(batch: Batch, table: SequenceTable, rows: np.ndarray, lengths: np.ndarray, vocab_size: int) -> None:
+    """Fills in what the sampler needs for `rows`, whose next token is number `lengths` of its sequence.
+
+    Only what some row uses: an all-greedy batch adds nothing.
+    """
+    temperature = table.temperature[rows]
+    batch.random_at = np.flatnonzero(temperature).astype(np.int32)
+    if len(batch.random_at):
+        drawn = rows[batch.random_at]
+        batch.temperature = temperature[batch.random_at]
+        batch.uniform = uniform(table.seed[drawn], lengths[batch.random_at])
+        batch.filter_at = np.flatnonzero(table.filters[drawn]).astype(np.int32)
+        filtered = drawn[batch.filter_at]
+        batch.top_k = np.where(table.top_k[filtered] > 0, table.top_k[filtered], vocab_size).astype(np.int32)
+        batch.top_p, batch.min_p = table.top_p[filtered], table.min_p[filtered]
+    batch.logprob_at = np.flatnonzero(table.num_logprobs[rows] >= 0).astype(np.int32)
+    batch.sizes[2] = table.num_logprobs[rows].max(initial=-1)
+    edited = np.flatnonzero(table.edits[rows])
+    if len(edited):
+        add_edits(batch, table, rows, lengths, edited)
+
+
+def uniform(seeds: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    """float32 in [0, 1) that depends on seed (uint64) and position alone: splitmix64 (Steele et al., 2014)."""
+    x = seeds + positions.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return ((x ^ (x >> np.uint64(31))) >> np.uint64(40)).astype(np.float32) * np.float32(2**-24)
+
+
+def add_edits(batch: Batch, table: SequenceTable, rows: np.ndarray, lengths: np.ndarray, edited: np.ndarray) -> None:
+    """What changes logits before the temperature: allowed ids, biases and bans, penalties. `edited` indexes `rows`."""
+    allow: list[tuple[int, list[int]]] = []
+    bias: list[tuple[int, int, float]] = []
+    penalised: list[tuple[int, float, float, float]] = []
+    histories: list[np.ndarray] = []
+    prompt_lens: list[int] = []
+    for at in edited.tolist():
+        row, length = int(rows[at]), int(lengths[at])
+        seq = table.seqs[row]
+        assert seq is not None
+        params, tokens = seq.params, table.token_ids[row, :length]
+        if params.allowed_token_ids:
+            allow.append((at, params.allowed_token_ids))
+        bias.extend((at, token, value) for token, value in (params.logit_bias or {}).items())
+        bans = [word[-1] for word in seq.bad_words if ends_with(tokens[seq.prompt_len :], word[:-1])]
+        if length - seq.prompt_len < params.min_tokens:
+            bans.extend(seq.ban_until_min_tokens)
+        bias.extend((at, token, -np.inf) for token in bans)
+        if params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1:
+            penalised.append((at, params.presence_penalty, params.frequency_penalty, params.repetition_penalty))
+            histories.append(tokens)
+            prompt_lens.append(seq.prompt_len)
+    if allow:
+        batch.allow_at = np.array([at for at, _ in allow], np.int32)
+        batch.allow_start = np.cumsum([0] + [len(ids) for _, ids in allow], dtype=np.int32)
+        batch.allow_ids = np.concatenate([np.array(ids, np.int32) for _, ids in allow])
+    if bias:
+        ats, ids, values = zip(*bias)
+        batch.bias_at, batch.bias_ids = np.array(ats, np.int32), np.array(ids, np.int32)
+        batch.bias_values = np.array(values, np.float32)
+    if penalised:
+        ats, *penalties = zip(*penalised)
+        batch.penalty_at = np.array(ats, np.int32)
+        batch.presence, batch.frequency, batch.repetition = (np.array(p, np.float32) for p in penalties)
+        batch.history_start = np.cumsum([0] + [len(h) for h in histories], dtype=np.int32)
+        batch.history_prompt = np.array(prompt_lens, np.int32)
+        batch.history = np.concatenate(histories)
+
+
+def ends_with(tokens: np.ndarray, suffix: tuple[int, ...]) -> bool:
+    return len(tokens) >= len(suffix) and tokens[len(tokens) - len(suffix) :].tolist() == list(suffix)
+
+
+def add_prompt_logprobs(batch: Batch, table: SequenceTable, step: Step) -> list[tuple[Sequence, int, int]]:
+    """Asks for the logprobs of prompt tokens that this step's queries predict.
+
+    Returns (sequence, first position predicted, count) for each that gets some, in the order of the answer.
+    """
+    asked: list[tuple[Sequence, int, int]] = []
+    at: list[np.ndarray] = []
+    targets: list[np.ndarray] = []
+    for i in np.flatnonzero(table.wants_prompt_logprobs[step.rows]):
+        row, start = step.rows[i], int(step.starts[i])
+        stop = min(int(step.ends[i]), int(table.prompt_len[row]) - 1)
+        if start < stop:
+            seq = table.seqs[row]
+            assert seq is not None
+            asked.append((seq, start + 1, stop - start))
+            at.append(np.arange(stop - start, dtype=np.int32) + batch.query_start[i])
+            targets.append(table.token_ids[row, start + 1 : stop + 1])
+            batch.sizes[3] = max(batch.sizes[3], table.num_prompt_logprobs[row])
+    if asked:
+        batch.prompt_at, batch.prompt_targets = np.concatenate(at), np.concatenate(targets)
+    return asked

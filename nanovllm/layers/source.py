@@ -1,0 +1,53 @@
+"""How checkpoint tensors find their parameters: every layer lists which part of which tensor fills which part of it.
+
+So fused and sharded parameters are filled slice by slice, and a rank reads no more than its shard.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+
+class Source(NamedTuple):
+    """`into` is filled by the part `index` of the checkpoint tensor `name`, whose whole shape is `shape`."""
+
+    name: str
+    shape: tuple[int, ...]
+    index: tuple[slice, ...]
+    into: Tensor
+
+
+def fill(model: nn.Module, weights: Iterable[tuple[str, Any]]) -> set[str]:
+    """Fills parameters in place from (name, tensor or lazy tensor) pairs; returns the names of the tensors still missing.
+
+    Raises ValueError for a tensor that the model does not know or whose shape is another.
+    """
+    wanted: dict[str, list[Source]] = {}
+    for prefix, module in model.named_modules():
+        for source in module.sources(prefix) if hasattr(module, "sources") else ():
+            wanted.setdefault(source.name, []).append(source)
+    missing, unknown = set(wanted), []
+    tied = "lm_head.weight" not in wanted
+    for name, tensor in weights:
+        if name not in wanted:
+            if not (tied and name == "lm_head.weight"):  # a copy of the embedding
+                unknown.append(name)
+            continue
+        for source in wanted[name]:
+            if tuple(tensor.shape) != source.shape:
+                raise ValueError(
+                    f"checkpoint: tensor {name} has shape {list(tensor.shape)}, the config asks for {list(source.shape)}"
+                )
+            source.into.data.copy_(tensor[source.index])
+        missing.discard(name)
+    if unknown:
+        raise ValueError(f"checkpoint: the model has no parameter for {listing(unknown)}")
+    return missing
+
+
+def listing(names: Iterable[str], most: int = 5) -> str:
+    names = sorted(names)
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

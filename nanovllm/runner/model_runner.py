@@ -1,0 +1,227 @@
+"""The device's half: model, KV cache and sampler. It runs packed batches and knows no Sequence.
+
+`launch` queues a step and waits for nothing; `Launch.collect` brings its tokens to the host.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nanovllm.attention import AttentionMetadata, AttentionSpec
+from nanovllm.attention.select import select_backend
+from nanovllm.config import EngineArgs
+from nanovllm.engine.batch import Batch
+from nanovllm.layers.sampler import Logprobs, logprobs, sample
+from nanovllm.layers.source import fill, listing
+from nanovllm.models.config import ModelConfig, rope_table
+from nanovllm.models.decoder import CausalLM
+from nanovllm.parallel import TensorParallel
+
+logger = logging.getLogger("nanovllm")
+PROMPT_LOGPROB_ROWS = 256  # so many rows of logits at a time: those of a whole chunk would take gigabytes
+CPU_CACHE_BYTES = 4 << 30
+
+
+@dataclass
+class StepResult:
+    """What a step sampled, on the host; logprobs are of the rows that asked for them, as numpy arrays."""
+
+    tokens: np.ndarray  # [K] int64
+    logprobs: Logprobs | None
+    prompt_logprobs: Logprobs | None
+
+
+class Launch:
+    """A step under way. Its results are being copied to the host; `collect` waits for them."""
+
+    def __init__(self, tokens: Tensor, sampled: Logprobs | None, prompt: Logprobs | None) -> None:
+        self.tokens = to_host(tokens)
+        self.logprobs = sampled and Logprobs(*map(to_host, sampled))
+        self.prompt_logprobs = prompt and Logprobs(*map(to_host, prompt))
+        self.done = torch.cuda.Event() if tokens.is_cuda else None
+        if self.done is not None:
+            self.done.record()
+
+    def collect(self) -> StepResult:
+        if self.done is not None:
+            self.done.synchronize()
+        pieces = [lp and Logprobs(*(x.numpy() for x in lp)) for lp in (self.logprobs, self.prompt_logprobs)]
+        return StepResult(self.tokens.numpy(), *pieces)
+
+
+def to_host(x: Tensor) -> Tensor:
+    """A copy into pinned memory that does not wait for the device."""
+    if not x.is_cuda:
+        return x.cpu()
+    return torch.empty_like(x, device="cpu", pin_memory=True).copy_(x, non_blocking=True)
+
+
+class ModelRunner:
+    """Owns everything that lives on one device."""
+
+    def __init__(
+        self,
+        args: EngineArgs,
+        config: ModelConfig,
+        weights: Iterable[tuple[str, Any]] | None,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        max_model_len: int,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        tp: TensorParallel = TensorParallel(),
+    ) -> None:
+        self.args, self.config, self.dtype, self.device, self.tp = args, config, dtype, device, tp
+        self.max_model_len, self.max_num_batched_tokens = max_model_len, max_num_batched_tokens
+        self.model = self._make_model(weights)
+        spec = AttentionSpec(
+            num_layers=config.num_layers,
+            num_heads=len(tp.split(config.num_heads)),
+            num_kv_heads=len(tp.split(config.num_kv_heads)),
+            head_dim=config.head_dim,
+            scale=config.head_dim**-0.5,
+            sliding_windows=config.sliding_windows,
+            block_size=args.block_size,
+            dtype=dtype,
+            device=device,
+        )
+        self.attention = select_backend(spec, args.attention_backend)
+        self.last_tokens = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
+        self.num_blocks = self._num_blocks()
+        self.attention.allocate(self.num_blocks)
+
+    # -- setting up --------------------------------------------------------------------------------------------------
+
+    def _make_model(self, weights: Iterable[tuple[str, Any]] | None) -> CausalLM:
+        """The model with its weights, or with random ones where `weights` is None (load_format="dummy")."""
+        cos_sin = rope_table(self.config, self.max_model_len)
+        default = torch.get_default_dtype()
+        torch.set_default_dtype(self.dtype)
+        try:
+            with self.device:
+                model = CausalLM(self.config, cos_sin.to(self.device), self.tp).eval()
+        finally:
+            torch.set_default_dtype(default)
+        if weights is None:
+            generator = torch.Generator(self.device).manual_seed(self.args.seed + self.tp.rank)
+            for parameter in model.parameters():
+                if parameter.dim() > 1:
+                    parameter.data.normal_(0, 0.02, generator=generator)
+                else:
+                    parameter.data.fill_(1)
+            return model
+        missing = fill(model, weights)
+        if missing:
+            raise ValueError(f"checkpoint: {self.args.model} has no tensor for {listing(missing)}")
+        return model
+
+    def _num_blocks(self) -> int:
+        """How many pages there are. Raises ValueError where they cannot hold one sequence of max_model_len."""
+        args, page = self.args, self.attention.page_bytes()
+        needed = -(-self.max_model_len // args.block_size)
+        if args.num_gpu_blocks_override is not None:
+            available, source = args.num_gpu_blocks_override, "num_gpu_blocks_override"
+        elif args.kv_cache_memory_bytes is not None:
+            available, source = args.kv_cache_memory_bytes // page, "kv_cache_memory_bytes"
+        elif self.device.type == "cuda":
+            available, source = self._free_gpu_bytes() // page, "gpu_memory_utilization"
+        else:
+            half = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+            available, source = min(max(CPU_CACHE_BYTES, needed * page), half) // page, "kv_cache_memory_bytes"
+        if available < needed:
+            raise ValueError(
+                f"max_model_len={self.max_model_len} needs {needed} KV cache blocks of {args.block_size} tokens "
+                f"({needed * page / 2**20:.0f} MiB), and there is room for {max(available, 0)} "
+                f"({max(available, 0) * args.block_size} tokens): raise {source} or lower max_model_len"
+            )
+        return available
+
+    def _free_gpu_bytes(self) -> int:
+        """The share of the card's memory that is ours, less what others use on it and what a largest step takes."""
+        free, total = torch.cuda.mem_get_info(self.device)
+        before = torch.cuda.memory_allocated(self.device)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        self._profile_step()
+        step = torch.cuda.max_memory_allocated(self.device) - before
+        torch.cuda.empty_cache()
+        return int(free - total * (1 - self.args.gpu_memory_utilization) - step)
+
+    @torch.inference_mode()
+    def _profile_step(self) -> None:
+        """Runs the largest batch there can be, on pages of its own, for its peak of memory."""
+        size, block_size = self.max_num_batched_tokens, self.args.block_size
+        count = min(len(self.last_tokens), size)
+        length = min(-(-size // count), self.max_model_len)
+        blocks = -(-length // block_size)
+        self.attention.allocate(blocks)
+        positions = np.tile(np.arange(length, dtype=np.int32), count)
+        zeros = np.zeros(count * length, np.int32)
+        batch = Batch(
+            sizes=np.array([length, length, -1, -1], np.int32),
+            token_ids=zeros,
+            positions=positions,
+            slot_mapping=positions,
+            token_rows=zeros,
+            query_start=np.arange(count + 1, dtype=np.int32) * length,
+            context_lens=np.full(count, length, np.int32),
+            block_tables=np.tile(np.arange(blocks, dtype=np.int32), (count, 1)),
+            sample_at=np.arange(1, count + 1, dtype=np.int32) * length - 1,
+            sample_rows=np.arange(count, dtype=np.int32),
+            random_at=np.arange(count, dtype=np.int32),
+            temperature=np.ones(count, np.float32),
+            uniform=np.zeros(count, np.float32),
+        )
+        self.launch(batch).collect()
+
+    # -- running -----------------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def launch(self, host_batch: Batch) -> Launch:
+        """Queues one step: model, logits of the rows that sample, their tokens. Does not wait for the device."""
+        batch = self._to_device(host_batch)
+        token_ids = torch.where(batch.token_ids < 0, self.last_tokens[batch.token_rows], batch.token_ids)
+        self.attention.begin(
+            AttentionMetadata(
+                positions=batch.positions,
+                slot_mapping=batch.slot_mapping,
+                query_start=batch.query_start,
+                context_lens=batch.context_lens,
+                block_tables=batch.block_tables,
+                max_query_len=int(host_batch.sizes[0]),
+                max_context_len=int(host_batch.sizes[1]),
+            )
+        )
+        hidden = self.model(token_ids, self.attention)
+        prompt = self._prompt_logprobs(hidden, batch, int(host_batch.sizes[3])) if len(batch.prompt_at) else None
+        logits = self.model.logits(hidden[batch.sample_at])
+        raw = logits[batch.logprob_at] if len(batch.logprob_at) else None
+        tokens = sample(logits, batch, self.last_tokens)
+        self.last_tokens[batch.sample_rows] = tokens
+        sampled = None if raw is None else logprobs(raw, tokens[batch.logprob_at], int(host_batch.sizes[2]))
+        return Launch(tokens, sampled, prompt)
+
+    def _to_device(self, batch: Batch) -> Batch:
+        """The same batch as tensors: one buffer, one copy."""
+        packed, lengths = batch.pack()
+        buffer = torch.from_numpy(packed)
+        if self.device.type == "cuda":
+            buffer = buffer.pin_memory().to(self.device, non_blocking=True)
+        return Batch.unpack(lengths, buffer, torch.float32)
+
+    def _prompt_logprobs(self, hidden: Tensor, batch: Batch, k: int) -> Logprobs:
+        parts = [
+            logprobs(self.model.logits(hidden[at]), targets, k)
+            for at, targets in zip(
+                batch.prompt_at.split(PROMPT_LOGPROB_ROWS), batch.prompt_targets.split(PROMPT_LOGPROB_ROWS)
+            )
+        ]
+        return Logprobs(*(torch.cat(column) for column in zip(*parts)))
