@@ -1,0 +1,143 @@
+"""The tokenizer inside a GGUF file, as a live Hugging Face one.
+
+Vocabulary and merges are in the file; how text is cut before the merges is only named there (`tokenizer.ggml.pre`),
+so this file holds the rule for each name: the pre-tokenizers of the models' own tokenizer.json. transformers can read
+GGUF tokenizers too, in five seconds where this takes a third of one, and it does not know every name.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from nanovllm.loader.gguf import GGUF
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+CONTROL, USER_DEFINED = 3, 4
+
+_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_LLAMA3 = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}" + _REST
+_QWEN2 = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + _REST
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_TEKKEN = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+SPLITS = {
+    "llama-bpe": _LLAMA3,
+    "llama3": _LLAMA3,
+    "llama-v3": _LLAMA3,
+    "falcon3": _LLAMA3,
+    "smaug-bpe": _LLAMA3,
+    "qwen2": _QWEN2,
+    "deepseek-r1-qwen": _QWEN2,
+    "tekken": _TEKKEN,
+    "gpt-2": None,  # the pattern that is built into ByteLevel
+    "smollm": None,  # the same, after every digit stands alone
+}
+# Llama 3 and Tekken take a piece that is in the vocabulary whole, without merging up to it.
+WHOLE_PIECES = ("llama-bpe", "llama3", "llama-v3", "falcon3", "tekken")
+BOS_UNLESS_TOLD = ("llama-bpe", "llama3", "llama-v3", "falcon3")
+
+
+class _HandOver:
+    """transformers deep-copies the tokenizer that it is given (0.15 s and more); ours has no other owner."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tokenizer:
+        return self.tokenizer
+
+
+def load_tokenizer(file: GGUF) -> PreTrainedTokenizerFast:
+    """Raises ValueError for a vocabulary or a pre-tokenizer that is not known here."""
+    from tokenizers import AddedToken, processors
+    from transformers import PreTrainedTokenizerFast
+
+    tokens, model = file["tokenizer.ggml.tokens"], file["tokenizer.ggml.model"]
+
+    def get(key: str, default: Any = None) -> Any:
+        return file.metadata.get(f"tokenizer.ggml.{key}", default)
+
+    if model == "gpt2":
+        tokenizer, adds_bos = byte_level_bpe(file, tokens), get("pre") in BOS_UNLESS_TOLD
+    elif model == "llama":
+        tokenizer, adds_bos = sentencepiece_bpe(file, tokens), True
+    else:
+        raise ValueError(f"{file.path} has a tokenizer of type {model!r}, not 'gpt2' or 'llama': pass tokenizer=")
+    kinds = get("token_type", [])
+    for kind, add in ((CONTROL, tokenizer.add_special_tokens), (USER_DEFINED, tokenizer.add_tokens)):
+        add([AddedToken(t, special=kind == CONTROL, normalized=False) for t, k in zip(tokens, kinds) if k == kind])
+
+    names = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+    ids = {name: get(f"{key}_token_id") for name, key in names.items()}
+    special = {f"{name}_token": tokens[i] for name, i in ids.items() if i is not None and i < len(tokens)}
+    before = ["bos_token"] if get("add_bos_token", adds_bos) and "bos_token" in special else []
+    after = ["eos_token"] if get("add_eos_token", False) and "eos_token" in special else []
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=[*(special[name] for name in before), "$A", *(special[name] for name in after)],
+        special_tokens=[(special[name], ids[name[:3]]) for name in before + after],
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=_HandOver(tokenizer),
+        chat_template=file.metadata.get("tokenizer.chat_template"),
+        clean_up_tokenization_spaces=False,
+        **special,
+    )
+
+
+def byte_level_bpe(file: GGUF, tokens: list[str]) -> Tokenizer:
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+    pre = file["tokenizer.ggml.pre"]
+    if pre not in SPLITS:
+        raise ValueError(
+            f"{file.path} cuts text as {pre!r} does (tokenizer.ggml.pre), known are {', '.join(SPLITS)}; "
+            "pass tokenizer= the name or folder of the original model"
+        )
+    merges = [tuple(merge.split(" ")) for merge in file["tokenizer.ggml.merges"]]
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=pre in WHOLE_PIECES))
+    split = SPLITS[pre]
+    steps: list[Any] = []
+    if split:
+        steps.append(pre_tokenizers.Split(Regex(split), behavior="isolated"))
+    elif pre == "smollm":
+        steps.append(pre_tokenizers.Digits(individual_digits=True))
+    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split is None))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    if split == _QWEN2:
+        tokenizer.normalizer = normalizers.NFC()
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def sentencepiece_bpe(file: GGUF, tokens: list[str]) -> Tokenizer:
+    """Llama 2's and Mistral's vocabulary: no merges in the file, the score of the merged token orders them."""
+    from tokenizers import Tokenizer, decoders, models, normalizers
+
+    vocabulary, scores = {token: i for i, token in enumerate(tokens)}, file["tokenizer.ggml.scores"]
+    merges = []
+    for token, rank in vocabulary.items():
+        cuts = [(token[:i], token[i:]) for i in range(1, len(token))]
+        pairs = [(vocabulary[a], vocabulary[b], a, b) for a, b in cuts if a in vocabulary and b in vocabulary]
+        merges += [(-scores[rank], rank, *pair) for pair in pairs]
+    merges.sort()
+    unknown = tokens[file.metadata.get("tokenizer.ggml.unknown_token_id", 0)]
+    model = models.BPE(
+        vocabulary, [(a, b) for *_, a, b in merges], unk_token=unknown, fuse_unk=True, byte_fallback=True
+    )
+    tokenizer = Tokenizer(model)
+    spaces = normalizers.Replace(" ", "▁")
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    if file.metadata.get("tokenizer.ggml.add_space_prefix", True):
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), spaces])
+        steps.append(decoders.Strip(" ", 1, 0))
+    else:
+        tokenizer.normalizer = spaces
+    tokenizer.decoder = decoders.Sequence(steps)
+    return tokenizer
