@@ -109,11 +109,8 @@ def fetch(model: str, revision: str | None, cache: str | None, token: str | bool
     from huggingface_hub import snapshot_download
 
     repo, file, quantisation = name.groups()
-    wanted = (
-        [file] if file else [f"*{quantisation}.gguf"] if quantisation else ["*.json", "*.jinja", "*.txt", "*.model"]
-    )
-    if not file and not quantisation:
-        wanted += ["*.py"] + ["*.safetensors"] * (load_format != "dummy")
+    pattern = file or (f"*[-.]{quantisation}.gguf" if quantisation else None)
+    folder_files = ["*.json", "*.jinja", "*.txt", "*.model", "*.py"] + ["*.safetensors"] * (load_format != "dummy")
     try:
         folder = Path(
             snapshot_download(

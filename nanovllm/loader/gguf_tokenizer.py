@@ -38,9 +38,8 @@ SPLITS = {
     "gpt-2": None,  # the pattern that is built into ByteLevel
     "smollm": None,  # the same, after every digit stands alone
 }
-# Llama 3 and Tekken take a piece that is in the vocabulary whole, without merging up to it.
+# These take a piece that is in the vocabulary whole, without merging up to it, and begin a text with BOS unless told.
 WHOLE_PIECES = ("llama-bpe", "llama3", "llama-v3", "falcon3", "tekken")
-BOS_UNLESS_TOLD = ("llama-bpe", "llama3", "llama-v3", "falcon3")
 
 
 class _HandOver:
@@ -64,7 +63,7 @@ def load_tokenizer(file: GGUF) -> PreTrainedTokenizerFast:
         return file.metadata.get(f"tokenizer.ggml.{key}", default)
 
     if model == "gpt2":
-        tokenizer, adds_bos = byte_level_bpe(file, tokens), get("pre") in BOS_UNLESS_TOLD
+        tokenizer, adds_bos = byte_level_bpe(file, tokens), get("pre") in WHOLE_PIECES
     elif model == "llama":
         tokenizer, adds_bos = sentencepiece_bpe(file, tokens), True
     else:
