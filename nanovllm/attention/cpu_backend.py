@@ -1,0 +1,91 @@
+"""Paged attention on the CPU by the C++ kernels of `kernels/cpu.cpp`, which also says how a page is laid out."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from nanovllm.attention import AttentionBackend, AttentionMetadata, AttentionSpec
+from nanovllm.kernels import cpu
+from nanovllm.layers.rotary import QKNormRope
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = (
+        ("pages", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("heads", "kv_heads", "head_dim", "block", "window")),
+        ("scale", ctypes.c_float),
+    )
+
+
+class _Step(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("positions", "slots", "query_start", "context_lens", "tables")),
+        *((name, ctypes.c_int64) for name in ("table_stride", "tokens", "sequences")),
+    )
+
+
+class CpuAttention(AttentionBackend):
+    """Pages are [num_layers, num_blocks, Hkv, 2 (K, V), block_size * head_dim]."""
+
+    @staticmethod
+    def refuses(spec: AttentionSpec) -> str | None:
+        """Why this backend cannot run `spec`, or None where it can."""
+        if spec.device.type != "cpu":
+            return f"device={spec.device} is not the CPU"
+        if cpu.kernel("attend", spec.dtype) is None:
+            return f"there is no C++ kernel for {spec.dtype} here"
+        if spec.head_dim % 16 or spec.head_dim > 256:
+            return f"head_dim={spec.head_dim} is not a multiple of 16 up to 256"
+        if spec.block_size % 2:
+            return f"block_size={spec.block_size} is odd"
+        return None
+
+    def __init__(self, spec: AttentionSpec) -> None:
+        super().__init__(spec)
+        if reason := self.refuses(spec):
+            raise ValueError(f"the CPU's attention kernel cannot be used: {reason}; the torch backend can")
+        self._write, self._attend = cpu.kernel("write", spec.dtype), cpu.kernel("attend", spec.dtype)
+
+    def allocate(self, num_blocks: int) -> None:
+        spec = self.spec
+        shape = (spec.num_layers, num_blocks, spec.num_kv_heads, 2, spec.block_size * spec.head_dim)
+        self.cache = torch.zeros(shape, dtype=spec.dtype)
+        sizes = (spec.num_heads, spec.num_kv_heads, spec.head_dim, spec.block_size)
+        self._layers = [
+            ctypes.byref(_Layer(self.cache[i].data_ptr(), *sizes, window or 0, spec.scale))
+            for i, window in enumerate(spec.sliding_windows)
+        ]
+
+    def begin(self, meta: AttentionMetadata) -> None:
+        super().begin(meta)
+        tables = meta.block_tables
+        arrays = (meta.positions, meta.slot_mapping, meta.query_start, meta.context_lens, tables)
+        sizes = (tables.stride(0), len(meta.positions), len(meta.context_lens))
+        self._step = ctypes.byref(_Step(*(array.data_ptr() for array in arrays), *sizes))
+
+    def write(self, layer: int, qkv: Tensor, rope: QKNormRope) -> Tensor:
+        spec = self.spec
+        q = torch.empty((qkv.shape[0], spec.num_heads, spec.head_dim), dtype=spec.dtype)
+        q_norm, k_norm = rope.q_norm, rope.k_norm
+        if q_norm is None or k_norm is None:
+            norms = (None, None, 0.0)
+        else:
+            norms = (q_norm.weight.data_ptr(), k_norm.weight.data_ptr(), q_norm.eps)
+        qkv = qkv.contiguous()
+        self._write(
+            self._layers[layer], self._step, qkv.data_ptr(), spec.num_heads, rope.cos_sin.data_ptr(), *norms, q.data_ptr()
+        )
+        return q
+
+    def store(self, layer: int, k: Tensor, v: Tensor) -> None:
+        kv = torch.cat((k, v), 1)
+        self._write(self._layers[layer], self._step, kv.data_ptr(), 0, None, None, None, 0.0, None)
+
+    def attend(self, layer: int, q: Tensor) -> Tensor:
+        q = q.contiguous()
+        out = torch.empty((q.shape[0], q.shape[1] * q.shape[2]), dtype=q.dtype)
+        self._attend(self._layers[layer], self._step, q.data_ptr(), out.data_ptr())
+        return out

@@ -1,0 +1,630 @@
+// The CPU's kernels: attention over pages, matrix products, norms and sampling, for bf16, fp16 and fp32.
+//
+// Plain pointers, no torch headers: it builds in seconds on first use (cpu.py) and is called through ctypes. Vectors are the
+// compiler's own, as wide as the machine's; the only intrinsics are those that have no portable spelling (bf16 dot products,
+// conversions of halves, sums across a vector). A row's result depends on that row alone: tiles have fixed places and are
+// added in a fixed order, whatever else is in the batch and however many threads there are.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <type_traits>
+#include <vector>
+
+#include <omp.h>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#define INLINE inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 16")
+
+namespace {
+
+// ---------------------------------------------------------------------------------------------------------------- vectors
+
+#if defined(__AVX512F__)
+constexpr int W = 16;
+#elif defined(__AVX__)
+constexpr int W = 8;
+#else
+constexpr int W = 4;
+#endif
+typedef float Vec __attribute__((vector_size(4 * W)));
+typedef int32_t Ints __attribute__((vector_size(4 * W)));
+typedef uint32_t Bits __attribute__((vector_size(4 * W)));
+typedef uint16_t Halves __attribute__((vector_size(2 * W)));
+
+struct bf16 { uint16_t bits; };
+struct fp16 { uint16_t bits; };
+using fp32 = float;
+
+template <class To, class From> INLINE To read(const From* p) {
+  To to;
+  std::memcpy(&to, p, sizeof to);
+  return to;
+}
+
+INLINE Vec load(const float* p) { return read<Vec>(p); }
+INLINE void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
+
+INLINE Vec load(const bf16* p) { return (Vec)(__builtin_convertvector(read<Halves>(p), Bits) << 16); }
+INLINE void store(bf16* p, Vec v) {
+#if defined(__AVX512BF16__)
+  auto h = _mm512_cvtneps_pbh((__m512)v);
+#else
+  Bits u = (Bits)v;
+  u = v == v ? u + 0x7fff + ((u >> 16) & 1) : u | 0x400000;  // to nearest, ties to even; a NaN stays one
+  Halves h = __builtin_convertvector(u >> 16, Halves);
+#endif
+  std::memcpy(p, &h, sizeof h);
+}
+
+#if defined(__AVX512F__)
+INLINE Vec load(const fp16* p) { return (Vec)_mm512_cvtph_ps(read<__m256i>(p)); }
+INLINE void store(fp16* p, Vec v) { _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)v, 0)); }
+#elif defined(__AVX__) && defined(__F16C__)
+INLINE Vec load(const fp16* p) { return (Vec)_mm256_cvtph_ps(read<__m128i>(p)); }
+INLINE void store(fp16* p, Vec v) { _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)v, 0)); }
+#else
+typedef _Float16 Float16s __attribute__((vector_size(2 * W)));
+INLINE Vec load(const fp16* p) { return __builtin_convertvector(read<Float16s>(p), Vec); }
+INLINE void store(fp16* p, Vec v) {
+  Float16s h = __builtin_convertvector(v, Float16s);
+  std::memcpy(p, &h, sizeof h);
+}
+#endif
+
+// The first n of W elements, or all of them where n is larger; what is missing reads as 0.
+template <class T> INLINE Vec load(const T* p, int64_t n) {
+  if (n >= W) return load(p);
+  T rest[W] = {};
+  std::copy(p, p + n, rest);
+  return load(rest);
+}
+template <class T> INLINE void store(T* p, Vec v, int64_t n) {
+  if (n >= W) return store(p, v);
+  T rest[W];
+  store(rest, v);
+  std::copy(rest, rest + n, p);
+}
+template <class T> INLINE Vec rounded(Vec v) {  // to T's precision
+  T t[W];
+  store(t, v);
+  return load(t);
+}
+
+INLINE Ints lanes() {
+  Ints v;
+  for (int i = 0; i < W; i++) v[i] = i;
+  return v;
+}
+INLINE Vec max(Vec a, Vec b) { return a > b ? a : b; }
+#if defined(__AVX512F__)
+INLINE float sum(Vec v) { return _mm512_reduce_add_ps((__m512)v); }
+INLINE float max(Vec v) { return _mm512_reduce_max_ps((__m512)v); }
+#else
+INLINE float sum(Vec v) {
+  for (int n = W / 2; n; n /= 2)
+    for (int i = 0; i < n; i++) v[i] += v[i + n];
+  return v[0];
+}
+INLINE float max(Vec v) {
+  for (int n = W / 2; n; n /= 2)
+    for (int i = 0; i < n; i++) v[i] = std::max(v[i], v[i + n]);
+  return v[0];
+}
+#endif
+
+// 2^x for x <= 0, and exactly 0 below 2^-126: 2^round(x) by way of the exponent's bits, the rest by a polynomial (relative
+// error 8e-8).
+INLINE Vec exp2(Vec x) {
+  const Vec shifted = x + 12582912.f;  // 1.5 * 2^23: rounds to an integer, which then stands in the low bits
+  const Vec r = x - (shifted - 12582912.f);
+  Vec y = 0.00132764671f * r + 0.00967554124f;
+  y = ((y * r + 0.0555071329f) * r + 0.240221197f) * r;
+  y = (y + 0.693146967f) * r + 1.f;
+  return x > -126.f ? (Vec)((Bits)y + ((Bits)shifted << 23)) : Vec{};
+}
+constexpr float LOG2E = 1.44269504f;
+
+// One step of a dot product: P neighbouring elements of each operand go into each of W float32 sums.
+template <class T> struct Dot {
+  static constexpr int P = 1;
+  using Element = float;  // of an operand that is broadcast
+  using In = Vec;
+  static INLINE In load_in(const T* p) { return load(p); }
+  static INLINE In splat(const Element* p) { return Vec{} + *p; }
+  static INLINE In first_of_pair(In v) { return v; }
+  static INLINE Vec step(Vec sum, In a, In b) { return sum + a * b; }
+};
+#if defined(__AVX512BF16__)
+template <> struct Dot<bf16> {
+  static constexpr int P = 2;
+  using Element = bf16;
+  using In = __m512bh;
+  static INLINE In load_in(const bf16* p) { return (In)_mm512_loadu_si512(p); }
+  static INLINE In splat(const bf16* p) { return (In)_mm512_set1_epi32(read<int32_t>(p)); }
+  static INLINE In first_of_pair(In v) { return (In)((Bits)v & 0xffff); }
+  static INLINE Vec step(Vec sum, In a, In b) { return (Vec)_mm512_dpbf16_ps((__m512)sum, a, b); }
+};
+#endif
+template <class T> using Element = typename Dot<T>::Element;
+
+// sums[i][j] += a(i) * b(j), with the sums in registers.
+template <class T, int M, int N, class A, class B> INLINE void multiply(Vec (&sums)[M][N], A a, B b) {
+  typename Dot<T>::In v[N];
+  UNROLL for (int j = 0; j < N; j++) v[j] = b(j);
+  UNROLL for (int i = 0; i < M; i++) {
+    const typename Dot<T>::In u = a(i);
+    UNROLL for (int j = 0; j < N; j++) sums[i][j] = Dot<T>::step(sums[i][j], u, v[j]);
+  }
+}
+
+// Calls f(first row, number of rows as a type) for blocks of at most 6 rows, as even as they come: only what is known at
+// compile time stays in registers.
+template <int M = 6, class F> INLINE void with_rows(int m, F f) {
+  if (m == M) f(std::integral_constant<int, M>());
+  else if constexpr (M > 1) with_rows<M - 1>(m, f);
+}
+template <class F> INLINE void for_rows(int rows, F f) {
+  const int blocks = (rows + 5) / 6;
+  for (int b = 0, first = 0; b < blocks; b++) {
+    const int end = rows * (b + 1) / blocks;
+    with_rows(end - first, [&](auto m) { f(first, m); });
+    first = end;
+  }
+}
+// The same for vectors, four at a time and then one.
+template <class F> INLINE void for_vectors(int n, F f) {
+  int j = 0;
+  for (; j + 4 <= n; j += 4) f(j, std::integral_constant<int, 4>());
+  for (; j < n; j++) f(j, std::integral_constant<int, 1>());
+}
+
+constexpr int64_t PARALLEL = 1 << 15;  // elements below which waking the other threads costs more than it brings
+
+// -------------------------------------------------------------------------------------------------------------- attention
+
+constexpr int ROWS = 24, TILE = 128, MAX_DIM = 256;  // query rows and keys of a tile; the largest head
+
+struct Layer {
+  void* pages;  // [pages][kv_heads][K, V]
+  int64_t heads, kv_heads, head_dim, block, window;
+  float scale;
+};
+struct Step {  // AttentionMetadata
+  const int32_t *positions, *slots, *query_start, *context_lens, *tables;
+  int64_t table_stride, tokens, sequences;
+};
+
+// K of a page is [head_dim / P][block][P], V is [block / P][head_dim][P]: products run along tokens for K and along
+// dimensions for V, without sums across lanes; the P elements that meet in one step lie side by side.
+template <class T> INLINE T* page(const Layer& layer, int64_t id, int64_t head) {
+  return (T*)layer.pages + (id * layer.kv_heads + head) * 2 * layer.block * layer.head_dim;
+}
+
+template <class T> void norm_rope(const T* x, const T* weight, float eps, const float* cos_sin, int dim, T* out) {
+  float y[MAX_DIM], z[MAX_DIM];
+  Vec squares = {};
+  for (int i = 0; i < dim; i += W) {
+    store(y + i, load(x + i));
+    squares += load(y + i) * load(y + i);
+  }
+  const float scale = weight ? 1 / std::sqrt(sum(squares) / dim + eps) : 1;
+  for (int i = 0; weight && i < dim; i += W)
+    store(y + i, rounded<T>(rounded<T>(load(y + i) * scale) * load(weight + i)));
+  const int half = dim / 2;
+  for (int i = 0; i < half; i++) {
+    z[i] = y[i] * cos_sin[i] - y[i + half] * cos_sin[i + half];
+    z[i + half] = y[i + half] * cos_sin[i] + y[i] * cos_sin[i + half];
+  }
+  for (int i = 0; i < dim; i += W) store(out + i, load(z + i));
+}
+
+template <class T>
+void write(const Layer& layer, const Step& step, const T* qkv, int64_t heads, const float* cos_sin, const T* q_norm,
+           const T* k_norm, float eps, T* q) {
+  constexpr int P = Dot<T>::P;
+  const int64_t dim = layer.head_dim, block = layer.block, kv_heads = layer.kv_heads, all = heads + 2 * kv_heads;
+#pragma omp parallel for schedule(static) if (step.tokens * all * dim > PARALLEL)
+  for (int64_t t = 0; t < step.tokens; t++) {
+    const T* x = qkv + t * all * dim;
+    const float* angles = cos_sin ? cos_sin + step.positions[t] * dim : nullptr;
+    for (int h = 0; h < heads; h++) norm_rope(x + h * dim, q_norm, eps, angles, dim, q + (t * heads + h) * dim);
+    if (step.slots[t] < 0) continue;
+    const int64_t id = step.slots[t] / block, at = step.slots[t] % block;
+    for (int h = 0; h < kv_heads; h++) {
+      T turned[MAX_DIM];
+      const T *k = x + (heads + h) * dim, *v = k + kv_heads * dim;
+      if (angles) {
+        norm_rope(k, k_norm, eps, angles, dim, turned);
+        k = turned;
+      }
+      T *to_k = page<T>(layer, id, h) + at * P, *to_v = page<T>(layer, id, h) + (block + at - at % P) * dim + at % P;
+      for (int d = 0; d < dim; d += P) std::memcpy(to_k + d * block, k + d, P * sizeof(T));
+      for (int d = 0; d < dim; d++) to_v[d * P] = v[d];
+    }
+  }
+}
+
+// What a row has of the softmax over some keys: weights are relative to 2^max, so that states can be merged.
+struct State {
+  float max[ROWS], sum[ROWS], out[ROWS * MAX_DIM];
+
+  void merge(const State& other, int rows, int dim) {
+    for (int r = 0; r < rows; r++) {
+      const float both = std::max(max[r], other.max[r]);
+      if (both == -INFINITY) continue;
+      const float mine = std::exp2(max[r] - both), theirs = std::exp2(other.max[r] - both);
+      max[r] = both;
+      sum[r] = sum[r] * mine + other.sum[r] * theirs;
+      for (int d = r * dim; d < (r + 1) * dim; d += W) store(out + d, load(out + d) * mine + load(other.out + d) * theirs);
+    }
+  }
+};
+
+// Rows are the queries of one KV head, those of the first token's GQA group and then the next one's: what is read of K and V
+// serves them all. An item is what one thread does at a time: up to ROWS of them.
+struct Item {
+  int sequence, head, first_row, rows, first_tile, last_tile;
+};
+
+template <class T> struct Attention {
+  using D = Dot<T>;
+  static constexpr int P = D::P;
+  const Layer& layer;
+  const Step& step;
+  const int64_t dim, group;
+  alignas(64) Element<T> queries[ROWS * MAX_DIM], weights[ROWS * TILE];
+  alignas(64) float scores[ROWS * TILE];
+  std::vector<T> gathered;
+
+  Attention(const Layer& layer, const Step& step)
+      : layer(layer), step(step), dim(layer.head_dim), group(layer.heads / layer.kv_heads) {}
+
+  int position(const Item& item, int row) {
+    const int tokens = step.query_start[item.sequence + 1] - step.query_start[item.sequence];
+    return step.context_lens[item.sequence] - tokens + (item.first_row + row) / group;
+  }
+  int64_t offset(const Item& item, int row) {  // of the row in q and in the output
+    const int64_t r = item.first_row + row;
+    return ((step.query_start[item.sequence] + r / group) * layer.heads + item.head * group + r % group) * dim;
+  }
+  void load_queries(const Item& item, const T* q) {
+    for (int r = 0; r < item.rows; r++)
+      for (int d = 0; d < dim; d += W) store(queries + r * dim + d, load(q + offset(item, r) + d));
+  }
+  void finish(const Item& item, const State& state, T* out) {
+    for (int r = 0; r < item.rows; r++)
+      for (int d = 0; d < dim; d += W) store(out + offset(item, r) + d, load(state.out + r * dim + d) / state.sum[r]);
+  }
+
+  // Attention of all rows of the item to the keys of one tile.
+  void tile(const Item& item, int tile, State& state) {
+    const int first = tile * TILE, keys = std::min(TILE, position(item, item.rows - 1) + 1 - first);
+    const int chunks = (keys + W - 1) / W;
+    const T *k[TILE / W], *v[TILE / W];
+    const int64_t k_stride = find_pages(item, first, keys, k, v);
+
+    for_rows(item.rows, [&](int r, auto m) {
+      for_vectors(chunks, [&](int c, auto n) {
+        Vec sums[m()][n()] = {};
+        const Element<T>* a = queries + r * dim;
+        for (int d = 0; d < dim; d += P)
+          multiply<T>(
+              sums, [&](int i) { return D::splat(a + i * dim + d); }, [&](int j) { return D::load_in(k[c + j] + d / P * k_stride); });
+        for (int i = 0; i < m; i++)
+          for (int j = 0; j < n; j++) store(scores + (r + i) * TILE + (c + j) * W, sums[i][j]);
+      });
+    });
+
+    for (int r = 0; r < item.rows; r++) {
+      const int end = position(item, r) + 1 - first, begin = layer.window ? end - layer.window : 0;  // what this row sees
+      Vec top = Vec{} - INFINITY, total = {};
+      for (int c = 0; c < chunks; c++) {
+        Vec x = load(scores + r * TILE + c * W) * (layer.scale * LOG2E);
+        if (c * W < begin || (c + 1) * W > end)
+          x = (lanes() >= begin - c * W) & (lanes() < end - c * W) ? x : Vec{} - INFINITY;
+        store(scores + r * TILE + c * W, x);
+        top = max(top, x);
+      }
+      state.max[r] = max(top);
+      const float base = state.max[r] == -INFINITY ? 0 : state.max[r];
+      for (int c = 0; c < chunks; c++) {
+        const Vec p = exp2(load(scores + r * TILE + c * W) - base);
+        store(weights + r * TILE + c * W, p);
+        total += p;
+      }
+      state.sum[r] = sum(total);
+    }
+
+    for_rows(item.rows, [&](int r, auto m) {
+      for_vectors(dim / W, [&](int d, auto n) {
+        Vec sums[m()][n()] = {};
+        for (int c = 0; c < chunks; c++) {
+          const int here = std::min(W, keys - c * W), pairs = here - here % P;
+          const Element<T>* a = weights + r * TILE + c * W;
+          const T* b = v[c] + d * W * P;
+          for (int t = 0; t < pairs; t += P)
+            multiply<T>(
+                sums, [&](int i) { return D::splat(a + i * TILE + t); }, [&](int j) { return D::load_in(b + t * dim + j * W * P); });
+          if (pairs < here)  // the rest of the pair lies past the context: its weight is 0, but what is in the page may be infinite
+            multiply<T>(
+                sums, [&](int i) { return D::splat(a + i * TILE + pairs); },
+                [&](int j) { return D::first_of_pair(D::load_in(b + pairs * dim + j * W * P)); });
+        }
+        for (int i = 0; i < m; i++)
+          for (int j = 0; j < n; j++) store(state.out + (r + i) * dim + (d + j) * W, sums[i][j]);
+      });
+    });
+  }
+
+  // Where each W tokens of a tile lie, and K's stride there. Blocks that are no multiple of W are gathered first.
+  int64_t find_pages(const Item& item, int first, int keys, const T** k, const T** v) {
+    const int32_t* table = step.tables + item.sequence * step.table_stride;
+    const int block = layer.block;
+    if (block % W == 0) {
+      for (int c = 0; c * W < keys; c++) {
+        const int key = first + c * W, at = key % block;
+        const T* p = page<T>(layer, table[key / block], item.head);
+        k[c] = p + at * P;
+        v[c] = p + (block + at) * dim;
+      }
+      return block * P;
+    }
+    gathered.resize(2 * TILE * dim);
+    for (int i = 0; i < keys; i++) {
+      const int key = first + i, at = key % block, to = i % W;
+      const T *from_k = page<T>(layer, table[key / block], item.head), *from_v = from_k + (block + at - at % P) * dim + at % P;
+      T *to_k = &gathered[i / W * W * dim], *to_v = to_k + TILE * dim;
+      k[i / W] = to_k;
+      v[i / W] = to_v;
+      for (int d = 0; d < dim; d += P) std::memcpy(to_k + d * W + to * P, from_k + d * block + at * P, P * sizeof(T));
+      for (int d = 0; d < dim; d++) to_v[(to - to % P) * dim + d * P + to % P] = from_v[d * P];
+    }
+    return W * P;
+  }
+};
+
+template <class T> void attend(const Layer& layer, const Step& step, const T* q, T* out) {
+  const int64_t group = layer.heads / layer.kv_heads;
+  std::vector<Item> items;
+  int64_t work = 0, tiles = 0;
+  for (int s = 0; s < step.sequences; s++) {
+    const int rows = (step.query_start[s + 1] - step.query_start[s]) * group, past = step.context_lens[s] - rows / group;
+    for (int h = 0; h < layer.kv_heads; h++)
+      for (int row = 0; row < rows; row += ROWS) {
+        const int end = std::min(rows, row + ROWS), to = past + (end - 1) / group + 1;
+        const int64_t from = layer.window ? std::max<int64_t>(0, past + row / group + 1 - layer.window) : 0;
+        items.push_back({s, h, row, end - row, int(from / TILE), (to - 1) / TILE + 1});
+        tiles += items.back().last_tile - items.back().first_tile;
+        work += (to - from) * layer.head_dim;
+      }
+  }
+  // Where there are few items with many tiles (one sequence, say) threads share the tiles, and merge them in the same order.
+  const bool split = items.size() < 4u * omp_get_max_threads() && tiles > (int64_t)items.size();
+  std::vector<std::pair<const Item*, int>> parts;
+  for (const Item& item : items)
+    for (int t = item.first_tile; split && t < item.last_tile; t++) parts.push_back({&item, t});
+  std::unique_ptr<State[]> states(new State[parts.size()]);
+
+#pragma omp parallel if (work > PARALLEL)
+  {
+    Attention<T> attention(layer, step);
+    State state, next;
+#pragma omp for schedule(dynamic) nowait
+    for (size_t i = 0; i < (split ? 0 : items.size()); i++) {
+      const Item& item = items[i];
+      attention.load_queries(item, q);
+      attention.tile(item, item.first_tile, state);
+      for (int t = item.first_tile + 1; t < item.last_tile; t++) {
+        attention.tile(item, t, next);
+        state.merge(next, item.rows, layer.head_dim);
+      }
+      attention.finish(item, state, out);
+    }
+#pragma omp for schedule(dynamic)
+    for (size_t i = 0; i < parts.size(); i++) {
+      attention.load_queries(*parts[i].first, q);
+      attention.tile(*parts[i].first, parts[i].second, states[i]);
+    }
+#pragma omp for
+    for (size_t i = 0; i < parts.size(); i++) {
+      const Item& item = *parts[i].first;
+      if (parts[i].second != item.first_tile) continue;
+      for (int t = 1; t < item.last_tile - item.first_tile; t++) states[i].merge(states[i + t], item.rows, layer.head_dim);
+      attention.finish(item, states[i], out);
+    }
+  }
+}
+
+// -------------------------------------------------------------------------------------------------------- matrix products
+
+// Sums across the lanes of four vectors at once.
+INLINE void sum4(const Vec* v, float* out) {
+#if defined(__AVX512F__)
+  const __m512 a = (__m512)v[0], b = (__m512)v[1], c = (__m512)v[2], d = (__m512)v[3];
+  const __m512 ab = _mm512_unpacklo_ps(a, b) + _mm512_unpackhi_ps(a, b);
+  const __m512 cd = _mm512_unpacklo_ps(c, d) + _mm512_unpackhi_ps(c, d);
+  const __m512 all = _mm512_shuffle_ps(ab, cd, 0x44) + _mm512_shuffle_ps(ab, cd, 0xEE);  // [a, b, c, d] four times
+  const __m256 half = _mm512_castps512_ps256(all) + (__m256)_mm512_extractf64x4_pd((__m512d)all, 1);
+  _mm_storeu_ps(out, _mm256_castps256_ps128(half) + _mm256_extractf128_ps(half, 1));
+#else
+  for (int i = 0; i < 4; i++) out[i] = sum(v[i]);
+#endif
+}
+
+// x [rows, depth] @ w [cols, depth].T straight from the weights as checkpoints have them, no second copy: both are read along
+// their depth, up to 6 x 4 sums stay in registers, lanes are summed at the end.
+template <class T>
+void linear(const T* x, int64_t x_stride, const T* w, const T* bias, T* out, int64_t rows, int64_t cols, int64_t depth) {
+  using D = Dot<T>;
+  constexpr int COLS = 16, DEPTH = 8192 / sizeof(T), STEP = W * D::P;  // a block of weights is reused from the cache
+#pragma omp parallel for schedule(static) if (cols * depth > PARALLEL)
+  for (int64_t first_col = 0; first_col < cols; first_col += COLS) {
+    const int wide = std::min<int64_t>(COLS, cols - first_col);
+    for_rows(rows, [&](int first_row, auto m) {
+      const T* a = x + first_row * x_stride;
+      float result[m()][COLS];
+      for (int64_t begin = 0; begin < depth; begin += DEPTH) {
+        const int64_t end = std::min(depth, begin + DEPTH), whole = begin + (end - begin) / STEP * STEP;
+        for (int col = 0; col < wide; col += 4) {
+          const T* b[4];
+          for (int j = 0; j < 4; j++) b[j] = w + (first_col + std::min(col + j, wide - 1)) * depth;
+          Vec sums[m()][4] = {};
+          for (int64_t at = begin; at < whole; at += STEP)
+            multiply<T>(
+                sums, [&](int i) { return D::load_in(a + i * x_stride + at); }, [&](int j) { return D::load_in(b[j] + at); });
+          const auto rest = [&](const T* p) {
+            T padded[STEP] = {};
+            std::copy(p + whole, p + end, padded);
+            return D::load_in(padded);
+          };
+          if (whole < end)
+            multiply<T>(
+                sums, [&](int i) { return rest(a + i * x_stride); }, [&](int j) { return rest(b[j]); });
+          for (int i = 0; i < m; i++) {
+            float four[4];
+            sum4(sums[i], four);
+            for (int j = 0; j < 4; j++) result[i][col + j] = begin ? result[i][col + j] + four[j] : four[j];
+          }
+        }
+      }
+      for (int i = 0; i < m; i++)
+        for (int j = 0; j < wide; j += W) {
+          const int64_t at = first_col + j, n = wide - j;
+          Vec y = load(result[i] + j);
+          if (bias) y += load(bias + at, n);
+          store(out + (first_row + i) * cols + at, y, n);
+        }
+    });
+  }
+}
+
+// ----------------------------------------------------------------------------------------------------- norms and activation
+
+template <class T> void norm_row(T* out, const T* x, const T* weight, float eps, int64_t size) {
+  Vec squares = {};
+  for (int64_t i = 0; i < size; i += W) {
+    const Vec v = load(x + i, size - i);
+    squares += v * v;
+  }
+  const float scale = 1 / std::sqrt(sum(squares) / size + eps);
+  for (int64_t i = 0; i < size; i += W)
+    store(out + i, rounded<T>(load(x + i, size - i) * scale) * load(weight + i, size - i), size - i);
+}
+
+template <class T>
+void rms_norm(const T* x, int64_t x_stride, const T* weight, float eps, T* out, int64_t rows, int64_t size) {
+#pragma omp parallel for schedule(static) if (rows * size > PARALLEL)
+  for (int64_t r = 0; r < rows; r++) norm_row(out + r * size, x + r * x_stride, weight, eps, size);
+}
+
+// residual += x, then x = the norm of it.
+template <class T> void add_rms_norm(T* x, T* residual, const T* weight, float eps, int64_t rows, int64_t size) {
+#pragma omp parallel for schedule(static) if (rows * size > PARALLEL)
+  for (int64_t r = 0; r < rows; r++) {
+    T *a = x + r * size, *b = residual + r * size;
+    for (int64_t i = 0; i < size; i += W) store(b + i, load(a + i, size - i) + load(b + i, size - i), size - i);
+    norm_row(a, b, weight, eps, size);
+  }
+}
+
+template <class T> void silu_and_mul(const T* x, int64_t x_stride, T* out, int64_t rows, int64_t size) {
+#pragma omp parallel for schedule(static) if (rows * size > PARALLEL)
+  for (int64_t r = 0; r < rows; r++)
+    for (int64_t i = 0; i < size; i += W) {
+      const T* gates = x + r * x_stride + i;
+      const Vec gate = load(gates, size - i), up = load(gates + size, size - i);
+      const Vec e = exp2((gate > 0 ? -gate : gate) * LOG2E);  // of -|gate|, which cannot overflow
+      store(out + r * size + i, gate * ((gate > 0 ? Vec{} + 1.f : e) / (1.f + e)) * up, size - i);
+    }
+}
+
+// --------------------------------------------------------------------------------------------------------------- sampling
+
+// Inverse CDF in the order of the vocabulary: the first id at which the cumulated exp((logit - max) / temperature) exceeds
+// `uniform` times the total. Logits are read once, span by span, and then again only the span in which the token lies.
+template <class T>
+void sample(const T* logits, int64_t stride, const float* temperature, const float* uniform, int32_t* tokens, int64_t rows,
+            int64_t vocab) {
+  constexpr int64_t SPAN = 1024;
+  const int64_t spans = (vocab + SPAN - 1) / SPAN;
+  std::unique_ptr<float[]> tops(new float[rows * spans]), sums(new float[rows * spans]);
+  const auto at = [&](int64_t row, int64_t id) {  // W logits, -inf past the end
+    const Vec x = load(logits + row * stride + id, vocab - id);
+    return vocab - id >= W ? x : lanes() < int(vocab - id) ? x : Vec{} - INFINITY;
+  };
+
+#pragma omp parallel if (rows * vocab > PARALLEL)
+  {
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < rows * spans; i++) {
+      const int64_t row = i / spans, begin = i % spans * SPAN, end = std::min(vocab, begin + SPAN);
+      Vec top = Vec{} - INFINITY, total = {};
+      for (int64_t id = begin; id < end; id += W) top = max(top, at(row, id));
+      tops[i] = max(top);
+      if (temperature[row] == 0 || tops[i] == -INFINITY) continue;
+      for (int64_t id = begin; id < end; id += W) total += exp2((at(row, id) - tops[i]) * (LOG2E / temperature[row]));
+      sums[i] = sum(total);
+    }
+
+#pragma omp for schedule(static)
+    for (int64_t row = 0; row < rows; row++) {
+      const float *top = &tops[row * spans], best = *std::max_element(top, top + spans);
+      const bool greedy = temperature[row] == 0;
+      const float scale = LOG2E / temperature[row];
+      int64_t span = std::find(top, top + spans, best) - top;
+      double seen = 0, target = 0;
+      if (!greedy) {
+        const auto mass = [&](int64_t s) {
+          return top[s] == -INFINITY ? 0. : (double)sums[row * spans + s] * std::exp2((top[s] - best) * scale);
+        };
+        for (int64_t s = 0; s < spans; s++) target += mass(s);
+        target *= uniform[row];
+        for (span = 0; span < spans - 1 && seen + mass(span) <= target; span++) seen += mass(span);
+      }
+      bool found = false;
+      for (int64_t id = span * SPAN; id < std::min(vocab, (span + 1) * SPAN) && !found; id += W) {
+        const Vec x = at(row, id), p = greedy ? Vec{} : exp2((x - best) * scale);
+        for (int i = 0; i < W && !found; i++) {
+          if (greedy ? x[i] == best : p[i] > 0) tokens[row] = id + i;
+          seen += p[i];
+          found = greedy ? x[i] == best : seen > target;
+        }
+      }
+    }
+  }
+}
+
+}  // namespace
+
+#define EXPORT(T)                                                                                                              \
+  extern "C" void write_##T(const Layer* layer, const Step* step, const T* qkv, int64_t heads, const float* cos_sin,           \
+                            const T* q_norm, const T* k_norm, float eps, T* q) {                                               \
+    write(*layer, *step, qkv, heads, cos_sin, q_norm, k_norm, eps, q);                                                         \
+  }                                                                                                                            \
+  extern "C" void attend_##T(const Layer* layer, const Step* step, const T* q, T* out) { attend(*layer, *step, q, out); }      \
+  extern "C" void linear_##T(const T* x, int64_t x_stride, const T* w, const T* bias, T* out, int64_t rows, int64_t cols,      \
+                             int64_t depth) {                                                                                  \
+    linear(x, x_stride, w, bias, out, rows, cols, depth);                                                                      \
+  }                                                                                                                            \
+  extern "C" void rms_norm_##T(const T* x, int64_t x_stride, const T* weight, float eps, T* out, int64_t rows, int64_t size) { \
+    rms_norm(x, x_stride, weight, eps, out, rows, size);                                                                       \
+  }                                                                                                                            \
+  extern "C" void add_rms_norm_##T(T* x, T* residual, const T* weight, float eps, int64_t rows, int64_t size) {                \
+    add_rms_norm(x, residual, weight, eps, rows, size);                                                                        \
+  }                                                                                                                            \
+  extern "C" void silu_and_mul_##T(const T* x, int64_t x_stride, T* out, int64_t rows, int64_t size) {                         \
+    silu_and_mul(x, x_stride, out, rows, size);                                                                                \
+  }                                                                                                                            \
+  extern "C" void sample_##T(const T* logits, int64_t stride, const float* temperature, const float* uniform, int32_t* tokens, \
+                             int64_t rows, int64_t vocab) {                                                                    \
+    sample(logits, stride, temperature, uniform, tokens, rows, vocab);                                                         \
+  }
+EXPORT(bf16)
+EXPORT(fp16)
+EXPORT(fp32)
