@@ -219,9 +219,11 @@ class SamplingParams:
         _check_neutral(self, _NEUTRAL)
 
     def verify_for_model(self, vocab_size: int, max_logprobs: int, has_tokenizer: bool) -> None:
-        """Checks what depends on the model, on the request's own clone: -1 logprobs become `vocab_size`, and without a
-        tokenizer `detokenize` becomes False. `max_logprobs` -1 is no limit. Raises ValidationError.
+        """Checks what depends on the model, on the request's own clone: -1 logprobs become `vocab_size`, a top_k that keeps
+        everything 0, and without a tokenizer `detokenize` False. `max_logprobs` -1 is no limit. Raises ValidationError.
         """
+        if self.top_k >= vocab_size:
+            self.top_k = 0
         for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
             if bad := [i for i in getattr(self, name) or () if not 0 <= i < vocab_size]:
                 raise _refusal(name, bad, f"of token ids inside the vocabulary (0 to {vocab_size - 1})")

@@ -202,21 +202,19 @@ class IncrementalDetokenizer:
         if not self._run:
             self._settle()
         try:
-            run_text = bytes(self._detokenizer.kind(i) for i in self._run).decode()
+            text = self.text + bytes(self._detokenizer.kind(i) for i in self._run).decode()
         except UnicodeDecodeError:
             return False
         matches = []
         if self._num_tokens > self._params.min_tokens:
-            for stop in self._stops:
-                start = max(self._num_searched - len(stop) + 1, 0)
-                if (at := (self.text[start:] + run_text).find(stop)) >= 0:
-                    matches.append((start + at, stop))
-        self._num_searched = len(self.text) + len(run_text)
+            found = ((text.find(stop, max(self._num_searched - len(stop) + 1, 0)), stop) for stop in self._stops)
+            matches = [(start, stop) for start, stop in found if start >= 0]
+        self._num_searched = len(text)
         if not matches:
             return False
         start, stop = min(matches, key=lambda match: match[0])
         end = start + len(stop) if self._params.include_stop_str_in_output else start
-        self.text = (self.text + run_text)[:end]
+        self.text = text[:end]
         self.stop_match, self._finished = StopMatch(stop, self._num_tokens), True
         return True
 
