@@ -183,15 +183,15 @@ class SamplingParams:
         if self.skip_reading_prefix_cache is not None:
             _check_flags(self, ("skip_reading_prefix_cache",))
         if not isinstance(self.output_kind, RequestOutputKind):
-            raise TypeError(f"output_kind must be a RequestOutputKind, got {self.output_kind!r}.")
+            raise TypeError(f"output_kind must be a RequestOutputKind; got {self.output_kind!r}.")
         self.stop = _strings("stop", [self.stop] if isinstance(self.stop, str) else self.stop)
         self.bad_words = _strings("bad_words", self.bad_words)
-        self.stop_token_ids = _token_ids("stop_token_ids", self.stop_token_ids or [])
+        self.stop_token_ids = _token_ids("stop_token_ids", [] if self.stop_token_ids is None else self.stop_token_ids)
         if self.allowed_token_ids is not None:
             self.allowed_token_ids = _token_ids("allowed_token_ids", self.allowed_token_ids)
         if self.logit_bias is not None:
             if not isinstance(self.logit_bias, Mapping):
-                raise TypeError(f"logit_bias must be None or a dict of token id to number, got {self.logit_bias!r}.")
+                raise TypeError(f"logit_bias must be None or a dict of token id to number; got {self.logit_bias!r}.")
             ids = _token_ids("logit_bias", self.logit_bias)
             finite_or_ban = (float, "a dict whose values are numbers below infinity (-inf: never)", lambda v: v < inf)
             self.logit_bias = {
