@@ -1,0 +1,390 @@
+"""Paged attention as two Triton kernels, for any GPU: FlashAttention over query tiles, and split-KV decoding.
+
+Both fold key tiles into a running softmax (`_fold_tiles`) and differ only in how the work is dealt to programs. Nothing
+here reads a device tensor on the host, so a step can be captured in a CUDA graph, `begin` included.
+"""
+
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
+# (kernel parameters have no Python types)
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nanovllm.attention import AttentionBackend, AttentionMetadata, AttentionSpec
+from nanovllm.kernels.triton_ops import card, compute_type, write_kv, write_qkv
+from nanovllm.layers.rotary import QKNormRope
+
+LOG2E = 1.4426950408889634
+
+
+@triton.jit
+def _pages(table, t, high, PAGE: tl.constexpr, TILE: tl.constexpr):
+    """Page ids of key tile t: one where the tile lies in one page, else one for every key."""
+    if PAGE % TILE == 0:
+        key = t * TILE
+    else:
+        key = t * TILE + tl.arange(0, TILE)
+    return tl.load(table + key // PAGE, mask=key < high, other=0).to(tl.int64)
+
+
+@triton.jit
+def _fold_tiles(
+    m, mass, acc, q, q_position, k_cache, v_cache, table, head, tile, end, low, high,
+    SCALE: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr,
+    WINDOW: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Folds key tiles tile:end into (m, mass, acc) by online softmax (FlashAttention-2, Dao, 2023, algorithm 1).
+
+    Row maxima m are kept in units of log2, mass = sum of 2^(s - m), acc = sum of 2^(s - m) v. Keys outside low:high are not
+    read. MASKED applies causality (key <= q_position) and the window; without it every row must see every key.
+    """
+    column = tl.arange(0, TILE)
+    dim = tl.arange(0, q.shape[1])
+    page = _pages(table, tile, high, PAGE, TILE)
+    for t in range(tile, end):
+        key = t * TILE + column
+        if PAGE % TILE == 0:
+            start = (page * HKV + head) * (PAGE * D) + t * TILE % PAGE * D
+            offset = (column * D)[:, None] + dim[None, :]
+            k_tile, v_tile = k_cache + start, v_cache + start
+        else:
+            offset = ((page * HKV + head) * (PAGE * D) + key % PAGE * D)[:, None] + dim[None, :]
+            k_tile, v_tile = k_cache, v_cache
+        # An iteration early, or Triton would spend stages of its pipeline on the page ids and not on K and V.
+        page = _pages(table, t + 1, high, PAGE, TILE)
+        # What is masked must not be read: a stale NaN in V would survive its weight of 0.
+        if MASKED:
+            inside = key < high
+            if WINDOW > 0:
+                inside &= key >= low
+            mask = inside[:, None]
+            if dim.shape[0] > D:
+                mask &= (dim < D)[None, :]
+            k = tl.load(k_tile + offset, mask=mask, other=0.0)
+            v = tl.load(v_tile + offset, mask=mask, other=0.0)
+        elif dim.shape[0] > D:
+            k = tl.load(k_tile + offset, mask=(dim < D)[None, :], other=0.0)
+            v = tl.load(v_tile + offset, mask=(dim < D)[None, :], other=0.0)
+        else:
+            k = tl.load(k_tile + offset)
+            v = tl.load(v_tile + offset)
+        s = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee")
+        if MASKED:
+            visible = key[None, :] <= q_position[:, None]
+            if WINDOW > 0:
+                visible &= key[None, :] > q_position[:, None] - WINDOW
+            s = tl.where(visible, s, float("-inf"))
+        m_new = tl.maximum(m, tl.max(s, 1) * SCALE)
+        p = tl.exp2(s * SCALE - m_new[:, None])
+        shrink = tl.exp2(m - m_new)
+        mass = mass * shrink + tl.sum(p, 1)
+        acc = tl.dot(p.to(q.dtype), v.to(q.dtype), acc * shrink[:, None], input_precision="ieee")
+        m = m_new
+    return m, mass, acc
+
+
+@triton.jit(do_not_specialize=["table_stride", "num_sequences"])
+def _prefill_kernel(
+    q_ptr, out_ptr, k_cache, v_cache, tables, table_stride, context_lens, query_start, num_sequences,
+    SCALE: tl.constexpr, HKV: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr,
+    PAGE: tl.constexpr, BLOCK_M: tl.constexpr, TILE: tl.constexpr, WINDOW: tl.constexpr, COMPUTE: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK_M // GROUP consecutive queries of one sequence, times the GROUP query heads of one KV head.
+
+    Sequences of a single query are left to `_decode_kernel`.
+    """
+    BLOCK_Q: tl.constexpr = BLOCK_M // GROUP
+    index = tl.num_programs(0) - 1 - tl.program_id(0)  # late tiles see the most keys: start with them
+    head = tl.program_id(1)
+    # Sequence i has its tiles from query_start[i] // BLOCK_Q + i on: room enough, and no host has to count.
+    sequence = -1
+    for i in range(0, num_sequences, 128):
+        at = i + tl.arange(0, 128)
+        first = tl.load(query_start + at, mask=at < num_sequences, other=0) // BLOCK_Q + at
+        sequence += tl.sum(((first <= index) & (at < num_sequences)).to(tl.int32))
+    start = tl.load(query_start + sequence)
+    count = tl.load(query_start + sequence + 1) - start
+    begin = (index - start // BLOCK_Q - sequence) * BLOCK_Q
+    if (count <= 1) | (begin >= count):
+        return
+    context = tl.load(context_lens + sequence)
+    past = context - count
+
+    row = tl.arange(0, BLOCK_M)
+    dim = tl.arange(0, DIM)
+    token = begin + row // GROUP
+    q_position = past + token
+    q_head = head * GROUP + row % GROUP
+    offset = ((start + token).to(tl.int64) * (HKV * GROUP * D) + q_head * D)[:, None] + dim[None, :]
+    inside = ((row < BLOCK_Q * GROUP) & (token < count))[:, None] & (dim < D)[None, :]
+    q = tl.load(q_ptr + offset, mask=inside, other=0.0).to(COMPUTE)
+
+    low = tl.maximum(past + begin - WINDOW + 1, 0) if WINDOW > 0 else 0
+    high = tl.minimum(context, past + begin + BLOCK_Q)
+    tile = low // TILE
+    full = tile if WINDOW > 0 else (past + begin + 1) // TILE  # the tiles before it are seen by all rows
+    m = tl.full([BLOCK_M], -1e30, tl.float32)
+    mass = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, DIM], tl.float32)
+    table = tables + tl.cast(sequence, tl.int64) * table_stride
+    if WINDOW == 0:
+        m, mass, acc = _fold_tiles(
+            m, mass, acc, q, q_position, k_cache, v_cache, table, head, tile, full, low, high,
+            SCALE, HKV, D, PAGE, TILE, WINDOW, False,
+        )  # fmt: skip
+    m, mass, acc = _fold_tiles(
+        m, mass, acc, q, q_position, k_cache, v_cache, table, head, full, tl.cdiv(high, TILE), low, high,
+        SCALE, HKV, D, PAGE, TILE, WINDOW, True,
+    )  # fmt: skip
+    tl.store(out_ptr + offset, acc / tl.maximum(mass, 1e-30)[:, None], mask=inside)
+
+
+@triton.jit(do_not_specialize=["num_sequences"])
+def _plan_kernel(
+    context_lens, query_start, num_sequences, share_ptr, first_ptr, start_ptr, sequence_ptr,
+    HKV: tl.constexpr, TILE: tl.constexpr, WINDOW: tl.constexpr, PROGRAMS: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Deals the step's decode work in equal shares; `decode_plan` says what and why. CHUNK programs' starts a program."""
+    total = 0
+    for i in range(0, num_sequences, CHUNK):
+        tiles, _ = _tiles(context_lens, query_start, num_sequences, i + tl.arange(0, CHUNK), HKV, TILE, WINDOW)
+        total += tl.sum(tiles)
+    share = tl.maximum(tl.cdiv(total, PROGRAMS), 1)
+    tl.store(share_ptr, share)
+    tl.store(share_ptr + 1, total)
+
+    program = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
+    first = tl.zeros([CHUNK], tl.int32)
+    before = 0
+    rank = 0
+    for i in range(0, num_sequences, CHUNK):
+        at = i + tl.arange(0, CHUNK)
+        tiles, decodes = _tiles(context_lens, query_start, num_sequences, at, HKV, TILE, WINDOW)
+        end = before + tl.cumsum(tiles)
+        index = rank + tl.cumsum(decodes) - 1
+        tl.store(start_ptr + index, end - tiles, mask=decodes > 0)
+        tl.store(sequence_ptr + index, at, mask=decodes > 0)
+        passed = (end[None, :] <= (program * share)[:, None]) & (decodes > 0)[None, :]
+        first += tl.sum(passed.to(tl.int32), 1)
+        before += tl.sum(tiles)
+        rank += tl.sum(decodes)
+    tl.store(start_ptr + rank, total)
+    tl.store(first_ptr + program, first, mask=program < PROGRAMS)
+
+
+@triton.jit
+def _tiles(context_lens, query_start, num_sequences, at, HKV: tl.constexpr, TILE: tl.constexpr, WINDOW: tl.constexpr):
+    """(key tiles over all KV heads, 1 if the sequence has a single query) of sequences `at`."""
+    inside = at < num_sequences
+    begin = tl.load(query_start + at, mask=inside, other=0)
+    decodes = (tl.load(query_start + at + 1, mask=inside, other=0) - begin == 1) & inside
+    context = tl.load(context_lens + at, mask=inside, other=0)
+    low = tl.maximum(context - WINDOW, 0) if WINDOW > 0 else 0
+    tiles = tl.maximum(tl.cdiv(context, TILE) - low // TILE, 1)  # padding of context 0 still has its row to clear
+    return tl.where(decodes, tiles * HKV, 0), decodes.to(tl.int32)
+
+
+@triton.jit(do_not_specialize=["table_stride"])
+def _decode_kernel(
+    q_ptr, out_ptr, k_cache, v_cache, tables, table_stride, context_lens, query_start,
+    share_ptr, first_ptr, start_ptr, sequence_ptr, partial_ptr, arrived_ptr,
+    SCALE: tl.constexpr, HKV: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr,
+    PAGE: tl.constexpr, BLOCK_M: tl.constexpr, TILE: tl.constexpr, WINDOW: tl.constexpr, COMPUTE: tl.constexpr,
+):  # fmt: skip
+    """One program: its share of key tiles, a segment of one (sequence, KV head) after the other.
+
+    A segment that is all of its (sequence, head) goes straight to the output. Of the others the partial (m, mass, acc) is
+    kept, and whoever comes last combines them, always in the order of their keys (Flash-Decoding, Dao et al., 2023).
+    """
+    program = tl.program_id(0)
+    share = tl.load(share_ptr)
+    tile = program * share
+    end = tl.minimum(tile + share, tl.load(share_ptr + 1))
+    index = tl.load(first_ptr + program)
+
+    row = tl.arange(0, BLOCK_M)
+    dim = tl.arange(0, DIM)
+    inside = (row < GROUP)[:, None] & (dim < D)[None, :]
+    inner = row[:, None] * D + dim[None, :]
+    STATS: tl.constexpr = GROUP * D  # a partial result: acc [GROUP, D], then m [GROUP], then mass [GROUP]
+    PARTIAL: tl.constexpr = GROUP * (D + 2)
+    while tile < end:
+        base = tl.load(start_ptr + index)
+        count = (tl.load(start_ptr + index + 1) - base) // HKV  # tiles of one head
+        sequence = tl.load(sequence_ptr + index)
+        context = tl.load(context_lens + sequence)
+        head = (tile - base) // count
+        segment = base + head * count
+        begin = tile - segment
+        stop = tl.minimum(count, end - segment)
+        low = tl.maximum(context - WINDOW, 0) if WINDOW > 0 else 0
+        offset = (tl.load(query_start + sequence).to(tl.int64) * HKV + head) * (GROUP * D)
+        q = tl.load(q_ptr + offset + inner, mask=inside, other=0.0).to(COMPUTE)
+        m = tl.full([BLOCK_M], -1e30, tl.float32)
+        mass = tl.zeros([BLOCK_M], tl.float32)
+        acc = tl.zeros([BLOCK_M, DIM], tl.float32)
+        m, mass, acc = _fold_tiles(
+            m, mass, acc, q, tl.full([BLOCK_M], context - 1, tl.int32), k_cache, v_cache,
+            tables + sequence.to(tl.int64) * table_stride, head,
+            low // TILE + begin, low // TILE + stop, low, context, SCALE, HKV, D, PAGE, TILE, WINDOW, True,
+        )  # fmt: skip
+
+        complete = stop - begin == count
+        if not complete:
+            # Of a program's segments only the first can have begun in another program and only the last go on in one.
+            leader = segment // share
+            last = (segment + count - 1) // share
+            partial = partial_ptr + (2 * program + (program == leader).to(tl.int32)) * PARTIAL
+            tl.store(partial + inner, acc, mask=inside)
+            tl.store(partial + STATS + row, m, mask=row < GROUP)
+            tl.store(partial + STATS + GROUP + row, mass, mask=row < GROUP)
+            tl.debug_barrier()  # all threads have stored before one announces it
+            complete = tl.atomic_add(arrived_ptr + leader, 1, sem="acq_rel") == last - leader
+            if complete:
+                tl.store(arrived_ptr + leader, 0)  # for the next launch
+                m = tl.full([BLOCK_M], -1e30, tl.float32)
+                mass = tl.zeros([BLOCK_M], tl.float32)
+                acc = tl.zeros([BLOCK_M, DIM], tl.float32)
+                for other in range(leader, last + 1):
+                    partial = partial_ptr + (2 * other + (other == leader).to(tl.int32)) * PARTIAL
+                    # .cg: past the L1 cache, which may hold what this partial was in an earlier layer
+                    m_i = tl.load(partial + STATS + row, mask=row < GROUP, other=-1e30, cache_modifier=".cg")
+                    mass_i = tl.load(partial + STATS + GROUP + row, mask=row < GROUP, other=0.0, cache_modifier=".cg")
+                    acc_i = tl.load(partial + inner, mask=inside, other=0.0, cache_modifier=".cg")
+                    m_new = tl.maximum(m, m_i)
+                    mass = mass * tl.exp2(m - m_new) + mass_i * tl.exp2(m_i - m_new)
+                    acc = acc * tl.exp2(m - m_new)[:, None] + acc_i * tl.exp2(m_i - m_new)[:, None]
+                    m = m_new
+        if complete:
+            tl.store(out_ptr + offset + inner, acc / tl.maximum(mass, 1e-30)[:, None], mask=inside)
+        tile = segment + stop
+        index += (tile == base + count * HKV).to(tl.int32)
+
+
+def tile_shape(head_dim: int, dtype: torch.dtype, capability: tuple[int, int], *, decode: bool) -> dict[str, int]:
+    """Rows of a query tile, keys of a key tile, warps, pipeline stages: what compiles without spilling registers."""
+    if dtype == torch.float32:  # no tensor cores, as TF32 would not be float32
+        return {"BLOCK_M": 16, "TILE": 16, "num_warps": 4, "num_stages": 2}
+    if decode:
+        return {"BLOCK_M": 16, "TILE": 64 if head_dim <= 128 else 32, "num_warps": 4, "num_stages": 3}
+    if head_dim > 128:
+        return {"BLOCK_M": 64, "TILE": 32, "num_warps": 8, "num_stages": 2}
+    return {"BLOCK_M": 128, "TILE": 64 if capability >= (9, 0) else 32, "num_warps": 8, "num_stages": 3}
+
+
+def decode_programs(multiprocessors: int, shared_memory: int, head_dim: int, cache_dtype: torch.dtype) -> int:
+    """Programs of a decode launch: as many as the card runs at once, so that none has to wait for another to end.
+
+    `shared_memory` is that of a multiprocessor, in bytes; float8 is bound by the registers of its conversion instead.
+    """
+    shape = tile_shape(head_dim, cache_dtype, (8, 0), decode=True)
+    buffers = 2 * (shape["num_stages"] - 1) * shape["TILE"] * triton.next_power_of_2(head_dim) * cache_dtype.itemsize
+    resident = 2 if cache_dtype == torch.float8_e4m3fn else min(4, shared_memory // (buffers + 9 * 1024))
+    return multiprocessors * max(1, resident)
+
+
+class TritonAttention(AttentionBackend):
+    """Pages are [num_blocks, Hkv, block_size, D], K and V apart: one head of one page is one run of memory.
+
+    With kv_cache_dtype "fp8" they hold float8 e4m3 with a scale of 1, which has the range of any trained model's K and
+    V (448) and 3 bits of mantissa.
+    """
+
+    def __init__(self, spec: AttentionSpec, kv_cache_dtype: str = "auto") -> None:
+        super().__init__(spec)
+        if kv_cache_dtype not in ("auto", "fp8"):
+            raise ValueError(f"kv_cache_dtype={kv_cache_dtype!r} is not known; accepted are 'auto' and 'fp8'")
+        self.capability, multiprocessors, shared_memory = card(spec.device)
+        if kv_cache_dtype == "fp8" and self.capability < (8, 9):
+            raise ValueError("kv_cache_dtype='fp8' needs a GPU of compute capability 8.9 or higher (Ada, Hopper)")
+        self.cache_dtype = torch.float8_e4m3fn if kv_cache_dtype == "fp8" else spec.dtype
+        self.programs = decode_programs(multiprocessors, shared_memory, spec.head_dim, self.cache_dtype)
+
+    def page_bytes(self) -> int:
+        return super().page_bytes() // self.spec.dtype.itemsize * self.cache_dtype.itemsize
+
+    def allocate(self, num_blocks: int) -> None:
+        spec = self.spec
+        shape = (spec.num_layers, 2, num_blocks, spec.num_kv_heads, spec.block_size, spec.head_dim)
+        self.cache = torch.zeros(shape, dtype=self.cache_dtype, device=spec.device)
+        group = spec.num_heads // spec.num_kv_heads
+        self.partial = torch.empty(2 * self.programs, group * (spec.head_dim + 2), device=spec.device)
+        self.arrived = torch.zeros(self.programs, dtype=torch.int32, device=spec.device)
+
+    def begin(self, meta: AttentionMetadata) -> None:
+        """Plans the step's decoding, by a kernel that a CUDA graph must capture together with the layers."""
+        super().begin(meta)
+        tile = tile_shape(self.spec.head_dim, self.spec.dtype, self.capability, decode=True)["TILE"]
+        self.plans = {
+            window: decode_plan(meta, self.spec.num_kv_heads, tile, window, self.programs)
+            for window in set(self.spec.sliding_windows)
+        }
+
+    def write(self, layer: int, qkv: Tensor, rope: QKNormRope) -> Tensor:
+        return write_qkv(qkv, self.meta.positions, self.meta.slot_mapping, rope, *self.cache[layer])
+
+    def store(self, layer: int, k: Tensor, v: Tensor) -> None:
+        write_kv(k, v, self.meta.slot_mapping, *self.cache[layer])
+
+    def attend(self, layer: int, q: Tensor) -> Tensor:
+        spec, meta = self.spec, self.meta
+        out = torch.empty_like(q)
+        window = spec.sliding_windows[layer]
+        tensors = (
+            q,
+            out,
+            *self.cache[layer],
+            meta.block_tables,
+            meta.block_tables.stride(0),
+            meta.context_lens,
+            meta.query_start,
+        )
+        group = spec.num_heads // spec.num_kv_heads
+        common = {
+            "SCALE": spec.scale * LOG2E,
+            "HKV": spec.num_kv_heads,
+            "GROUP": group,
+            "D": spec.head_dim,
+            "DIM": triton.next_power_of_2(spec.head_dim),
+            "PAGE": spec.block_size,
+            "WINDOW": window or 0,
+            "COMPUTE": compute_type(spec.dtype),
+        }
+        rows = triton.next_power_of_2(group)
+        if meta.max_query_len > 1:
+            shape = tile_shape(spec.head_dim, spec.dtype, self.capability, decode=False)
+            shape["BLOCK_M"] = max(shape["BLOCK_M"], rows)
+            num_sequences = len(meta.context_lens)
+            # the sum of ceil(query_len / block) over the sequences is at most this
+            grid = (len(q) // (shape["BLOCK_M"] // group) + num_sequences, spec.num_kv_heads)
+            _prefill_kernel[grid](*tensors, num_sequences, **common, **shape)
+        shape = tile_shape(spec.head_dim, spec.dtype, self.capability, decode=True)
+        shape["BLOCK_M"] = max(shape["BLOCK_M"], rows)
+        _decode_kernel[(self.programs,)](*tensors, *self.plans[window], self.partial, self.arrived, **common, **shape)
+        return out.flatten(1)
+
+
+def decode_plan(
+    meta: AttentionMetadata, num_kv_heads: int, tile: int, window: int | None, programs: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Deals the key tiles of all sequences with a single query to `programs` programs in equal, contiguous shares.
+
+    The tiles stand in one line, sequence by sequence, in it KV head by KV head, in it in the order of keys; program p
+    takes p * share : (p + 1) * share. So the number of splits of a sequence follows from how much there is to do in all
+    and from the size of the card, on the device, while the launch stays the same (Stream-K, Osama et al., 2023).
+
+    Returns int32 (share, total) [2], `first` [programs], the index of the sequence in which a program begins, `start`
+    [S + 1], where a sequence's tiles begin in the line, and `sequence` [S], which sequence that is.
+    """
+    num_sequences, device = len(meta.context_lens), meta.context_lens.device
+    share, first, start, sequence = (
+        torch.empty(size, dtype=torch.int32, device=device) for size in (2, programs, num_sequences + 1, num_sequences)
+    )
+    _plan_kernel[(triton.cdiv(programs, 64),)](
+        meta.context_lens, meta.query_start, num_sequences, share, first, start, sequence,
+        num_kv_heads, tile, window or 0, programs, 64, num_warps=4,
+    )  # fmt: skip
+    return share, first, start, sequence

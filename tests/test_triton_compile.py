@@ -1,0 +1,146 @@
+"""Every kernel, exactly as its caller launches it, compiled ahead of time for A100 and H100: no spills, 16-byte accesses.
+
+No GPU takes part. A driver without a device stands in for CUDA's, and launches stop after the compilation.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton", reason="no triton for this platform")
+
+from attention_reference import make_case  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.runtime.driver import driver  # noqa: E402
+
+from nanovllm.attention.triton_backend import TritonAttention  # noqa: E402
+from nanovllm.kernels import triton_ops  # noqa: E402
+from nanovllm.layers.rotary import QKNormRope  # noqa: E402
+
+RESOURCES = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+pytestmark = [
+    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing"),
+    pytest.mark.skipif(not RESOURCES.exists(), reason="this triton carries no cuobjdump"),
+]
+
+
+class NoDevice:
+    """What `JITFunction.run` asks of a driver before it launches."""
+
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
+
+    def get_current_device(self) -> int:
+        return self.capability  # kernels are cached by device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.capability, 32)
+
+
+@pytest.fixture(params=[80, 90])
+def compiled(request, monkeypatch):
+    """A list to which every launch adds its compiled kernel."""
+    kernels = []
+    run = triton.JITFunction.run
+    monkeypatch.setattr(driver, "_active", NoDevice(request.param))
+    monkeypatch.setattr(
+        triton.JITFunction, "run", lambda *args, warmup, **kwargs: kernels.append(run(*args, warmup=True, **kwargs))
+    )
+    return kernels
+
+
+def check(kernel, tmp_path) -> str:
+    """Asserts that no register is spilled; returns the PTX."""
+    cubin = tmp_path / "kernel.cubin"
+    cubin.write_bytes(kernel.asm["cubin"])
+    report = subprocess.run([RESOURCES, "--dump-resource-usage", cubin], capture_output=True, text=True, check=True)
+    usage = dict(re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", report.stdout))
+    print(kernel.metadata.name, usage, f"shared {kernel.metadata.shared}")
+    assert usage["STACK"] == usage["LOCAL"] == "0", f"{kernel.metadata.name} spills: {usage}"
+    return kernel.asm["ptx"]
+
+
+def copies(ptx: str) -> set[int]:
+    """Sizes in bytes of the asynchronous copies from global to shared memory."""
+    return {int(size, 0) for size in re.findall(r"cp\.async\.\w+\.shared\.global[^;]*?, (0x\w+)", ptx)}
+
+
+def assert_wide(ptx: str) -> None:
+    """Tensors travel in 16-byte vectors; a scalar may be loaded alone."""
+    loads = re.findall(r"ld\.global\S*?\.(v\d)?\.?[bfu](\d+)", ptx)
+    assert ("v4", "32") in loads or ("v2", "64") in loads, set(loads)
+
+
+SHAPES = [  # heads, head_dim, block_size, window, dtype, kv_cache_dtype
+    ((16, 8), 128, 64, None, torch.bfloat16, "auto"),  # Qwen3-0.6B
+    ((32, 8), 128, 16, None, torch.bfloat16, "auto"),  # Qwen3-8B, small pages
+    ((28, 4), 128, 256, None, torch.float16, "auto"),  # Qwen2-7B
+    ((9, 3), 64, 16, None, torch.bfloat16, "auto"),  # SmolLM2-135M
+    ((8, 4), 256, 64, 512, torch.bfloat16, "auto"),  # Gemma
+    ((32, 32), 96, 16, 2047, torch.bfloat16, "auto"),  # Phi-3-mini
+    ((32, 32), 80, 64, None, torch.float16, "auto"),  # Phi-2
+    ((16, 8), 128, 64, None, torch.float32, "auto"),
+    ((16, 8), 128, 64, None, torch.bfloat16, "fp8"),
+]
+
+
+@pytest.mark.parametrize(("heads", "dim", "page", "window", "dtype", "cache"), SHAPES)
+def test_attention(compiled, tmp_path, heads, dim, page, window, dtype, cache):
+    if cache == "fp8" and driver.active.capability < 89:
+        pytest.skip("float8 needs compute capability 8.9")
+    case = make_case([3, 1], [70, 80], heads=heads, head_dim=dim, block_size=page, windows=(window,), dtype=dtype)
+    backend = TritonAttention(case.spec, cache)
+    backend.capability = divmod(driver.active.capability, 10)
+    backend.programs = 264
+    backend.allocate(case.num_blocks)
+    backend.begin(case.metadata([67, 79], [70, 80]))
+    backend.attend(0, torch.cat(case.q))
+    plan, prefill, decode = compiled
+    check(plan, tmp_path)
+    for kernel in (prefill, decode):
+        ptx = check(kernel, tmp_path)
+        assert kernel.metadata.shared <= 160 * 1024
+        assert 16 in copies(ptx) or (cache == "fp8" and copies(ptx) == {8})
+        if dtype != torch.float32:
+            assert ("wgmma" if kernel is prefill and driver.active.capability == 90 else "mma.sync") in ptx
+
+
+@pytest.mark.parametrize("dim", [64, 80, 128, 256])
+@pytest.mark.parametrize("norm", [None, 1e-6])
+def test_write(compiled, tmp_path, dim, norm):
+    rope = QKNormRope(16, 8, dim, torch.zeros(64, dim), norm).to(torch.bfloat16)
+    slots = torch.zeros(2, dtype=torch.int32)
+    cache = torch.zeros(2, 4, 8, 64, dim, dtype=torch.bfloat16)
+    rope.cos_sin = rope.cos_sin.float()
+    triton_ops.write_qkv(torch.zeros(2, 32 * dim, dtype=torch.bfloat16), slots, slots, rope, *cache)
+    assert_wide(check(compiled[0], tmp_path))
+
+
+@pytest.mark.parametrize("size", [576, 1024, 4096, 5120])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_elementwise(compiled, tmp_path, size, dtype):
+    x = torch.zeros(2, 2 * size, dtype=dtype)
+    triton_ops.rms_norm(x, x[0], 1e-6)
+    triton_ops.add_rms_norm(x, x.clone(), x[0], 1e-6)
+    triton_ops.silu_and_mul(x)
+    for kernel in compiled:
+        assert_wide(check(kernel, tmp_path))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_sampling(compiled, tmp_path, dtype):
+    logits, row, k = torch.zeros(2, 151936, dtype=dtype), torch.zeros(2), torch.zeros(2, dtype=torch.int32)
+    triton_ops.draw(logits, row, row)
+    triton_ops.draw(logits, row, row, triton_ops.filter_threshold(logits, row, k, row, row))
+    assert len(compiled) == 5
+    for kernel in compiled:
+        assert_wide(check(kernel, tmp_path))
