@@ -79,13 +79,16 @@ class GGUFTensor:
         packed = self.packed[rows if self.row_order is None else self.row_order[rows]]
         if len(self.shape) == 1:
             return self.unpack(packed).reshape(-1)
-        start, stop, _ = columns.indices(self.shape[1])
+        start, stop, step = columns.indices(self.shape[1])
         first, last = start // self.block, -(-stop // self.block)
         blocks = self.unpack(packed[:, first * self.block_bytes : last * self.block_bytes])
-        return blocks[:, start - first * self.block : stop - first * self.block]
+        return blocks[:, start - first * self.block : stop - first * self.block : step]
 
     def unpack(self, packed: np.ndarray) -> Tensor:
         """uint8 [rows, bytes of whole blocks] -> [rows, weights]."""
+        shape = len(packed), packed.shape[1] // self.block_bytes * self.block
+        if not packed.size:
+            return torch.empty(shape, dtype=self.dtype)
         if self.kind.name in PLAIN:
             return torch.from_numpy(packed.copy()).view(self.dtype)
         from gguf.quants import dequantize
@@ -98,7 +101,7 @@ class GGUFTensor:
                 out[i : i + step] = dequantize(blocks[i : i + step].reshape(1, -1), self.kind).reshape(-1, self.block)
         except NotImplementedError as err:
             raise ValueError(f"{self.name} is of type {self.kind.name}, which the gguf package cannot read") from err
-        return torch.from_numpy(out.reshape(len(packed), -1))
+        return torch.from_numpy(out.reshape(shape))
 
 
 class GGUF:
