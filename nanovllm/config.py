@@ -6,12 +6,10 @@ A value that would change results and that this engine cannot honour is refused 
 from __future__ import annotations
 
 import difflib
-import logging
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
-
-logger = logging.getLogger("nanovllm")
 
 DTYPES = {
     "auto": "auto",
@@ -23,9 +21,14 @@ DTYPES = {
 }
 
 
-@dataclass
+@dataclass(init=False)
 class EngineArgs:
-    """Everything an engine is made from; `None` means "decide for me"."""
+    """Everything an engine is made from; `None` means "decide for me".
+
+    `EngineArgs(model, **kwargs)` takes every argument of vLLM's: those below do something here, `NO_EFFECT` ones nothing
+    that could be seen in results, `NEUTRAL` ones are accepted as long as they ask for nothing.
+    Raises TypeError for an unknown name, ValueError for a value that cannot be honoured.
+    """
 
     model: str
     tokenizer: str | None = None
@@ -62,7 +65,29 @@ class EngineArgs:
     tensor_parallel_size: int = 1
     distributed_executor_backend: str | None = None
 
-    def __post_init__(self) -> None:
+    def __init__(self, model: str, **kwargs: Any) -> None:
+        self.model = model
+        defaults = {f.name: f.default for f in fields(self) if f.name != "model"}
+        for name, value in defaults.items():
+            setattr(self, name, value)
+        for name, value in kwargs.items():
+            name = NANO_VLLM_NAMES.get(name, name)
+            if name in defaults:
+                setattr(self, name, defaults[name] if value is None else value)
+            elif name in NEUTRAL:
+                if value is not None and value not in NEUTRAL[name]:
+                    accepted = ", ".join(map(repr, (None, *NEUTRAL[name])))
+                    raise ValueError(f"{name}={value!r} is not supported; accepted: {accepted}")
+            elif name not in NO_EFFECT:
+                close = difflib.get_close_matches(name, [*defaults, *NO_EFFECT, *NEUTRAL], 1)
+                hint = f"; did you mean {close[0]!r}?" if close else ""
+                raise TypeError(f"LLM() got an unexpected keyword argument {name!r}{hint}")
+        self._check()
+
+    def _check(self) -> None:
+        if not isinstance(self.model, (str, os.PathLike)):
+            raise TypeError(f"model={self.model!r} must be a folder, a .gguf file or a hub name")
+        self.model = str(self.model)
         dtype = str(self.dtype).removeprefix("torch.")
         if dtype not in DTYPES:
             raise ValueError(f"dtype={self.dtype!r} is not known; accepted are {', '.join(DTYPES)}")
@@ -84,30 +109,6 @@ class EngineArgs:
             raise ValueError(f"max_logprobs={self.max_logprobs} must be at least 0, or -1 for the whole vocabulary")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise TypeError(f"seed={self.seed!r} must be an int")
-
-    @classmethod
-    def from_kwargs(cls, model: str, kwargs: dict[str, Any]) -> EngineArgs:
-        """Sorts what a script passes to `LLM` into what is implemented, neutral, or refused."""
-        own = {f.name for f in fields(cls)}
-        accepted: dict[str, Any] = {}
-        for name, value in kwargs.items():
-            name = NANO_VLLM_NAMES.get(name, name)
-            if name in own:
-                if value is not None or cls.__dataclass_fields__[name].default is None:
-                    accepted[name] = value
-            elif name in NO_EFFECT:
-                logger.debug("%s=%r has no effect here", name, value)
-            elif name in NEUTRAL:
-                if value is not None and value not in NEUTRAL[name]:
-                    raise ValueError(
-                        f"{name}={value!r} is not supported; accepted: {', '.join(map(repr, (None, *NEUTRAL[name])))}"
-                    )
-            else:
-                known = [*own, *NO_EFFECT, *NEUTRAL]
-                close = difflib.get_close_matches(name, known, 1)
-                hint = f"; did you mean {close[0]!r}?" if close else ""
-                raise TypeError(f"LLM() got an unexpected keyword argument {name!r}{hint}")
-        return cls(model=model, **accepted)
 
 
 NANO_VLLM_NAMES = {"kvcache_block_size": "block_size", "num_kvcache_blocks": "num_gpu_blocks_override"}

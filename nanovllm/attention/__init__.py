@@ -59,6 +59,11 @@ class AttentionBackend(ABC):
     def __init__(self, spec: AttentionSpec) -> None:
         self.spec = spec
 
+    @staticmethod
+    def refuses(spec: AttentionSpec) -> str | None:
+        """Why this backend cannot run `spec` on this machine, or None where it can."""
+        return None
+
     def page_bytes(self) -> int:
         """Bytes of one page: K and V of `block_size` tokens in all layers."""
         spec = self.spec
@@ -66,7 +71,7 @@ class AttentionBackend(ABC):
 
     @abstractmethod
     def allocate(self, num_blocks: int) -> None:
-        """Makes `num_blocks` zeroed pages."""
+        """Makes `num_blocks` zeroed pages, in place of those there were."""
 
     def begin(self, meta: AttentionMetadata) -> None:
         """Takes the step's metadata; called once, before the first layer."""

@@ -15,6 +15,8 @@ from nanovllm.engine.sequence import Sequence, SequenceTable
 if TYPE_CHECKING:
     from nanovllm.engine.scheduler import Step
 
+Array = Any  # of numpy on the host, of torch on the device
+
 
 def no_ints() -> Any:
     return field(default_factory=lambda: np.empty(0, np.int32))
@@ -33,39 +35,39 @@ class Batch:
     that draw at random (draws), as said.
     """
 
-    sizes: np.ndarray  # [4] max_query_len, max_context_len, most logprobs and most prompt logprobs wanted
-    token_ids: np.ndarray  # [T]
-    positions: np.ndarray  # [T]
-    slot_mapping: np.ndarray  # [T] where K/V go: block * block_size + offset, or -1
-    token_rows: np.ndarray  # [T]
-    query_start: np.ndarray  # [S + 1]
-    context_lens: np.ndarray  # [S]
-    block_tables: np.ndarray  # [S, most blocks]
-    sample_at: np.ndarray  # [K] into tokens: whose logits are sampled
-    sample_rows: np.ndarray  # [K]
-    random_at: np.ndarray = no_ints()  # [R] into samples: the rest is greedy
-    temperature: np.ndarray = no_floats()  # [R]
-    uniform: np.ndarray = no_floats()  # [R] in [0, 1)
-    filter_at: np.ndarray = no_ints()  # [F] into draws
-    top_k: np.ndarray = no_ints()  # [F] the vocabulary size where off
-    top_p: np.ndarray = no_floats()  # [F]
-    min_p: np.ndarray = no_floats()  # [F]
-    allow_at: np.ndarray = no_ints()  # [A] into samples: only the ids of allow_ids[allow_start[i]:allow_start[i + 1]]
-    allow_start: np.ndarray = no_ints()  # [A + 1]
-    allow_ids: np.ndarray = no_ints()
-    bias_at: np.ndarray = no_ints()  # [E] into samples
-    bias_ids: np.ndarray = no_ints()  # [E]
-    bias_values: np.ndarray = no_floats()  # [E] added to the logits; -inf bans
-    penalty_at: np.ndarray = no_ints()  # [P] into samples
-    presence: np.ndarray = no_floats()  # [P]
-    frequency: np.ndarray = no_floats()  # [P]
-    repetition: np.ndarray = no_floats()  # [P]
-    history_start: np.ndarray = no_ints()  # [P + 1]
-    history_prompt: np.ndarray = no_ints()  # [P] how many tokens of each history are prompt
-    history: np.ndarray = no_ints()  # token ids, pending ones -1
-    logprob_at: np.ndarray = no_ints()  # [L] into samples
-    prompt_at: np.ndarray = no_ints()  # [Q] into tokens
-    prompt_targets: np.ndarray = no_ints()  # [Q] the prompt token that follows each
+    sizes: Array  # [4] max_query_len, max_context_len, most logprobs and most prompt logprobs wanted
+    token_ids: Array  # [T]
+    positions: Array  # [T]
+    slot_mapping: Array  # [T] where K/V go: block * block_size + offset, or -1
+    token_rows: Array  # [T]
+    query_start: Array  # [S + 1]
+    context_lens: Array  # [S]
+    block_tables: Array  # [S, most blocks]
+    sample_at: Array  # [K] into tokens: whose logits are sampled
+    sample_rows: Array  # [K]
+    random_at: Array = no_ints()  # [R] into samples: the rest is greedy
+    temperature: Array = no_floats()  # [R]
+    uniform: Array = no_floats()  # [R] in [0, 1)
+    filter_at: Array = no_ints()  # [F] into draws
+    top_k: Array = no_ints()  # [F] the vocabulary size where off
+    top_p: Array = no_floats()  # [F]
+    min_p: Array = no_floats()  # [F]
+    allow_at: Array = no_ints()  # [A] into samples: only the ids of allow_ids[allow_start[i]:allow_start[i + 1]]
+    allow_start: Array = no_ints()  # [A + 1]
+    allow_ids: Array = no_ints()
+    bias_at: Array = no_ints()  # [E] into samples
+    bias_ids: Array = no_ints()  # [E]
+    bias_values: Array = no_floats()  # [E] added to the logits; -inf bans
+    penalty_at: Array = no_ints()  # [P] into samples
+    presence: Array = no_floats()  # [P]
+    frequency: Array = no_floats()  # [P]
+    repetition: Array = no_floats()  # [P]
+    history_start: Array = no_ints()  # [P + 1]
+    history_prompt: Array = no_ints()  # [P] how many tokens of each history are prompt
+    history: Array = no_ints()  # token ids, pending ones -1
+    logprob_at: Array = no_ints()  # [L] into samples
+    prompt_at: Array = no_ints()  # [Q] into tokens
+    prompt_targets: Array = no_ints()  # [Q] the prompt token that follows each
 
     def pack(self) -> tuple[np.ndarray, list[int]]:
         """All fields in one int32 buffer, and the length of each."""

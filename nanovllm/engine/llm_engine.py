@@ -6,9 +6,10 @@ host finishes step N - 1 and prepares step N + 1 while the device runs step N. T
 
 from __future__ import annotations
 
-import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,15 @@ from nanovllm.outputs import RequestMetrics, RequestOutput
 from nanovllm.runner.setup import Setup
 from nanovllm.sampling_params import SamplingParams
 
-logger = logging.getLogger("nanovllm")
+TOTALS = ("prompt_tokens", "generation_tokens", "num_preemptions", "prefix_cache_queries", "prefix_cache_hits")
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A counter (it only grows) or a gauge; token counts are of all requests since the engine was made."""
+
+    name: str
+    value: float
 
 
 class LLMEngine:
@@ -40,6 +49,8 @@ class LLMEngine:
         self.log_stats = not args.disable_log_stats
         self.num_requests = 0
         self.num_sequences = 0
+        self.asleep: set[str] = set()
+        self.totals = dict.fromkeys(TOTALS, 0)
         self._reset()
 
     @classmethod
@@ -49,6 +60,8 @@ class LLMEngine:
     def _reset(self) -> None:
         """An empty scheduler over an empty cache."""
         args, setup = self.args, self.setup
+        if hasattr(self, "scheduler"):
+            self._keep_totals()
         self.scheduler = Scheduler(
             num_blocks=self.runner.num_blocks,
             block_size=args.block_size,
@@ -65,11 +78,18 @@ class LLMEngine:
 
     # -- requests ----------------------------------------------------------------------------------------------------
 
-    def add_request(self, request_id: str, prompt: Any, params: SamplingParams) -> None:
+    def add_request(
+        self, request_id: str, prompt: Any, params: SamplingParams, max_logprobs: int | None = None
+    ) -> None:
         """Checks a request and queues it. Raises TypeError or ValueError, and then nothing has changed.
 
         prompt: text, token ids, or a dict with "prompt" (text) or "prompt_token_ids".
+        max_logprobs: instead of the engine's own limit.
         """
+        if self.asleep:
+            raise ValidationError(
+                f"the engine sleeps ({' and '.join(sorted(self.asleep))} are gone): call wake_up() first"
+            )
         if not isinstance(params, SamplingParams):
             raise TypeError(f"sampling_params must be SamplingParams, got {type(params).__name__}")
         if request_id in self.processor.requests:
@@ -77,7 +97,8 @@ class LLMEngine:
         text, token_ids = self._tokenize(prompt)
         params = params.clone()
         params.verify()
-        params.verify_for_model(self.vocab_size, self.args.max_logprobs, self.tokenizer is not None)
+        limit = self.args.max_logprobs if max_logprobs is None else max_logprobs
+        params.verify_for_model(self.vocab_size, limit, self.tokenizer is not None)
         tokens = self._check_prompt(token_ids)
         room = self.max_model_len - len(tokens)
         end = len(tokens) + min(params.max_tokens or room, room)
@@ -146,13 +167,9 @@ class LLMEngine:
 
     def _bad_word_ids(self, words: list[str]) -> list[tuple[int, ...]]:
         """Each word as it is tokenised at the start of a text, and after a space."""
-        found: set[tuple[int, ...]] = set()
-        for word in words:
-            for text in (word.lstrip(), " " + word.lstrip()):
-                ids = self.tokenizer.encode(text, add_special_tokens=False)
-                if ids and self.tokenizer.decode(ids).strip():
-                    found.add(tuple(ids))
-        return sorted(found)
+        forms = [form for word in words for form in (word.lstrip(), " " + word.lstrip())]
+        tokenizer: Any = self.tokenizer  # without one, bad words were refused
+        return sorted({tuple(tokenizer.encode(form, add_special_tokens=False)) for form in forms} - {()})
 
     def _seed(self, seed: int | None, number: int, index: int) -> int:
         """64 bits for one sequence: of the request's seed if it has one, else of the engine's and the request's number."""
@@ -222,3 +239,123 @@ class LLMEngine:
         for row in step.rows[step.starts == self.scheduler.table.num_cached[step.rows]]:
             metrics = self.scheduler.table.seqs[row].owner.request.metrics
             metrics.first_scheduled_time = metrics.first_scheduled_time or time.monotonic()
+
+    # -- the engine's state ------------------------------------------------------------------------------------------
+
+    @property
+    def eos_token_ids(self) -> frozenset[int]:
+        return self.setup.eos_token_ids
+
+    @property
+    def model_config(self) -> SimpleNamespace:
+        """What vLLM's clients read of its model config."""
+        setup = self.setup
+        return SimpleNamespace(
+            model=self.args.model,
+            max_model_len=self.max_model_len,
+            hf_config=setup.hf_config,
+            hf_text_config=setup.hf_config,
+            dtype=setup.dtype,
+            seed=self.args.seed,
+            get_vocab_size=lambda: self.vocab_size,
+        )
+
+    @property
+    def scheduler_config(self) -> SimpleNamespace:
+        setup = self.setup
+        return SimpleNamespace(
+            max_num_seqs=setup.max_num_seqs,
+            max_num_batched_tokens=setup.max_num_batched_tokens,
+            max_model_len=self.max_model_len,
+            async_scheduling=self.overlap,
+        )
+
+    @property
+    def model_executor(self) -> SimpleNamespace:
+        """`model_executor.driver_worker.model_runner.model`, which RL trainers load new weights into."""
+        return SimpleNamespace(driver_worker=self._worker())
+
+    def _worker(self) -> SimpleNamespace:
+        return SimpleNamespace(model_runner=self.runner, rank=0, device=self.setup.device)
+
+    def collective_rpc(
+        self, method: str | Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> list[Any]:
+        """Calls `method(worker, ...)`, or the method of that name of the worker's model runner, on each rank."""
+        if callable(method):
+            return [method(self._worker(), *args, **kwargs)]
+        if not hasattr(self.runner, method):
+            raise ValidationError(f"collective_rpc: the model runner has no method {method!r}")
+        return [getattr(self.runner, method)(*args, **kwargs)]
+
+    def apply_model(self, func: Callable[[Any], Any]) -> list[Any]:
+        return self.collective_rpc(lambda worker: func(worker.model_runner.model), (), {})
+
+    def set_tokenizer(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self.processor.detokenizer = Detokenizer(tokenizer)
+
+    def get_tokenizer(self) -> Any:
+        return self.tokenizer
+
+    def check_prompt(self, prompt: Any) -> list[int]:
+        """A prompt of any form as token ids. Raises what `add_request` would."""
+        return self._check_prompt(self._tokenize(prompt)[1]).tolist()
+
+    def decode(self, token_ids: list[int], skip_special_tokens: bool) -> str | None:
+        return (
+            None
+            if self.tokenizer is None
+            else self.tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
+        )
+
+    def default_sampling(self) -> dict[str, Any]:
+        """What generation_config.json recommends, as arguments of SamplingParams."""
+        config = self.setup.generation_config
+        if config.get("do_sample") is False:
+            return {"temperature": 0.0}
+        names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+        found = {name: config[name] for name in names if config.get(name) is not None}
+        if config.get("max_new_tokens") is not None:
+            found["max_tokens"] = config["max_new_tokens"]
+        return found
+
+    def reset_prefix_cache(self) -> bool:
+        self.scheduler.blocks.reset()
+        return True
+
+    def sleep(self, level: int) -> None:
+        if level not in (1, 2):
+            raise ValidationError(
+                f"level={level!r} is not known; accepted are 1 (weights to the host) and 2 (weights dropped)"
+            )
+        if self.has_unfinished_requests():
+            raise ValidationError(
+                f"sleep: {self.get_num_unfinished_requests()} requests are unfinished; finish or abort them"
+            )
+        self._reset()
+        self.collective_rpc("sleep", (level,), {})
+        self.asleep = {"weights", "kv_cache"}
+
+    def wake_up(self, tags: list[str] | None) -> None:
+        wanted = {"weights", "kv_cache"} if tags is None else set(tags)
+        if not wanted <= {"weights", "kv_cache"}:
+            raise ValidationError(f"tags={tags!r} are not known; accepted are 'weights' and 'kv_cache'")
+        for tag in sorted(wanted & self.asleep, reverse=True):
+            self.collective_rpc("wake_up", (tag,), {})
+            self.asleep.discard(tag)
+
+    def _keep_totals(self) -> None:
+        for name in TOTALS:
+            self.totals[name] += getattr(self.scheduler, name)
+
+    def get_metrics(self) -> list[Metric]:
+        scheduler = self.scheduler
+        counts = {name: self.totals[name] + getattr(scheduler, name) for name in TOTALS}
+        blocks = scheduler.blocks
+        gauges = {
+            "num_requests_running": len(scheduler.order),
+            "num_requests_waiting": len(scheduler.waiting),
+            "kv_cache_usage_perc": 1 - blocks.num_free / blocks.num_blocks,
+        }
+        return [Metric(f"vllm:{name}", value) for name, value in {**counts, **gauges}.items()]

@@ -57,6 +57,8 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.unfinished: dict[int, Sequence] = {}
         self.num_preemptions = 0
+        self.prompt_tokens = self.generation_tokens = 0
+        self.prefix_cache_queries = self.prefix_cache_hits = 0  # in tokens
 
     def add(self, seq: Sequence) -> None:
         self.unfinished[seq.seq_id] = seq
@@ -147,6 +149,9 @@ class Scheduler:
         seq.prefix = hit[-1] if hit else None
         if seq.num_cached_tokens < 0:
             seq.num_cached_tokens = num_cached
+            self.prompt_tokens += length
+            self.prefix_cache_queries += length
+            self.prefix_cache_hits += num_cached
         return row
 
     def _allocate(self, row: int, count: int) -> None:
@@ -222,9 +227,9 @@ class Scheduler:
             look |= (tokens_live == eos) & ~table.ignore_eos[rows]
         for i in np.flatnonzero(look):
             news.append((int(index[i]), self._running(int(rows[i]))))
-        for i, seq in news:
-            self._finish_if_ended(seq, int(tokens[i]), int(step.ends[step.sampled[i]]) + 1)
-        return [(i, seq) for i, seq in news if seq.finish_reason or seq.watched]
+        for at, seq in news:
+            self._finish_if_ended(seq, int(tokens[at]), int(step.ends[step.sampled[at]]) + 1)
+        return [(at, seq) for at, seq in news if seq.finish_reason or seq.watched]
 
     def _finish_if_ended(self, seq: Sequence, token: int, length: int) -> None:
         """EOS, then stop tokens, then length: the order decides which reason is given."""
@@ -244,4 +249,5 @@ class Scheduler:
         else:
             self.waiting.remove(seq)
         del self.unfinished[seq.seq_id]
+        self.generation_tokens += len(seq.token_ids) - seq.prompt_len
         seq.finish_reason, seq.stop_reason = reason, stop_reason

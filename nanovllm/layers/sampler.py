@@ -116,8 +116,8 @@ def nucleus_threshold(logits: Tensor, top: Tensor, threshold: Tensor, top_p: Ten
         return ordered.gather(1, size.clamp(max=ordered.shape[1] - 1)), size.squeeze(1) >= ordered.shape[1]
 
     result, unfinished = smallest(top.masked_fill(top < threshold, float("-inf")), total, top_p)
-    rest = ((top_p < 1) & unfinished).nonzero().squeeze(1) if top.shape[1] < logits.shape[1] else []
-    if len(rest):
+    rest = ((top_p < 1) & unfinished).nonzero().squeeze(1)
+    if len(rest) and top.shape[1] < logits.shape[1]:
         result[rest] = smallest(logits[rest].sort(-1, descending=True).values, total[rest], top_p[rest])[0]
     return torch.where((top_p < 1)[:, None], result, float("-inf"))
 

@@ -12,24 +12,21 @@ from torch import Tensor, nn
 
 
 class Source(NamedTuple):
-    """`into` is filled by the part `index` of the checkpoint tensor `name`, whose whole shape is `shape`."""
+    """`into` is filled by the slices `part` of the checkpoint tensor `name`, whose whole shape is `shape`."""
 
     name: str
     shape: tuple[int, ...]
-    index: tuple[slice, ...]
+    part: tuple[slice, ...]
     into: Tensor
 
 
 def fill(model: nn.Module, weights: Iterable[tuple[str, Any]]) -> set[str]:
-    """Fills parameters in place from (name, tensor or lazy tensor) pairs; returns the names of the tensors still missing.
+    """Fills parameters in place from (name, tensor or lazy tensor) pairs; returns the names of those given.
 
     Raises ValueError for a tensor that the model does not know or whose shape is another.
     """
-    wanted: dict[str, list[Source]] = {}
-    for prefix, module in model.named_modules():
-        for source in module.sources(prefix) if hasattr(module, "sources") else ():
-            wanted.setdefault(source.name, []).append(source)
-    missing, unknown = set(wanted), []
+    wanted = all_sources(model)
+    given, unknown = set(), []
     tied = "lm_head.weight" not in wanted
     for name, tensor in weights:
         if name not in wanted:
@@ -41,11 +38,20 @@ def fill(model: nn.Module, weights: Iterable[tuple[str, Any]]) -> set[str]:
                 raise ValueError(
                     f"checkpoint: tensor {name} has shape {list(tensor.shape)}, the config asks for {list(source.shape)}"
                 )
-            source.into.data.copy_(tensor[source.index])
-        missing.discard(name)
+            source.into.data.copy_(tensor[source.part])
+        given.add(name)
     if unknown:
         raise ValueError(f"checkpoint: the model has no parameter for {listing(unknown)}")
-    return missing
+    return given
+
+
+def all_sources(model: nn.Module) -> dict[str, list[Source]]:
+    """Checkpoint name -> what it fills."""
+    found: dict[str, list[Source]] = {}
+    for prefix, module in model.named_modules():
+        for source in module.sources(prefix) if hasattr(module, "sources") else ():
+            found.setdefault(source.name, []).append(source)
+    return found
 
 
 def listing(names: Iterable[str], most: int = 5) -> str:

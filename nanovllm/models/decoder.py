@@ -6,6 +6,8 @@ The model knows tokens, positions and an attention backend; it knows neither seq
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from torch import Tensor, nn
 
 from nanovllm import kernels
@@ -13,6 +15,7 @@ from nanovllm.attention import AttentionBackend
 from nanovllm.layers.linear import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from nanovllm.layers.norm import RMSNorm
 from nanovllm.layers.rotary import QKNormRope
+from nanovllm.layers.source import fill
 from nanovllm.models.config import ModelConfig
 from nanovllm.parallel import TensorParallel
 
@@ -82,11 +85,12 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, input_ids: Tensor, attention: AttentionBackend) -> Tensor:
-        x, residual = self.embed_tokens(input_ids), None
+        x: Tensor = self.embed_tokens(input_ids)
+        residual: Tensor | None = None
         for layer in self.layers:
             x, residual = layer(x, residual, attention)
-        x, _ = self.norm.add(x, residual)
-        return x
+        assert residual is not None
+        return self.norm.add(x, residual)[0]
 
 
 class CausalLM(nn.Module):
@@ -104,6 +108,13 @@ class CausalLM(nn.Module):
     def forward(self, input_ids: Tensor, attention: AttentionBackend) -> Tensor:
         """input_ids [T] -> hidden states [T, hidden]. Positions are in the backend's metadata."""
         return self.model(input_ids, attention)
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        """Writes new weights, under checkpoint names, into the running model; returns the names that were given.
+
+        Reset the prefix cache after it. Raises ValueError for a name or a shape that the model does not have.
+        """
+        return fill(self, weights)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[K, hidden] -> [K, vocabulary]."""

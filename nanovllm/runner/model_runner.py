@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from nanovllm.attention.select import select_backend
 from nanovllm.config import EngineArgs
 from nanovllm.engine.batch import Batch
 from nanovllm.layers.sampler import Logprobs, logprobs, sample
-from nanovllm.layers.source import fill, listing
+from nanovllm.layers.source import all_sources, listing
 from nanovllm.models.config import ModelConfig, rope_table
 from nanovllm.models.decoder import CausalLM
 from nanovllm.parallel import TensorParallel
@@ -71,7 +71,7 @@ class ModelRunner:
         self,
         args: EngineArgs,
         config: ModelConfig,
-        weights: Iterable[tuple[str, Any]] | None,
+        weights: Callable[[], Iterable[tuple[str, Any]]] | None,
         *,
         dtype: torch.dtype,
         device: torch.device,
@@ -82,7 +82,8 @@ class ModelRunner:
     ) -> None:
         self.args, self.config, self.dtype, self.device, self.tp = args, config, dtype, device, tp
         self.max_model_len, self.max_num_batched_tokens = max_model_len, max_num_batched_tokens
-        self.model = self._make_model(weights)
+        self.weights = weights  # opens the checkpoint; None (load_format="dummy"): random ones
+        self.model = self._make_model()
         spec = AttentionSpec(
             num_layers=config.num_layers,
             num_heads=len(tp.split(config.num_heads)),
@@ -101,8 +102,7 @@ class ModelRunner:
 
     # -- setting up --------------------------------------------------------------------------------------------------
 
-    def _make_model(self, weights: Iterable[tuple[str, Any]] | None) -> CausalLM:
-        """The model with its weights, or with random ones where `weights` is None (load_format="dummy")."""
+    def _make_model(self) -> CausalLM:
         cos_sin = rope_table(self.config, self.max_model_len)
         default = torch.get_default_dtype()
         torch.set_default_dtype(self.dtype)
@@ -111,18 +111,21 @@ class ModelRunner:
                 model = CausalLM(self.config, cos_sin.to(self.device), self.tp).eval()
         finally:
             torch.set_default_dtype(default)
-        if weights is None:
+        self._load(model)
+        return model
+
+    def _load(self, model: CausalLM) -> None:
+        if self.weights is None:
             generator = torch.Generator(self.device).manual_seed(self.args.seed + self.tp.rank)
             for parameter in model.parameters():
                 if parameter.dim() > 1:
                     parameter.data.normal_(0, 0.02, generator=generator)
                 else:
                     parameter.data.fill_(1)
-            return model
-        missing = fill(model, weights)
+            return
+        missing = set(all_sources(model)) - model.load_weights(self.weights())
         if missing:
             raise ValueError(f"checkpoint: {self.args.model} has no tensor for {listing(missing)}")
-        return model
 
     def _num_blocks(self) -> int:
         """How many pages there are. Raises ValueError where they cannot hold one sequence of max_model_len."""
@@ -181,6 +184,33 @@ class ModelRunner:
             uniform=np.zeros(count, np.float32),
         )
         self.launch(batch).collect()
+
+    # -- sleeping ----------------------------------------------------------------------------------------------------
+
+    def sleep(self, level: int) -> None:
+        """Frees the KV cache and the weights; level 1 keeps a copy of these in the host's memory."""
+        self.attention.allocate(0)
+        parameters = list(self.model.parameters())
+        self.shapes = [parameter.shape for parameter in parameters]
+        self.backup = [to_host(parameter.data) for parameter in parameters] if level == 1 else None
+        for parameter in parameters:
+            parameter.data = parameter.data.new_empty(0)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            torch.cuda.empty_cache()
+
+    def wake_up(self, tag: str) -> None:
+        """Brings "weights" or "kv_cache" back; weights that were dropped are read from the checkpoint again."""
+        if tag == "kv_cache":
+            self.attention.allocate(self.num_blocks)
+        elif self.backup is not None:
+            for parameter, data in zip(self.model.parameters(), self.backup):
+                parameter.data = data.to(self.device)
+            self.backup = None
+        else:
+            for parameter, shape in zip(self.model.parameters(), self.shapes):
+                parameter.data = parameter.data.new_zeros(shape)
+            self._load(self.model)
 
     # -- running -----------------------------------------------------------------------------------------------------
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,7 @@ class Setup:
         return ModelRunner(
             self.args,
             self.config,
-            None if dummy else loader.iter_weights(self.files),
+            None if dummy else partial(loader.iter_weights, self.files),
             dtype=self.dtype,
             device=self.device,
             max_model_len=self.max_model_len,
