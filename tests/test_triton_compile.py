@@ -19,7 +19,7 @@ from attention_reference import make_case  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime.driver import driver  # noqa: E402
 
-from nanovllm.attention.triton_backend import TritonAttention  # noqa: E402
+from nanovllm.attention.triton_backend import TritonAttention, prefill_shape  # noqa: E402
 from nanovllm.kernels import triton_ops  # noqa: E402
 from nanovllm.layers.rotary import QKNormRope  # noqa: E402
 
@@ -99,12 +99,12 @@ def test_attention(compiled, tmp_path, heads, dim, page, window, dtype, cache):
         pytest.skip("float8 needs compute capability 8.9")
     case = make_case([3, 1], [70, 80], heads=heads, head_dim=dim, block_size=page, windows=(window,), dtype=dtype)
     backend = TritonAttention(case.spec, cache)
-    backend.capability = divmod(driver.active.capability, 10)
+    backend.prefill = prefill_shape(dim, dtype, divmod(driver.active.capability, 10))
     backend.programs = 264
     backend.allocate(case.num_blocks)
     backend.begin(case.metadata([67, 79], [70, 80]))
     backend.attend(0, torch.cat(case.q))
-    plan, prefill, decode = compiled
+    plan, decode, prefill = compiled
     check(plan, tmp_path)
     for kernel in (prefill, decode):
         ptx = check(kernel, tmp_path)

@@ -200,9 +200,8 @@ def _decode_kernel(
     kept, and whoever comes last combines them, always in the order of their keys (Flash-Decoding, Dao et al., 2023).
     """
     program = tl.program_id(0)
-    share = tl.load(share_ptr)
-    tile = program * share
-    end = tl.minimum(tile + share, tl.load(share_ptr + 1))
+    tile = program * tl.load(share_ptr)
+    end = tl.minimum(tile + tl.load(share_ptr), tl.load(share_ptr + 1))
     index = tl.load(first_ptr + program)
 
     row = tl.arange(0, BLOCK_M)
@@ -235,6 +234,7 @@ def _decode_kernel(
         complete = stop - begin == count
         if not complete:
             # Of a program's segments only the first can have begun in another program and only the last go on in one.
+            share = tl.load(share_ptr)
             leader = segment // share
             last = (segment + count - 1) // share
             partial = partial_ptr + (2 * program + (program == leader).to(tl.int32)) * PARTIAL
@@ -264,26 +264,41 @@ def _decode_kernel(
         index += (tile == base + count * HKV).to(tl.int32)
 
 
-def tile_shape(head_dim: int, dtype: torch.dtype, capability: tuple[int, int], *, decode: bool) -> dict[str, int]:
+def prefill_shape(head_dim: int, dtype: torch.dtype, capability: tuple[int, int]) -> dict[str, int]:
     """Rows of a query tile, keys of a key tile, warps, pipeline stages: what compiles without spilling registers."""
     if dtype == torch.float32:  # no tensor cores, as TF32 would not be float32
         return {"BLOCK_M": 16, "TILE": 16, "num_warps": 4, "num_stages": 2}
-    if decode:
-        return {"BLOCK_M": 16, "TILE": 64 if head_dim <= 128 else 32, "num_warps": 4, "num_stages": 3}
     if head_dim > 128:
         return {"BLOCK_M": 64, "TILE": 32, "num_warps": 8, "num_stages": 2}
     return {"BLOCK_M": 128, "TILE": 64 if capability >= (9, 0) else 32, "num_warps": 8, "num_stages": 3}
 
 
-def decode_programs(multiprocessors: int, shared_memory: int, head_dim: int, cache_dtype: torch.dtype) -> int:
+def decode_shape(head_dim: int, dtype: torch.dtype, cache_dtype: torch.dtype) -> dict[str, int]:
+    """The same for decoding, and the registers of a thread, which bound the programs that run at once."""
+    if dtype == torch.float32:
+        return {"BLOCK_M": 16, "TILE": 16, "num_warps": 4, "num_stages": 2, "maxnreg": 128}
+    registers = 128 if head_dim <= 64 else 168 if head_dim <= 128 else 240
+    if cache_dtype != dtype:  # the conversion to `dtype` passes through them
+        registers = 240
+    return {
+        "BLOCK_M": 16,
+        "TILE": 64 if head_dim <= 128 else 32,
+        "num_warps": 4,
+        "num_stages": 3,
+        "maxnreg": registers,
+    }
+
+
+def decode_programs(
+    multiprocessors: int, shared_memory: int, shape: dict[str, int], head_dim: int, cache_dtype: torch.dtype
+) -> int:
     """Programs of a decode launch: as many as the card runs at once, so that none has to wait for another to end.
 
-    `shared_memory` is that of a multiprocessor, in bytes; float8 is bound by the registers of its conversion instead.
+    `shared_memory` is that of a multiprocessor in bytes; each has 65536 registers.
     """
-    shape = tile_shape(head_dim, cache_dtype, (8, 0), decode=True)
     buffers = 2 * (shape["num_stages"] - 1) * shape["TILE"] * triton.next_power_of_2(head_dim) * cache_dtype.itemsize
-    resident = 2 if cache_dtype == torch.float8_e4m3fn else min(4, shared_memory // (buffers + 9 * 1024))
-    return multiprocessors * max(1, resident)
+    by_registers = 65536 // (shape["maxnreg"] * 32 * shape["num_warps"])
+    return multiprocessors * max(1, min(by_registers, shared_memory // (buffers + 11 * 1024)))
 
 
 class TritonAttention(AttentionBackend):
@@ -297,11 +312,16 @@ class TritonAttention(AttentionBackend):
         super().__init__(spec)
         if kv_cache_dtype not in ("auto", "fp8"):
             raise ValueError(f"kv_cache_dtype={kv_cache_dtype!r} is not known; accepted are 'auto' and 'fp8'")
-        self.capability, multiprocessors, shared_memory = card(spec.device)
-        if kv_cache_dtype == "fp8" and self.capability < (8, 9):
+        capability, multiprocessors, shared_memory = card(spec.device)
+        if kv_cache_dtype == "fp8" and capability < (8, 9):
             raise ValueError("kv_cache_dtype='fp8' needs a GPU of compute capability 8.9 or higher (Ada, Hopper)")
         self.cache_dtype = torch.float8_e4m3fn if kv_cache_dtype == "fp8" else spec.dtype
-        self.programs = decode_programs(multiprocessors, shared_memory, spec.head_dim, self.cache_dtype)
+        rows = triton.next_power_of_2(spec.num_heads // spec.num_kv_heads)
+        self.prefill = prefill_shape(spec.head_dim, spec.dtype, capability)
+        self.decode = decode_shape(spec.head_dim, spec.dtype, self.cache_dtype)
+        for shape in (self.prefill, self.decode):
+            shape["BLOCK_M"] = max(shape["BLOCK_M"], rows)
+        self.programs = decode_programs(multiprocessors, shared_memory, self.decode, spec.head_dim, self.cache_dtype)
 
     def page_bytes(self) -> int:
         return super().page_bytes() // self.spec.dtype.itemsize * self.cache_dtype.itemsize
@@ -317,9 +337,8 @@ class TritonAttention(AttentionBackend):
     def begin(self, meta: AttentionMetadata) -> None:
         """Plans the step's decoding, by a kernel that a CUDA graph must capture together with the layers."""
         super().begin(meta)
-        tile = tile_shape(self.spec.head_dim, self.spec.dtype, self.capability, decode=True)["TILE"]
         self.plans = {
-            window: decode_plan(meta, self.spec.num_kv_heads, tile, window, self.programs)
+            window: decode_plan(meta, self.spec.num_kv_heads, self.decode["TILE"], window, self.programs)
             for window in set(self.spec.sliding_windows)
         }
 
@@ -333,17 +352,9 @@ class TritonAttention(AttentionBackend):
         spec, meta = self.spec, self.meta
         out = torch.empty_like(q)
         window = spec.sliding_windows[layer]
-        tensors = (
-            q,
-            out,
-            *self.cache[layer],
-            meta.block_tables,
-            meta.block_tables.stride(0),
-            meta.context_lens,
-            meta.query_start,
-        )
         group = spec.num_heads // spec.num_kv_heads
-        common = {
+        tables = (meta.block_tables, meta.block_tables.stride(0), meta.context_lens, meta.query_start)
+        constants = {
             "SCALE": spec.scale * LOG2E,
             "HKV": spec.num_kv_heads,
             "GROUP": group,
@@ -353,17 +364,22 @@ class TritonAttention(AttentionBackend):
             "WINDOW": window or 0,
             "COMPUTE": compute_type(spec.dtype),
         }
-        rows = triton.next_power_of_2(group)
+        _decode_kernel[(self.programs,)](
+            q,
+            out,
+            *self.cache[layer],
+            *tables,
+            *self.plans[window],
+            self.partial,
+            self.arrived,
+            **constants,
+            **self.decode,
+        )
         if meta.max_query_len > 1:
-            shape = tile_shape(spec.head_dim, spec.dtype, self.capability, decode=False)
-            shape["BLOCK_M"] = max(shape["BLOCK_M"], rows)
             num_sequences = len(meta.context_lens)
             # the sum of ceil(query_len / block) over the sequences is at most this
-            grid = (len(q) // (shape["BLOCK_M"] // group) + num_sequences, spec.num_kv_heads)
-            _prefill_kernel[grid](*tensors, num_sequences, **common, **shape)
-        shape = tile_shape(spec.head_dim, spec.dtype, self.capability, decode=True)
-        shape["BLOCK_M"] = max(shape["BLOCK_M"], rows)
-        _decode_kernel[(self.programs,)](*tensors, *self.plans[window], self.partial, self.arrived, **common, **shape)
+            grid = (len(q) // (self.prefill["BLOCK_M"] // group) + num_sequences, spec.num_kv_heads)
+            _prefill_kernel[grid](q, out, *self.cache[layer], *tables, num_sequences, **constants, **self.prefill)
         return out.flatten(1)
 
 

@@ -193,9 +193,11 @@ class IncrementalDetokenizer:
             start = len(self._window) - _ANCHOR
             while start and self._detokenizer.kind(self._window[start]) < _TEXT:
                 start -= 1
-            self._window = self._window[start:]
-            # Counted from the end, as the first token may look different where it is the first.
-            self._num_shown = len(self._detokenizer.decode(self._params, self._window)) - (len(window_text) - end)
+            # Counted from the end, as the first token may look different where it is the first. Below 0 the last U+FFFD begins
+            # before `start`: possible where the tokenizer shows nothing at all of an unfinished character that follows it.
+            num_shown = len(self._detokenizer.decode(self._params, self._window[start:])) - (len(window_text) - end)
+            if num_shown >= 0:
+                self._window, self._num_shown = self._window[start:], num_shown
 
     def _search(self) -> bool:
         """Whether the last token completed a stop string; if so, cuts the text and finishes it."""
