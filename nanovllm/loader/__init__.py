@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 LOAD_FORMATS = ("auto", "safetensors", "gguf", "dummy")
 COPY_AT_ONCE = 1 << 22  # numbers
+TOKENIZER_FILES = ("tokenizer*", "vocab*")
 NO_PARAMETER = re.compile(r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$")  # old checkpoints saved these tables
 
 
@@ -222,6 +223,10 @@ def load_tokenizer(
 
     name = str(source.folder) if isinstance(source, ModelFiles) else source
     try:
+        if Path(name).is_dir() and not any(any(Path(name).glob(kind)) for kind in TOKENIZER_FILES):
+            raise FileNotFoundError(
+                "no tokenizer.json, tokenizer.model or vocabulary in it"
+            )  # 5.0 invents an empty one
         return AutoTokenizer.from_pretrained(
             name,
             use_fast=tokenizer_mode != "slow",
