@@ -249,5 +249,6 @@ class Scheduler:
         else:
             self.waiting.remove(seq)
         del self.unfinished[seq.seq_id]
+        seq.token_ids = seq.token_ids[seq.token_ids != PENDING]  # a surplus token is still in flight
         self.generation_tokens += len(seq.token_ids) - seq.prompt_len
         seq.finish_reason, seq.stop_reason = reason, stop_reason
