@@ -68,6 +68,11 @@ class Scheduler:
         """Whether the next step's sampling must know the tokens that are in flight."""
         return bool(self.table.waits[self.order].any())
 
+    def reset_prefix_cache(self) -> None:
+        """Nothing computed so far can be hit any more; running sequences go on, and register nothing of what they hold."""
+        self.blocks.reset()
+        self.table.num_registered[self.order] = self.blocks.num_blocks
+
     # -- planning ----------------------------------------------------------------------------------------------------
 
     def schedule(self) -> Step | None:
