@@ -1,0 +1,123 @@
+"""Gives the peers of bench.py the model that we run, in the formats they read; made once and kept in a folder.
+
+vLLM and transformers want a folder in Hugging Face's layout, llama.cpp a GGUF file, all of them in bfloat16.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+def hf_folder(model: Path, cache: Path) -> Path:
+    """The folder itself, or a GGUF file's weights (dequantised by transformers), config and tokenizer as a folder."""
+    if model.is_dir():
+        return model
+    folder = cache / f"{model.stem}-bf16"
+    if not (folder / "model.safetensors").exists():
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        source = {"pretrained_model_name_or_path": str(model.parent), "gguf_file": model.name}
+        AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
+        AutoModelForCausalLM.from_pretrained(**source).to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+def gguf_file(model: Path, cache: Path, dummy: bool) -> Path:
+    """A GGUF file in bfloat16: of the one given, or of a Qwen3 config (folder/config.json) with random weights."""
+    path = cache / f"{model.stem}-bf16.gguf"
+    if path.exists():
+        return path
+    if model.is_dir() and not dummy:
+        raise ValueError(f"--compare llama.cpp reads GGUF files and config-only shapes, and {model} is neither")
+    import gguf
+
+    cache.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    if dummy:
+        write_random(gguf, json.loads((model / "config.json").read_text()), part)
+    else:
+        write_dequantised(gguf, model, part)
+    shutil.move(part, path)
+    return path
+
+
+def write_dequantised(gguf: Any, model: Path, path: Path) -> None:
+    reader = gguf.GGUFReader(model)
+    kinds = {kind.value: kind for kind in gguf.GGUFValueType}
+    writer = gguf.GGUFWriter(path, reader.fields["general.architecture"].contents())
+    skip = ("GGUF.version", "GGUF.tensor_count", "GGUF.kv_count", "general.architecture", "general.file_type")
+    for name, field in reader.fields.items():
+        if name not in skip:
+            inner = kinds[field.types[-1]] if field.types[0] == gguf.GGUFValueType.ARRAY else None
+            writer.add_key_value(name, field.contents(), field.types[0], sub_type=inner)
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_BF16)
+    for tensor in reader.tensors:
+        values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        add(gguf, writer, tensor.name, values)
+    finish(writer)
+
+
+def write_random(gguf: Any, config: dict[str, Any], path: Path) -> None:
+    """A Qwen3 without a tokenizer. All weights are cut from one run of random numbers: speed does not look at them."""
+    layers, hidden, vocab = config["num_hidden_layers"], config["hidden_size"], config["vocab_size"]
+    dim, inner = config["head_dim"], config["intermediate_size"]
+    q, kv = config["num_attention_heads"] * dim, config["num_key_value_heads"] * dim
+    writer = gguf.GGUFWriter(path, "qwen3")
+    writer.add_block_count(layers)
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(hidden)
+    writer.add_feed_forward_length(inner)
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_key_length(dim)
+    writer.add_value_length(dim)
+    writer.add_rope_freq_base(config["rope_theta"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_BF16)
+    writer.add_tokenizer_model("none")
+    writer.add_vocab_size(vocab)
+    shapes = {"token_embd": (vocab, hidden), "output_norm": (hidden,)}
+    if not config["tie_word_embeddings"]:
+        shapes["output"] = (vocab, hidden)
+    for i in range(layers):
+        of_layer = {
+            "attn_norm": (hidden,),
+            "attn_q": (q, hidden),
+            "attn_k": (kv, hidden),
+            "attn_v": (kv, hidden),
+            "attn_q_norm": (dim,),
+            "attn_k_norm": (dim,),
+            "attn_output": (hidden, q),
+            "ffn_norm": (hidden,),
+            "ffn_gate": (inner, hidden),
+            "ffn_up": (inner, hidden),
+            "ffn_down": (hidden, inner),
+        }
+        shapes.update({f"blk.{i}.{name}": shape for name, shape in of_layer.items()})
+    numbers = np.random.default_rng(0).normal(0, 0.02, (vocab, hidden)).astype(np.float32)
+    for name, shape in shapes.items():
+        values = np.ones(shape, np.float32) if len(shape) == 1 else np.resize(numbers, shape)
+        add(gguf, writer, f"{name}.weight", values)
+    finish(writer)
+
+
+def add(gguf: Any, writer: Any, name: str, values: np.ndarray) -> None:
+    """Matrices in bfloat16, vectors in float32, as llama.cpp's own converter has them."""
+    if values.ndim == 1:
+        writer.add_tensor(name, values.astype(np.float32))
+    else:
+        kind = gguf.GGMLQuantizationType.BF16
+        writer.add_tensor(name, gguf.quants.quantize(values, kind), raw_dtype=kind)
+
+
+def finish(writer: Any) -> None:
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
