@@ -5,26 +5,22 @@ It uses the engine like any client does: one-token requests with logprobs.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from nanovllm.outputs import BeamSearchOutput, BeamSearchSequence
+from nanovllm.progress import Progress, progress
 from nanovllm.sampling_params import BeamSearchParams, RequestOutputKind, SamplingParams
 
 if TYPE_CHECKING:
     from nanovllm.llm import LLM
 
 
-def beam_search(
-    llm: LLM, prompts: list[Any], params: BeamSearchParams, use_tqdm: bool | Callable[..., Any]
-) -> list[BeamSearchOutput]:
+def beam_search(llm: LLM, prompts: list[Any], params: BeamSearchParams, use_tqdm: Progress) -> list[BeamSearchOutput]:
     """The `beam_width` sequences of highest score = cumulative logprob / generated tokens ** length_penalty.
 
     A beam ends at EOS (not counted as generated, and kept in `tokens` only with include_stop_str_in_output) or at
     max_tokens. Logprobs are the model's own, so `temperature` has no effect, as in vLLM.
     """
-    from nanovllm.llm import progress
-
     if not isinstance(params, BeamSearchParams):
         raise TypeError(f"params must be BeamSearchParams, got {type(params).__name__}")
     params.verify()

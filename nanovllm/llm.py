@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from typing import Any
 
 from nanovllm.beam_search import beam_search
+from nanovllm.chat import render
 from nanovllm.config import EngineArgs
 from nanovllm.engine.llm_engine import LLMEngine, Metric
 from nanovllm.errors import ValidationError
 from nanovllm.outputs import BeamSearchOutput, RequestOutput
+from nanovllm.progress import Progress, ProgressBar, progress
+from nanovllm.prompts import as_prompts, pair
 from nanovllm.sampling_params import BeamSearchParams, RequestOutputKind, SamplingParams
-
-Progress = bool | Callable[..., Any]
 
 
 class LLM:
@@ -24,7 +24,7 @@ class LLM:
     def __init__(self, model: str, **kwargs: Any) -> None:
         self.llm_engine = LLMEngine(EngineArgs(model, **kwargs))
         self._num_requests = 0  # request ids count on across calls
-        self._mail: dict[str, deque[RequestOutput]] = {}  # of requests that a call or a stream waits for
+        self._mail: dict[str, deque[RequestOutput]] = {}  # where the outputs of each unfinished request go
 
     # -- generating --------------------------------------------------------------------------------------------------
 
@@ -51,7 +51,7 @@ class LLM:
         batch = pair(as_prompts(prompts, prompt_token_ids), sampling_params, self.get_default_sampling_params)
         outputs: dict[str, RequestOutput] = {}
         stream = Stream(self, [(p, final_only(params)) for p, params in batch], use_tqdm)
-        with ProgressBar(len(batch), use_tqdm) as bar:
+        with closing(stream), ProgressBar(len(batch), use_tqdm) as bar:
             for output in stream:
                 outputs[output.request_id] = output
                 bar.add(output)
@@ -79,30 +79,16 @@ class LLM:
         chat_template_kwargs: dict[str, Any] | None = None,
     ) -> list[RequestOutput]:
         """Answers one conversation (a list of {"role", "content"} messages) or a list of them, by the model's template."""
-        if chat_template_content_format not in ("auto", "string"):
-            raise ValidationError(
-                f"chat_template_content_format={chat_template_content_format!r} is not supported; accepted: 'auto', 'string'"
-            )
-        conversations = [messages] if messages and isinstance(messages[0], Mapping) else messages
-        tokenizer = self._need_tokenizer("chat")
-        template = chat_template or self.llm_engine.args.chat_template
-        if template and "{" not in template and Path(template).is_file():
-            template = Path(template).read_text()
-        if template is None and tokenizer.chat_template is None:
-            raise ValidationError("chat: this model's tokenizer has no chat template; pass chat_template=")
-        prompts = []
-        for conversation in conversations:
-            text = tokenizer.apply_chat_template(
-                conversation,
-                chat_template=template,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=continue_final_message,
-                tools=tools,
-                tokenize=False,
-                **(chat_template_kwargs or {}),
-            )
-            # The template has written BOS and its kin already.
-            prompts.append({"prompt": text, "prompt_token_ids": tokenizer.encode(text, add_special_tokens=False)})
+        prompts = render(
+            self._need_tokenizer("chat"),
+            [messages] if messages and isinstance(messages[0], Mapping) else messages,
+            chat_template=chat_template or self.llm_engine.args.chat_template,
+            chat_template_content_format=chat_template_content_format,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            tools=tools,
+            **(chat_template_kwargs or {}),
+        )
         return self.generate(prompts, sampling_params, use_tqdm, lora_request)
 
     def beam_search(
@@ -174,17 +160,19 @@ class Stream:
     ) -> None:
         self._llm = llm
         self.request_ids: list[str] = []
+        self._open: set[str] = set()
+        self._inbox: deque[RequestOutput] = deque()
         try:
             for prompt, params in progress(requests, use_tqdm, "Adding requests"):
                 request_id = str(llm._num_requests)
-                llm.llm_engine.add_request(request_id, prompt, params, max_logprobs)
                 llm._num_requests += 1
-                llm._mail[request_id] = deque()
+                self._open.add(request_id)  # before it is added: an interrupt may come any time
+                llm.llm_engine.add_request(request_id, prompt, params, max_logprobs)
+                llm._mail[request_id] = self._inbox
                 self.request_ids.append(request_id)
         except BaseException:
             self.close()
             raise
-        self._open = dict.fromkeys(self.request_ids)
 
     def __iter__(self) -> Stream:
         return self
@@ -193,12 +181,14 @@ class Stream:
         mail, engine = self._llm._mail, self._llm.llm_engine
         try:
             while self._open:
-                for request_id in self._open:
-                    if mail[request_id]:
-                        output = mail[request_id].popleft()
-                        if output.finished:
-                            del self._open[request_id], mail[request_id]
-                        return output
+                if self._inbox:
+                    output = self._inbox.popleft()
+                    if output.finished:
+                        self._open.remove(output.request_id)
+                        del mail[output.request_id]
+                    return output
+                if lost := [request_id for request_id in self._open if not engine.has_request(request_id)]:
+                    raise RuntimeError(f"requests {', '.join(sorted(lost))} were aborted, or dropped by a failed step")
                 for output in engine.step():
                     if output.request_id in mail:
                         mail[output.request_id].append(output)
@@ -209,60 +199,17 @@ class Stream:
 
     def close(self) -> None:
         """Aborts what is unfinished and frees its pages."""
-        left = [request_id for request_id in self.request_ids if request_id in self._llm._mail]
-        self._llm.llm_engine.abort_request(left)
-        for request_id in left:
-            del self._llm._mail[request_id]
-        self._open = {}
+        self._llm.llm_engine.abort_request(list(self._open))
+        for request_id in self._open:
+            self._llm._mail.pop(request_id, None)
+        self._open.clear()
 
     def __del__(self) -> None:
         self.close()
 
 
-class ProgressBar:
-    """tqdm with input and output tokens per second, or whatever callable stands in for it."""
-
-    def __init__(self, total: int, use_tqdm: Progress) -> None:
-        self.bar, self.start, self.tokens_in, self.tokens_out = None, time.perf_counter(), 0, 0
-        if use_tqdm:
-            self.bar = tqdm_like(use_tqdm)(
-                total=total, desc="Processed prompts", dynamic_ncols=True, postfix=self._speed()
-            )
-
-    def _speed(self) -> str:
-        elapsed = max(time.perf_counter() - self.start, 1e-9)
-        per_second = (self.tokens_in / elapsed, self.tokens_out / elapsed)
-        return "est. speed input: {:.2f} toks/s, output: {:.2f} toks/s".format(*per_second)
-
-    def add(self, output: RequestOutput) -> None:
-        self.tokens_in += len(output.prompt_token_ids)
-        self.tokens_out += sum(len(completion.token_ids) for completion in output.outputs)
-        if self.bar is not None:
-            self.bar.postfix = self._speed()
-            self.bar.update(1)
-
-    def __enter__(self) -> ProgressBar:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.bar is not None:
-            self.bar.close()
-
-
-def tqdm_like(use_tqdm: Progress) -> Callable[..., Any]:
-    if callable(use_tqdm):
-        return use_tqdm
-    from tqdm.auto import tqdm
-
-    return tqdm
-
-
-def progress(items: Iterable[Any], use_tqdm: Progress, desc: str) -> Iterable[Any]:
-    return tqdm_like(use_tqdm)(items, desc=desc) if use_tqdm else items
-
-
 def refuse_lora(lora_request: Any) -> None:
-    if lora_request is not None and lora_request != []:
+    if any(lora_request) if isinstance(lora_request, (list, tuple)) else lora_request is not None:
         raise ValidationError("lora_request is not supported; accepted is None (merge the adapter into the weights)")
 
 
@@ -272,43 +219,3 @@ def final_only(params: SamplingParams) -> SamplingParams:
         params = params.clone()
         params.output_kind = RequestOutputKind.FINAL_ONLY
     return params
-
-
-def as_prompts(prompts: Any, prompt_token_ids: Any) -> list[Any]:
-    """One prompt or many, and vLLM's former `prompt_token_ids=`, as a list of prompts."""
-    texts = None if prompts is None else as_list(prompts)
-    if prompt_token_ids is None:
-        if texts is None:
-            raise TypeError("prompts is missing: give a str, a list of token ids, a dict, or a list of these")
-        return texts
-    ids = as_list(prompt_token_ids)
-    if texts is None:
-        return ids
-    if len(texts) != len(ids):
-        raise ValidationError(f"prompts has {len(texts)} items and prompt_token_ids {len(ids)}; they must be as many")
-    return [{"prompt": text, "prompt_token_ids": tokens} for text, tokens in zip(texts, ids)]
-
-
-def as_list(prompts: Any) -> list[Any]:
-    if isinstance(prompts, (str, Mapping)):
-        return [prompts]
-    if not isinstance(prompts, Iterable):
-        raise TypeError(f"prompts must be a str, a list of token ids, a dict or a list of these; got {prompts!r}")
-    prompts = list(prompts)
-    # A flat list of ids is one prompt; numpy's integers are ids too.
-    return [prompts] if prompts and hasattr(prompts[0], "__index__") else prompts
-
-
-def pair(prompts: list[Any], params: Any, default: Callable[[], SamplingParams]) -> list[tuple[Any, SamplingParams]]:
-    """Each prompt with its sampling parameters."""
-    if params is None:
-        params = default()
-    if isinstance(params, SamplingParams):
-        return [(prompt, params) for prompt in prompts]
-    if not isinstance(params, Sequence):
-        raise TypeError(f"sampling_params must be SamplingParams or a list of them, got {type(params).__name__}")
-    if len(params) != len(prompts):
-        raise ValidationError(
-            f"sampling_params has {len(params)} items for {len(prompts)} prompts; they must be as many"
-        )
-    return list(zip(prompts, params))
