@@ -109,12 +109,14 @@ def test_attention(compiled, tmp_path, heads, dim, page, window, dtype, cache):
     for kernel in (prefill, decode):
         ptx = check(kernel, tmp_path)
         assert kernel.metadata.shared <= 160 * 1024
+        if kernel.metadata.num_stages > 2:  # K and V of the next tile are on their way while one is worked on
+            assert max(int(n) for n in re.findall(r"cp\.async\.wait_group\s+(\d+)", ptx)) >= 2
         assert 16 in copies(ptx) or (cache == "fp8" and copies(ptx) == {8})
         if dtype != torch.float32:
             assert ("wgmma" if kernel is prefill and driver.active.capability == 90 else "mma.sync") in ptx
 
 
-@pytest.mark.parametrize("dim", [64, 80, 128, 256])
+@pytest.mark.parametrize("dim", [80, 128])
 @pytest.mark.parametrize("norm", [None, 1e-6])
 def test_write(compiled, tmp_path, dim, norm):
     rope = QKNormRope(16, 8, dim, torch.zeros(64, dim), norm).to(torch.bfloat16)
@@ -125,7 +127,7 @@ def test_write(compiled, tmp_path, dim, norm):
     assert_wide(check(compiled[0], tmp_path))
 
 
-@pytest.mark.parametrize("size", [576, 1024, 4096, 5120])
+@pytest.mark.parametrize("size", [1024, 5120])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_elementwise(compiled, tmp_path, size, dtype):
     x = torch.zeros(2, 2 * size, dtype=dtype)

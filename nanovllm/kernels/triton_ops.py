@@ -59,7 +59,7 @@ def _rms_norm_kernel(
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """weight * x / sqrt(mean(x^2) + eps) over the last dimension; one program a row."""
-    rows = x.reshape(-1, x.shape[-1])
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
     out = torch.empty_like(rows)
     block = triton.next_power_of_2(rows.shape[1])
     if len(rows):
@@ -307,7 +307,8 @@ def _search(row_ptr, V, floor, need, maximum, temperature, MASS: tl.constexpr, T
     left = V  # logits in low:high
     while (high - low > 1) & (left > 1):
         step = tl.maximum((high - low) // WAYS, 1)
-        point = tl.maximum(_value(low + way * step, SHIFT), floor)[:, None]
+        point = _value(low + way * step, SHIFT)
+        point = tl.where(point > floor, point, floor)[:, None]  # a key of -inf may give the bits of a NaN
         count = tl.zeros([WAYS, TILE], tl.int32)
         mass = tl.zeros([WAYS, TILE], tl.float32)
         for start in range(0, V, TILE):
@@ -324,7 +325,8 @@ def _search(row_ptr, V, floor, need, maximum, temperature, MASS: tl.constexpr, T
         left = tl.sum(tl.where(way == best, counts, 0)) - above
         high = tl.where(best + 1 < WAYS, tl.minimum(high, low + (best + 1) * step), high)
         low += best * step
-    return tl.maximum(_value(low, SHIFT), floor)
+    value = _value(low, SHIFT)
+    return tl.where(value > floor, value, floor)
 
 
 @triton.jit

@@ -1,0 +1,372 @@
+"""The Triton kernels against float32 references: on a GPU where there is one, else under Triton's interpreter.
+
+Interpreting is decided when triton is first imported, so one test runs this file again in a process of its own. There a
+conversion to bfloat16 or float8 truncates where a GPU rounds: tolerances are one unit in the last place of the type.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from attention_reference import make_case
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+RUNS = INTERPRETED or torch.cuda.is_available()
+DEVICE = "cpu" if INTERPRETED else "cuda"
+pytest.importorskip("triton", reason="no triton for this platform")
+
+if RUNS:
+    from nanovllm.attention import AttentionMetadata
+    from nanovllm.attention.triton_backend import TritonAttention, decode_plan, decode_programs, decode_shape
+    from nanovllm.kernels import triton_ops
+    from nanovllm.layers.rotary import QKNormRope
+
+EPS = {torch.float32: 2e-6, torch.float16: 2**-10, torch.bfloat16: 2**-7}
+
+
+def runs(test):
+    """Marks a test of kernels: of the GPU suite, but for the process that interprets."""
+    test = pytest.mark.skipif(not RUNS, reason="no CUDA device; test_under_the_interpreter runs it")(test)
+    return test if INTERPRETED else pytest.mark.gpu(test)
+
+
+@pytest.mark.skipif(RUNS, reason="this process runs the kernels itself")
+def test_under_the_interpreter():
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
+    done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+
+
+# Attention
+
+
+def attend(query_lens, context_lens, programs=7, cache="auto", **shape):
+    """(backend, what it gives, what the reference gives) for the last of the case's layers."""
+    case = make_case(query_lens, context_lens, device=DEVICE, **shape)
+    backend = TritonAttention(case.spec, cache)
+    backend.programs = programs
+    layer = case.spec.num_layers - 1
+    return backend, case.run(backend, layer).float(), case.expected(layer)
+
+
+RAGGED = [
+    ([1], [1]),
+    ([5, 1, 40], [5, 140, 70]),  # a fresh prompt, a decode, a chunk with a past: a mixed batch
+    ([1, 1, 1, 1], [15, 64, 65, 190]),
+]
+
+
+@runs
+@pytest.mark.parametrize(("query_lens", "context_lens"), RAGGED)
+@pytest.mark.parametrize(
+    ("heads", "dim", "page", "window", "dtype"),
+    [
+        ((4, 2), 64, 16, None, torch.bfloat16),
+        ((6, 2), 64, 64, 20, torch.float16),
+        ((3, 1), 80, 16, 100, torch.float16),
+        ((2, 2), 128, 32, None, torch.bfloat16),
+        ((5, 1), 96, 256, 7, torch.bfloat16),
+        ((2, 1), 256, 16, None, torch.float16),
+    ],
+)
+def test_attention(query_lens, context_lens, heads, dim, page, window, dtype):
+    _, out, expected = attend(
+        query_lens, context_lens, heads=heads, head_dim=dim, block_size=page, windows=(None, window), dtype=dtype
+    )
+    torch.testing.assert_close(out, expected, atol=2 * EPS[dtype], rtol=EPS[dtype])
+
+
+@runs
+@pytest.mark.parametrize(("query_lens", "context_lens"), RAGGED)
+@pytest.mark.parametrize("window", [None, 50])
+def test_attention_in_float32_is_exact(query_lens, context_lens, window):
+    backend, out, expected = attend(query_lens, context_lens, windows=(window,))
+    torch.testing.assert_close(out, expected, atol=2e-6, rtol=1e-5)
+    assert not backend.arrived.any()  # left as the next launch needs it
+
+
+@runs
+@pytest.mark.parametrize("programs", [1, 5, 24, 100])
+@pytest.mark.parametrize("window", [None, 90])
+def test_any_number_of_splits_gives_the_same_attention(programs, window):
+    _, out, expected = attend([1, 1, 1], [3, 140, 77], programs, heads=(2, 2), head_dim=32, windows=(window,))
+    torch.testing.assert_close(out, expected, atol=2e-6, rtol=1e-5)
+
+
+@runs
+def test_scores_of_any_size():
+    """The running maximum keeps exp in range, also when the largest score comes last."""
+    case = make_case([2, 1], [150, 150], device=DEVICE)
+    for k in case.k:
+        k *= torch.linspace(0, 60, len(k), device=DEVICE)[:, None, None]
+    backend = TritonAttention(case.spec)
+    torch.testing.assert_close(case.run(backend, 0), case.expected(0), atol=1e-5, rtol=1e-4)
+
+
+@runs
+def test_padding_rows_and_stale_pages_harm_nobody():
+    """A CUDA graph pads with rows of context 0 or 1 that write nowhere; free pages may hold NaN."""
+    case = make_case([1, 1], [20, 33], device=DEVICE)
+    backend = TritonAttention(case.spec)
+    case.run(backend, 0)
+    used = torch.zeros(case.num_blocks, 16, dtype=torch.bool)
+    for row, context in zip(case.block_tables, case.context_lens):
+        for position in range(context):
+            used[row[position // 16], position % 16] = True
+    backend.cache.masked_fill_(~used[None, None, :, None, :, None].to(DEVICE), float("nan"))
+
+    def int32(*values):
+        return torch.tensor(values, dtype=torch.int32, device=DEVICE)
+
+    wide = torch.zeros(4, 64, dtype=torch.int32, device=DEVICE)  # rows are slices of a larger buffer
+    wide[:2, : case.block_tables.shape[1]] = case.block_tables
+    meta = AttentionMetadata(
+        int32(19, 32, 0, 0), int32(-1, -1, -1, -1), int32(0, 1, 2, 3, 4), int32(20, 33, 0, 0), wide[:, :9], 1, 33
+    )
+    backend.begin(meta)
+    before = backend.cache.clone()
+    junk = torch.full((4, 2, 64), 9.0, device=DEVICE)
+    backend.store(0, junk, junk)
+    torch.testing.assert_close(backend.cache, before, equal_nan=True)
+    out = backend.attend(0, torch.cat([*case.q, torch.ones(2, 4, 64, device=DEVICE)]))
+    torch.testing.assert_close(out[:2], case.expected(0), atol=2e-6, rtol=1e-5)
+    assert not out[2:].any()
+
+
+@runs
+@settings(max_examples=15, deadline=None)
+@given(
+    lens=st.lists(st.tuples(st.sampled_from([0, 1, 1, 1, 5]), st.integers(0, 300)), min_size=1, max_size=80),
+    heads=st.integers(1, 3),
+    window=st.sampled_from([None, 40]),
+    programs=st.sampled_from([1, 7, 100]),
+)
+def test_plan_deals_equal_shares_of_one_line_of_tiles(lens, heads, window, programs):
+    counts = torch.tensor([n for n, _ in lens])
+    starts = torch.cat((torch.zeros(1), counts.cumsum(0))).int().to(DEVICE)
+    contexts = torch.tensor([c for _, c in lens], dtype=torch.int32, device=DEVICE)
+    unused = torch.empty(0, device=DEVICE)
+    meta = AttentionMetadata(unused, unused, starts, contexts, unused, 5, 300)
+    share, first, start, sequence = (x.tolist() for x in decode_plan(meta, heads, 16, window, programs))
+
+    line = []  # the sequence that each tile belongs to
+    alone = [i for i, (n, _) in enumerate(lens) if n == 1]
+    for i in alone:
+        context = lens[i][1]
+        line += [i] * heads * max(1, -(-context // 16) - (max(context - window, 0) // 16 if window else 0))
+    assert share == [max(1, -(-len(line) // programs)), len(line)]
+    assert sequence[: len(alone)] == alone
+    assert start[: len(alone) + 1] == [*(line.index(i) for i in alone), len(line)]
+    for program in range(programs):
+        if program * share[0] < len(line):
+            assert alone[first[program]] == line[program * share[0]]
+
+
+@runs
+def test_decode_launch_fills_the_card_once():
+    def programs(dim, dtype, cache=None, sms=132, shared=228 * 1024):
+        shape = decode_shape(dim, dtype, cache or dtype)
+        return decode_programs(sms, shared, shape, dim, cache or dtype)
+
+    assert programs(128, torch.bfloat16) == 3 * 132  # H200
+    assert programs(64, torch.bfloat16) == 4 * 132
+    assert programs(256, torch.bfloat16) == 2 * 132
+    assert programs(128, torch.bfloat16, torch.float8_e4m3fn) == 2 * 132
+    assert programs(128, torch.bfloat16, sms=108, shared=164 * 1024) == 2 * 108  # A100
+    assert programs(128, torch.bfloat16, sms=20, shared=64 * 1024) == 20
+
+
+# Writing K and V
+
+
+@runs
+@pytest.mark.parametrize("dim", [64, 80, 128])
+@pytest.mark.parametrize("eps", [None, 1e-6])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_write_equals_norm_rope_and_store(dim, eps, dtype):
+    torch.manual_seed(0)
+    case = make_case([5, 3], [20, 35], heads=(3, 1), head_dim=dim, dtype=dtype, device=DEVICE)
+    angles = torch.rand(64, dim // 2) * 6
+    rope = QKNormRope(3, 1, dim, torch.cat((angles.cos(), angles.sin()), 1), eps).to(DEVICE)
+    for norm in (rope.q_norm, rope.k_norm):
+        if norm is not None:
+            norm.weight.data = torch.randn(dim, device=DEVICE).to(dtype)
+    backend, plain = TritonAttention(case.spec), TritonAttention(case.spec)
+    for each in (backend, plain):
+        each.allocate(case.num_blocks)
+        each.begin(case.metadata([15, 32], [20, 35]))
+    backend.meta.slot_mapping[2] = -1
+    qkv = torch.randn(8, 5 * dim, device=DEVICE).to(dtype)
+    q, k, v = rope(backend.meta.positions, qkv)
+    plain.meta.slot_mapping[2] = -1
+    plain.store(0, k, v)
+    tolerance = {"atol": 6 * EPS[dtype], "rtol": 2 * EPS[dtype]}  # the definition rounds after every product
+    torch.testing.assert_close(backend.write(0, qkv, rope), q, **tolerance)
+    torch.testing.assert_close(backend.cache, plain.cache, **tolerance)
+    assert backend.cache[0, 0].any(-1).sum() == 7
+
+
+@runs
+@pytest.mark.skipif(
+    not INTERPRETED and RUNS and torch.cuda.get_device_capability() < (8, 9), reason="float8 needs Ada or Hopper"
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fp8_cache(dtype):
+    case = make_case([1, 20, 1], [150, 30, 9], block_size=32, dtype=dtype, device=DEVICE)
+    backend = TritonAttention(case.spec, "fp8")
+    assert backend.page_bytes() * dtype.itemsize == TritonAttention(case.spec).page_bytes()
+
+    exact = case.expected(0)
+    error = (case.run(backend, 0).float() - exact).square().mean().sqrt() / exact.square().mean().sqrt()
+    assert error < (0.15 if INTERPRETED else 0.06)  # 3 bits of mantissa: up to 1/16 of a number, 1/8 truncated
+
+    for xs in (case.k, case.v):  # what the format holds exactly leaves no error but the compute type's
+        xs[:] = [x.to(torch.float8_e4m3fn).to(dtype) for x in xs]
+    torch.testing.assert_close(case.run(backend, 0).float(), case.expected(0), atol=2 * EPS[dtype], rtol=EPS[dtype])
+
+    huge = torch.full((22, 2, 64), 1e4, device=DEVICE, dtype=dtype)
+    backend.store(0, huge, -huge)
+    assert backend.cache.float().abs().max() == 448
+
+
+@runs
+def test_unknown_cache_type_is_refused_by_name():
+    with pytest.raises(ValueError, match=r"kv_cache_dtype='int3'.*'auto' and 'fp8'"):
+        TritonAttention(make_case([1], [1]).spec, "int3")
+
+
+# Norms and activation
+
+
+@runs
+@pytest.mark.parametrize("size", [64, 576, 5120])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_norms_and_activation(size, dtype):
+    torch.manual_seed(0)
+    x, residual = (torch.randn(3, size, device=DEVICE).to(dtype) for _ in range(2))
+    weight = torch.rand(size, device=DEVICE).to(dtype) + 0.5
+
+    def norm(x):
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * weight.double()
+
+    def close(actual, expected):
+        assert actual.dtype == dtype
+        torch.testing.assert_close(actual.double(), expected, atol=EPS[dtype], rtol=3 * EPS[dtype])
+
+    close(triton_ops.rms_norm(x, weight, 1e-6), norm(x.double()))
+    close(triton_ops.rms_norm(x.view(3, 2, -1)[:, :1], weight[: size // 2], 1e-6)[:, 0], halved(x, weight))
+    gate, up = x.double(), residual.double()
+    close(triton_ops.silu_and_mul(torch.cat((x, residual), 1)), gate * torch.sigmoid(gate) * up)
+    total = x.double() + residual.double()
+    normed, added = triton_ops.add_rms_norm(x, residual, weight, 1e-6)
+    close(added, total)
+    close(normed, norm(added.double()))
+
+
+def halved(x, weight):
+    """RMSNorm of the first half of each row: what a strided view of heads asks for."""
+    half = x[:, : len(weight) // 2].double()
+    return half * torch.rsqrt(half.square().mean(-1, keepdim=True) + 1e-6) * weight[: len(weight) // 2].double()
+
+
+# Sampling
+
+
+def tensor(values, dtype=torch.float32):
+    return torch.tensor(values, dtype=dtype, device=DEVICE)
+
+
+@runs
+@pytest.mark.parametrize("vocab_size", [5, 4096, 10000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_draw_is_the_inverse_of_the_cumulative_distribution(vocab_size, dtype):
+    rows = 12
+    generator = torch.Generator().manual_seed(vocab_size)
+    logits = (torch.randn(rows, vocab_size, generator=generator) * 3).to(dtype)
+    logits[:, 1] = float("-inf")
+    temperature = torch.rand(rows, generator=generator) * 2 + 0.1
+    u = torch.rand(rows, generator=generator)
+    u[:2] = torch.tensor([0.0, 1 - 2**-24])
+    tokens = triton_ops.draw(logits.to(DEVICE), temperature.to(DEVICE), u.to(DEVICE)).cpu()
+    mass = (logits.double() / temperature[:, None].double()).softmax(-1).cumsum(-1)
+    for row, token in enumerate(tokens.tolist()):
+        below = mass[row, token - 1] if token else 0.0
+        assert below - 1e-5 <= u[row] <= mass[row, token] + 1e-5  # float32 sums of probabilities
+        assert token != 1
+
+
+@runs
+def test_draw_is_greedy_at_temperature_0_and_the_lowest_id_wins_a_tie():
+    logits = torch.randn(3, 9000, device=DEVICE)
+    logits[0, [4095, 4096, 8999]] = 50.0
+    logits[1, [8999]] = 50.0
+    logits[2, [0, 17]] = 50.0
+    tokens = triton_ops.draw(logits, torch.zeros(3, device=DEVICE), torch.full((3,), 0.99, device=DEVICE))
+    assert tokens.tolist() == [4095, 8999, 0]
+
+
+@runs
+def test_draw_never_takes_what_a_threshold_or_an_infinity_excludes():
+    logits = torch.full((64, 5000), float("-inf"), device=DEVICE)
+    logits[:, [7, 4500, 4999]] = tensor([1.0, 2.0, 1.5])
+    u = torch.linspace(0, 1 - 2**-24, 64, device=DEVICE)
+    one = torch.ones(64, device=DEVICE)
+    assert set(triton_ops.draw(logits, one, u).tolist()) == {7, 4500, 4999}
+    assert set(triton_ops.draw(logits, one, u, one * 1.2).tolist()) == {4500, 4999}
+    assert set(triton_ops.draw(logits, one, u, one * 2).tolist()) == {4500}
+
+
+def kept_by_sorting(logits, temperature, top_k, top_p, min_p):
+    """The definition, in float64 on one row: ids left by min-p, then top-k, then top-p; ties with the last are kept."""
+    x = logits.double() / temperature
+    alive = x >= x.max() + torch.log(torch.tensor(min_p).double())
+    if 0 < top_k < len(x):
+        alive &= x >= x[alive].sort(descending=True).values[: max(1, min(top_k, int(alive.sum())))][-1]
+    if top_p < 1:
+        ordered = x[alive].sort(descending=True).values
+        mass = ordered.softmax(0).cumsum(0)
+        alive &= x >= ordered[int((mass < top_p).sum().clamp(max=len(ordered) - 1))]
+    return alive
+
+
+@runs
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_filters_keep_what_sorting_keeps(dtype):
+    generator = torch.Generator().manual_seed(1)
+    asked = [
+        *itertools.product([0, 1, 2, 50, 2999], [1.0], [0.0]),
+        *itertools.product([0], [0.001, 0.5, 0.9, 0.999], [0.0]),
+        *itertools.product([0, 40], [1.0, 0.8], [0.05, 1.0]),
+        (3000, 1.0, 0.0),
+        (-1, 0.95, 0.0),
+        (50, 0.9, 0.0),
+    ]
+    top_k, top_p, min_p = zip(*asked)
+    logits = (torch.randn(len(asked), 3000, generator=generator) * 4).to(dtype)
+    logits[:, :10] = float("-inf")
+    temperature = torch.rand(len(asked), generator=generator) + 0.4
+    threshold = triton_ops.filter_threshold(
+        logits.to(DEVICE), temperature.to(DEVICE), tensor(top_k, torch.int32), tensor(top_p), tensor(min_p)
+    ).cpu()
+    for row, parameters in enumerate(asked):
+        expected = kept_by_sorting(logits[row], temperature[row], *parameters)
+        kept = logits[row].float() >= threshold[row]
+        assert torch.equal(kept, expected), (parameters, int(kept.sum()), int(expected.sum()))
+
+
+@runs
+@pytest.mark.parametrize("values", [[3.0], [0.0], [-2.5, -0.0, 0.0], [1e30, -1e30, 1e-30], [5.0, float("-inf")]])
+def test_filters_on_ties_and_extremes(values):
+    logits = tensor(values * 40)[None]
+    for top_k, top_p in [(3, 1.0), (0, 0.3), (len(values) * 40, 0.3)]:
+        threshold = triton_ops.filter_threshold(
+            logits, tensor([1.0]), tensor([top_k], torch.int32), tensor([top_p]), tensor([0.0])
+        )
+        assert torch.equal(logits >= threshold, logits == max(values))
