@@ -5,6 +5,7 @@ It uses the engine like any client does: one-token requests with logprobs.
 
 from __future__ import annotations
 
+from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 from nanovllm.outputs import BeamSearchOutput, BeamSearchSequence
@@ -39,6 +40,8 @@ def beam_search(llm: LLM, prompts: list[Any], params: BeamSearchParams, use_tqdm
         for i, own in enumerate(beams):
             if own and len(own[0].tokens) >= engine.max_model_len:
                 ended[i], beams[i] = ended[i] + own, []
+                for beam in own:
+                    beam.finish_reason = "length"
         candidates = next_tokens(llm, [beam.tokens for own in beams for beam in own], 2 * width)
         if not candidates:
             break
@@ -80,6 +83,6 @@ def next_tokens(llm: LLM, sequences: list[list[int]], k: int) -> list[dict[int, 
         detokenize=False,
         output_kind=RequestOutputKind.FINAL_ONLY,
     )
-    stream = Stream(llm, [(tokens, params) for tokens in sequences], max_logprobs=-1)
-    found = {output.request_id: output.outputs[0].logprobs or [] for output in stream}
+    with closing(Stream(llm, [(tokens, params) for tokens in sequences], max_logprobs=-1)) as stream:
+        found = {output.request_id: output.outputs[0].logprobs or [] for output in stream}
     return [found[request_id][0] for request_id in stream.request_ids]

@@ -19,7 +19,7 @@ def render(
 ) -> list[dict[str, Any]]:
     """A prompt for each conversation. `chat_template` is a template or the path of one; None is the tokenizer's own.
 
-    `options` are apply_chat_template's and the template's own. Raises ValueError where there is no template.
+    `options` are apply_chat_template's and the template's own. Raises ValueError where there is no template, or it fails.
     """
     if chat_template_content_format not in ("auto", "string"):
         raise ValidationError(
@@ -32,7 +32,10 @@ def render(
     prompts = []
     for conversation in conversations:
         messages = [as_text(message) for message in conversation]
-        text = tokenizer.apply_chat_template(messages, chat_template=chat_template, tokenize=False, **options)
+        try:
+            text = tokenizer.apply_chat_template(messages, chat_template=chat_template, tokenize=False, **options)
+        except Exception as err:  # a template raises what it likes
+            raise ValidationError(f"messages: the chat template cannot render them: {err}") from err
         # The template has written BOS and its kin already.
         prompts.append({"prompt": text, "prompt_token_ids": tokenizer.encode(text, add_special_tokens=False)})
     return prompts

@@ -95,6 +95,7 @@ class EngineArgs:
         one_of("load_format", self.load_format, ("auto", "safetensors", "gguf", "dummy"))
         one_of("tokenizer_mode", self.tokenizer_mode, ("auto", "slow"))
         one_of("logprobs_mode", self.logprobs_mode, ("raw_logprobs",))
+        one_of("generation_config", self.generation_config, ("auto", "vllm"))
         one_of(
             "distributed_executor_backend", self.distributed_executor_backend, (None, "uni", "mp", "external_launcher")
         )
@@ -126,7 +127,6 @@ NO_EFFECT = frozenset(
         "num_scheduler_steps",
         "multi_step_stream_outputs",
         "disable_async_output_proc",
-        "worker_cls",
         "ray_workers_use_nsight",
         "model_loader_extra_config",
         "max_num_partial_prefills",
@@ -138,6 +138,32 @@ NO_EFFECT = frozenset(
         "optimization_level",
         "performance_mode",
         "show_hidden_metrics_for_version",
+        "served_model_name",
+        "use_tqdm_on_load",
+        "ignore_patterns",
+        "safetensors_load_strategy",
+        "pt_load_map_location",
+        "attention_config",
+        "cudagraph_capture_sizes",
+        "max_cudagraph_capture_size",
+        "disable_hybrid_kv_cache_manager",
+        "stream_interval",
+        "kv_offloading_size",
+        "kv_offloading_backend",
+        "kv_cache_metrics",
+        "otlp_traces_endpoint",
+        "collect_detailed_traces",
+        "profiler_config",
+        "aggregate_engine_logging",
+        "disable_log_requests",
+        "max_loras",
+        "max_lora_rank",
+        "max_cpu_loras",
+        "lora_dtype",
+        "fully_sharded_loras",
+        "mm_processor_cache_gb",
+        "disable_mm_preprocessor_cache",
+        "skip_mm_profiling",
     ]
 )
 
@@ -151,8 +177,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "kv_cache_dtype": ("auto",),
     "calculate_kv_scales": (False,),
     "enable_lora": (False,),
-    "max_loras": (1,),
-    "max_lora_rank": (16,),
     "lora_modules": (),
     "speculative_config": (),
     "speculative_model": (),
@@ -184,6 +208,16 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "code_revision": (),
     "disable_sliding_window": (False,),
     "return_tokens_as_token_ids": (False,),
+    "worker_cls": ("auto",),
+    "worker_extension_cls": ("",),
+    "scheduler_cls": (),
+    "hf_config_path": (),
+    "enable_prompt_embeds": (False,),
+    "enable_eplb": (False,),
+    "enable_dbo": (False,),
+    "prefill_context_parallel_size": (1,),
+    "nnodes": (1,),
+    "weight_transfer_config": (),
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
@@ -23,7 +24,7 @@ class LLM:
 
     def __init__(self, model: str, **kwargs: Any) -> None:
         self.llm_engine = LLMEngine(EngineArgs(model, **kwargs))
-        self._num_requests = 0  # request ids count on across calls
+        self._request_ids = map(str, itertools.count())  # they count on across calls
         self._mail: dict[str, deque[RequestOutput]] = {}  # where the outputs of each unfinished request go
 
     # -- generating --------------------------------------------------------------------------------------------------
@@ -164,8 +165,7 @@ class Stream:
         self._inbox: deque[RequestOutput] = deque()
         try:
             for prompt, params in progress(requests, use_tqdm, "Adding requests"):
-                request_id = str(llm._num_requests)
-                llm._num_requests += 1
+                request_id = next(i for i in llm._request_ids if not llm.llm_engine.has_request(i))
                 self._open.add(request_id)  # before it is added: an interrupt may come any time
                 llm.llm_engine.add_request(request_id, prompt, params, max_logprobs)
                 llm._mail[request_id] = self._inbox

@@ -44,7 +44,6 @@ class RequestMetrics:
     last_token_time: float | None = None
     finished_time: float | None = None
     num_generation_tokens: int = 0
-    num_preemptions: int = 0
 
     @property
     def queued_ts(self) -> float:

@@ -92,6 +92,8 @@ class LLMEngine:
             )
         if not isinstance(params, SamplingParams):
             raise TypeError(f"sampling_params must be SamplingParams, got {type(params).__name__}")
+        if not isinstance(request_id, str):
+            raise TypeError(f"request_id={request_id!r} must be a str")
         if request_id in self.processor.requests:
             raise ValidationError(f"request_id={request_id!r} is in use by an unfinished request")
         text, token_ids = self._tokenize(prompt)
@@ -134,7 +136,9 @@ class LLMEngine:
         if isinstance(prompt, Mapping):
             text, token_ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
             if text is None and token_ids is None:
-                raise TypeError(f"prompt: a dict needs 'prompt' or 'prompt_token_ids', got the keys {sorted(prompt)}")
+                raise TypeError(f"prompt: a dict needs 'prompt' or 'prompt_token_ids', got the keys {list(prompt)}")
+            if more := [key for key in prompt if key not in ("prompt", "prompt_token_ids") and prompt[key]]:
+                raise ValidationError(f"prompt: {more} are not supported; accepted are 'prompt' and 'prompt_token_ids'")
         elif not isinstance(prompt, str):
             text, token_ids = None, prompt
         if token_ids is None:
@@ -173,8 +177,9 @@ class LLMEngine:
 
     def _seed(self, seed: int | None, number: int, index: int) -> int:
         """64 bits for one sequence: of the request's seed if it has one, else of the engine's and the request's number."""
-        words = (self.args.seed % 2**64, number, index) if seed is None else (seed % 2**64, index)
-        return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0])
+        # As spawn keys the two never coincide: one is longer than the other.
+        entropy, key = (self.args.seed, (number, index)) if seed is None else (seed, (index,))
+        return int(np.random.SeedSequence(entropy % 2**64, spawn_key=key).generate_state(1, np.uint64)[0])
 
     def abort_request(self, request_ids: str | list[str]) -> None:
         """Ends requests at once and frees their pages; ids that are not (or no longer) there are ignored."""
@@ -183,6 +188,9 @@ class LLMEngine:
             for completion in request.completions if request else ():
                 if completion.seq.finish_reason is None:
                     self.scheduler.finish(completion.seq, "abort")
+
+    def has_request(self, request_id: str) -> bool:
+        return request_id in self.processor.requests
 
     def has_unfinished_requests(self) -> bool:
         return bool(self.processor.requests)
@@ -312,10 +320,10 @@ class LLMEngine:
     def default_sampling(self) -> dict[str, Any]:
         """What generation_config.json recommends, as arguments of SamplingParams."""
         config = self.setup.generation_config
-        if config.get("do_sample") is False:
-            return {"temperature": 0.0}
         names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
         found = {name: config[name] for name in names if config.get(name) is not None}
+        if config.get("do_sample") is False:
+            found["temperature"] = 0.0
         if config.get("max_new_tokens") is not None:
             found["max_tokens"] = config["max_new_tokens"]
         return found
@@ -334,7 +342,8 @@ class LLMEngine:
                 f"sleep: {self.get_num_unfinished_requests()} requests are unfinished; finish or abort them"
             )
         self._reset()
-        self.collective_rpc("sleep", (level,), {})
+        if "weights" not in self.asleep:  # a second time would lose the copy
+            self.collective_rpc("sleep", (level,), {})
         self.asleep = {"weights", "kv_cache"}
 
     def wake_up(self, tags: list[str] | None) -> None:
