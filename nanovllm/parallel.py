@@ -1,4 +1,8 @@
-"""The tensor-parallel group as layers see it: a rank, a size and three collectives. One rank needs no process group."""
+"""The tensor-parallel group as layers see it: a rank, a size and four collectives. One rank needs no process group.
+
+Collectives wait for the device only where the device is the CPU; with NCCL they are queued on the current stream, in
+place on the tensors given, so a CUDA graph can hold them.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +12,30 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import AllgatherOptions
 
 
-@dataclass(frozen=True)
+@dataclass
 class TensorParallel:
     rank: int = 0
     size: int = 1
-    group: Any = None  # torch.distributed.ProcessGroup
+    group: Any = None  # ProcessGroupGloo or ProcessGroupNCCL
+
+    @classmethod
+    def join(cls, store: Any, rank: int, size: int, device: torch.device) -> TensorParallel:
+        """Meets the other ranks at `store`, a torch.distributed.Store that is theirs alone.
+
+        The group is one of our own, as torch's default group can exist only once in a process.
+        """
+        group: Any
+        if device.type == "cuda":
+            group = dist.ProcessGroupNCCL(store, rank, size, dist.ProcessGroupNCCL.Options())
+        else:
+            gloo: Any = dist.ProcessGroupGloo
+            settings = gloo._Options()
+            settings._devices = [gloo.create_device(hostname="127.0.0.1")]
+            group = gloo(store, rank, size, settings)
+        return cls(rank, size, group)
 
     def split(self, total: int) -> range:
         """This rank's part of `total` items that divide evenly; of fewer items than ranks, the one that it shares."""
@@ -27,19 +48,46 @@ class TensorParallel:
     def all_reduce(self, x: Tensor) -> Tensor:
         """Sums x over the ranks, in place."""
         if self.size > 1:
-            dist.all_reduce(x, group=self.group)
+            finish(self.group.allreduce([x], options(dist.AllreduceOptions)))
         return x
 
     def gather(self, x: Tensor) -> Tensor:
-        """Concatenates x [..., n] of all ranks along the last dimension, on every rank."""
+        """Concatenates x [K, n] of all ranks along the last dimension, on every rank."""
         if self.size == 1:
             return x
-        parts = [torch.empty_like(x) for _ in range(self.size)]
-        dist.all_gather(parts, x.contiguous(), group=self.group)
-        return torch.cat(parts, dim=-1)
+        parts = x.new_empty(self.size * len(x), x.shape[1])
+        if x.numel():
+            finish(self.group._allgather_base(parts, x.contiguous(), options(AllgatherOptions)))
+        return parts.unflatten(0, (self.size, len(x))).transpose(0, 1).flatten(1)
 
     def broadcast(self, x: Tensor) -> Tensor:
         """Rank 0's x on every rank, in place."""
-        if self.size > 1:
-            dist.broadcast(x, group=self.group, group_src=0)
+        if self.size > 1 and x.numel():
+            finish(self.group.broadcast([x], options(dist.BroadcastOptions)))
         return x
+
+    def minimum(self, value: int, device: torch.device) -> int:
+        """The smallest of the ranks' values."""
+        if self.size == 1:
+            return value
+        x = torch.tensor([value], dtype=torch.int64, device=device)
+        least = options(dist.AllreduceOptions)
+        least.reduceOp = dist.ReduceOp.MIN
+        finish(self.group.allreduce([x], least))
+        return int(x)
+
+    def close(self) -> None:
+        """Closes the connections to the other ranks."""
+        self.group = None
+
+
+def options(kind: Any) -> Any:
+    """What `torch.distributed`'s own functions pass for async_op=False: NCCL then runs on the current stream."""
+    made = kind()
+    made.asyncOp = False
+    return made
+
+
+def finish(work: Any) -> None:
+    if work is not None:
+        work.wait()

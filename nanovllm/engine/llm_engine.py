@@ -22,6 +22,7 @@ from nanovllm.engine.scheduler import Scheduler, Step
 from nanovllm.engine.sequence import Sequence
 from nanovllm.errors import ValidationError
 from nanovllm.outputs import RequestMetrics, RequestOutput
+from nanovllm.runner.executor import make_executor, worker
 from nanovllm.runner.setup import Setup
 from nanovllm.sampling_params import SamplingParams
 
@@ -42,7 +43,8 @@ class LLMEngine:
     def __init__(self, args: EngineArgs) -> None:
         self.args = args
         self.setup = setup = Setup(args)
-        self.runner = setup.make_runner()
+        self.executor = make_executor(setup)
+        self.runner = self.executor.runner
         self.tokenizer = setup.tokenizer
         self.max_model_len, self.vocab_size = setup.max_model_len, setup.config.vocab_size
         self.overlap = setup.device.type == "cuda" if args.async_scheduling is None else args.async_scheduling
@@ -63,7 +65,7 @@ class LLMEngine:
         if hasattr(self, "scheduler"):
             self._keep_totals()
         self.scheduler = Scheduler(
-            num_blocks=self.runner.num_blocks,
+            num_blocks=self.executor.num_blocks,
             block_size=args.block_size,
             max_model_len=self.max_model_len,
             max_num_seqs=setup.max_num_seqs,
@@ -234,7 +236,7 @@ class LLMEngine:
             self._note_first_schedule(step)
         batch = build_batch(scheduler.table, step, scheduler.block_size, self.vocab_size)
         asked = add_prompt_logprobs(batch, scheduler.table, step)
-        return step, batch, asked, self.runner.launch(batch)
+        return step, batch, asked, self.executor.launch(batch)
 
     def _collect(self) -> list[RequestOutput]:
         assert self.in_flight is not None
@@ -281,23 +283,16 @@ class LLMEngine:
     @property
     def model_executor(self) -> SimpleNamespace:
         """`model_executor.driver_worker.model_runner.model`, which RL trainers load new weights into."""
-        return SimpleNamespace(driver_worker=self._worker())
-
-    def _worker(self) -> SimpleNamespace:
-        return SimpleNamespace(model_runner=self.runner, rank=0, device=self.setup.device)
+        return SimpleNamespace(driver_worker=worker(self.runner))
 
     def collective_rpc(
         self, method: str | Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> list[Any]:
         """Calls `method(worker, ...)`, or the method of that name of the worker's model runner, on each rank."""
-        if callable(method):
-            return [method(self._worker(), *args, **kwargs)]
-        if not hasattr(self.runner, method):
-            raise ValidationError(f"collective_rpc: the model runner has no method {method!r}")
-        return [getattr(self.runner, method)(*args, **kwargs)]
+        return self.executor.collective_rpc(method, args, kwargs)
 
     def apply_model(self, func: Callable[[Any], Any]) -> list[Any]:
-        return self.collective_rpc(lambda worker: func(worker.model_runner.model), (), {})
+        return self.collective_rpc(apply_to_model, (func,), {})
 
     def set_tokenizer(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
@@ -368,3 +363,7 @@ class LLMEngine:
             "kv_cache_usage_perc": 1 - blocks.num_free / blocks.num_blocks,
         }
         return [Metric(f"vllm:{name}", value) for name, value in {**counts, **gauges}.items()]
+
+
+def apply_to_model(worker: Any, func: Callable[[Any], Any]) -> Any:
+    return func(worker.model_runner.model)

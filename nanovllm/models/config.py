@@ -86,6 +86,23 @@ def read_config(hf: Any) -> ModelConfig:
     )
 
 
+def check_shards(config: ModelConfig, size: int) -> None:
+    """Raises ValueError, with the numbers of ranks that work, for one over which the model cannot be sharded evenly."""
+
+    def even(ranks: int) -> bool:
+        heads, kv_heads = config.num_heads, config.num_kv_heads
+        kv_fits = kv_heads % ranks == 0 or ranks % kv_heads == 0  # fewer than ranks: several ranks share one
+        return heads % ranks == 0 and kv_fits and config.intermediate_size % ranks == 0
+
+    if not even(size):
+        works = ", ".join(str(ranks) for ranks in range(1, config.num_heads + 1) if even(ranks))
+        raise ValueError(
+            f"tensor_parallel_size={size} does not divide the model's {config.num_heads} attention heads, "
+            f"{config.num_kv_heads} key/value heads (or is a multiple of these) and intermediate size "
+            f"{config.intermediate_size} evenly; accepted are {works}"
+        )
+
+
 def sliding_windows(hf: Any, family: Family) -> tuple[int | None, ...]:
     window, layers = getattr(hf, "sliding_window", None), hf.num_hidden_layers
     if family.has_window_switch and not getattr(hf, "use_sliding_window", False):

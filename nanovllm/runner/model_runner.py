@@ -97,7 +97,7 @@ class ModelRunner:
         )
         self.attention = select_backend(spec, args.attention_backend)
         self.last_tokens = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
-        self.num_blocks = self._num_blocks()
+        self.num_blocks = tp.minimum(self._num_blocks(), device)
         self.attention.allocate(self.num_blocks)
 
     # -- setting up --------------------------------------------------------------------------------------------------
@@ -138,7 +138,7 @@ class ModelRunner:
         elif self.device.type == "cuda":
             available, source = self._free_gpu_bytes() // page, "gpu_memory_utilization"
         else:
-            half = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+            half = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2 // self.tp.size
             available, source = min(max(CPU_CACHE_BYTES, needed * page), half) // page, "kv_cache_memory_bytes"
         if available < needed:
             raise ValueError(
@@ -234,7 +234,9 @@ class ModelRunner:
         prompt = self._prompt_logprobs(hidden, batch, int(host_batch.sizes[3])) if len(batch.prompt_at) else None
         logits = self.model.logits(hidden[batch.sample_at])
         raw = logits[batch.logprob_at] if len(batch.logprob_at) else None
-        tokens = sample(logits, batch, self.last_tokens)
+        # Rank 0 alone samples, and fills in the others' tokens.
+        tokens = sample(logits, batch, self.last_tokens) if self.tp.rank == 0 else batch.sample_at.long()
+        self.tp.broadcast(tokens)
         self.last_tokens[batch.sample_rows] = tokens
         sampled = None if raw is None else logprobs(raw, tokens[batch.logprob_at], int(host_batch.sizes[2]))
         return Launch(tokens, sampled, prompt)

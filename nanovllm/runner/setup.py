@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from nanovllm import loader
 from nanovllm.config import EngineArgs
 from nanovllm.models.config import read_config
+from nanovllm.parallel import TensorParallel
 from nanovllm.runner.model_runner import ModelRunner
 
 logger = logging.getLogger("nanovllm")
@@ -85,7 +87,12 @@ class Setup:
             raise ValueError(f"max_model_len={asked} is above the model's own {longest}; accepted is at most that")
         return asked or longest
 
-    def make_runner(self) -> ModelRunner:
+    def __getstate__(self) -> dict[str, Any]:
+        """What another rank's process needs to make its runner: all is decided, and no prompt is read there."""
+        args = replace(self.args, hf_overrides=None)
+        return {**vars(self), "args": args, "hf_config": None, "tokenizer": None}
+
+    def make_runner(self, tp: TensorParallel = TensorParallel()) -> ModelRunner:
         dummy = self.args.load_format == "dummy"
         return ModelRunner(
             self.args,
@@ -96,6 +103,7 @@ class Setup:
             max_model_len=self.max_model_len,
             max_num_seqs=self.max_num_seqs,
             max_num_batched_tokens=self.max_num_batched_tokens,
+            tp=tp,
         )
 
 
