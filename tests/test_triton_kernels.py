@@ -370,3 +370,84 @@ def test_filters_on_ties_and_extremes(values):
             logits, tensor([1.0]), tensor([top_k], torch.int32), tensor([top_p]), tensor([0.0])
         )
         assert torch.equal(logits >= threshold, logits == max(values))
+
+
+# What stands beside the kernels
+
+
+@runs
+def test_the_bandwidth_measurement_runs():
+    from gpu.attention_bandwidth import decode_bandwidth
+
+    dtype = torch.float32 if INTERPRETED else torch.bfloat16
+    shape = {"heads": (2, 1), "head_dim": 32, "dtype": dtype, "device": DEVICE}
+    assert decode_bandwidth(2, 40, 16, total=0, **shape) > 0
+
+
+def attend_as_flash_attn_says(q, k_cache, v_cache, starts, lens, table, softmax_scale, causal, window_size):
+    """The documented meaning of flash-attn's paged calls; causal and window are aligned to the last key."""
+    assert causal
+    outs = []
+    for i, context in enumerate(lens.tolist()):
+        rows = q[starts[i] : starts[i + 1]].float()
+        k, v = (x[table[i].long()].flatten(0, 1)[:context].float() for x in (k_cache, v_cache))
+        k, v = (x.repeat_interleave(rows.shape[1] // x.shape[1], 1) for x in (k, v))
+        distance = torch.arange(context - len(rows), context, device=q.device)[:, None] - torch.arange(context).to(
+            q.device
+        )
+        visible = (distance >= 0) & ((distance <= window_size[0]) | (window_size[0] < 0))
+        scores = torch.einsum("qhd,khd->hqk", rows, k) * softmax_scale
+        weights = scores.masked_fill(~visible, float("-inf")).softmax(-1)
+        outs.append(torch.einsum("hqk,khd->qhd", weights, v))
+    return torch.cat(outs).to(q.dtype)
+
+
+class FlashAttn2:
+    @staticmethod
+    def flash_attn_varlen_func(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *, block_table, **options
+    ):
+        assert max_seqlen_q == cu_seqlens_q.diff().max()
+        assert max_seqlen_k == cu_seqlens_k.diff().max()
+        return attend_as_flash_attn_says(q, k, v, cu_seqlens_q, cu_seqlens_k.diff(), block_table, **options)
+
+    @staticmethod
+    def flash_attn_with_kvcache(q, k_cache, v_cache, *, cache_seqlens, block_table, **options):
+        batch, one, _, _ = q.shape
+        starts = torch.arange(batch + 1) * one
+        return attend_as_flash_attn_says(
+            q.flatten(0, 1), k_cache, v_cache, starts, cache_seqlens, block_table, **options
+        ).view(q.shape)
+
+
+class FlashAttn3:
+    @staticmethod
+    def flash_attn_with_kvcache(
+        q, k_cache, v_cache, *, cache_seqlens, page_table, cu_seqlens_q, max_seqlen_q, **options
+    ):
+        assert max_seqlen_q == cu_seqlens_q.diff().max()
+        return attend_as_flash_attn_says(q, k_cache, v_cache, cu_seqlens_q, cache_seqlens, page_table, **options)
+
+
+@runs
+@pytest.mark.parametrize(("query_lens", "context_lens"), [([1, 1], [300, 4]), ([1, 7], [20, 270])])
+@pytest.mark.parametrize("version", [2, 3])
+def test_flash_backend_calls_flash_attn_as_documented(monkeypatch, query_lens, context_lens, version):
+    from nanovllm.attention import flash_backend
+
+    monkeypatch.setattr(flash_backend, "flash_version", lambda spec: (version, "this test says so"))
+    monkeypatch.setattr(flash_backend, "import_module", lambda name: {2: FlashAttn2, 3: FlashAttn3}[version])
+    case = make_case(
+        query_lens, context_lens, block_size=256, head_dim=32, windows=(None, 9), dtype=torch.float16, device=DEVICE
+    )
+    for layer in (0, 1):
+        out = case.run(flash_backend.FlashAttention(case.spec), layer)
+        torch.testing.assert_close(out.float(), case.expected(layer), atol=2e-3, rtol=1e-3)
+
+
+@runs
+def test_flash_backend_says_why_it_cannot_run():
+    from nanovllm.attention.flash_backend import FlashAttention
+
+    with pytest.raises(ValueError, match=r"attention_backend='flash'.*float16 and bfloat16"):
+        FlashAttention(make_case([1], [1], device=DEVICE).spec)

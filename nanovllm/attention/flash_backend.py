@@ -1,0 +1,111 @@
+"""Paged attention by the flash-attn packages, where one is installed: version 3 on Hopper, version 2 elsewhere.
+
+The kernels are theirs; the pages, and what is written into them, are ours (`triton_ops.write_qkv`).
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nanovllm.attention import AttentionBackend, AttentionMetadata, AttentionSpec
+from nanovllm.kernels.triton_ops import write_kv, write_qkv
+from nanovllm.layers.rotary import QKNormRope
+
+PAGE = 256  # flash-attn 2 takes pages of a multiple of this
+
+
+def flash_version(spec: AttentionSpec) -> tuple[int | None, str]:
+    """(3 or 2 where that version can run this model, else None; why)."""
+    if spec.device.type != "cuda" or spec.dtype not in (torch.float16, torch.bfloat16):
+        return None, f"flash-attn runs float16 and bfloat16 on CUDA, not {spec.dtype} on {spec.device.type}"
+    if spec.head_dim > 256 or spec.head_dim % 8:
+        return None, f"flash-attn runs head sizes up to 256 in steps of 8, not {spec.head_dim}"
+    capability = torch.cuda.get_device_capability(spec.device)
+    reasons = []
+    for version, module, runs in (
+        (3, "flash_attn_interface", capability[0] == 9),
+        (2, "flash_attn", capability >= (8, 0)),
+    ):
+        if not runs:
+            reasons.append(f"flash-attn {version} does not run on compute capability {capability[0]}.{capability[1]}")
+        elif version == 2 and spec.block_size % PAGE:
+            reasons.append(f"flash-attn 2 needs a block_size that is a multiple of {PAGE}, not {spec.block_size}")
+        else:
+            try:
+                import_module(module)
+            except ImportError as error:
+                reasons.append(f"{module} does not import ({error})")
+            else:
+                return version, f"{module} is installed"
+    return None, "; ".join(reasons)
+
+
+class FlashAttention(AttentionBackend):
+    """Pages are [num_blocks, block_size, Hkv, D], K and V apart."""
+
+    def __init__(self, spec: AttentionSpec) -> None:
+        super().__init__(spec)
+        self.version, why = flash_version(spec)
+        if self.version is None:
+            raise ValueError(f"attention_backend='flash' cannot be used here: {why}")
+        self.kernels: Any = import_module("flash_attn_interface" if self.version == 3 else "flash_attn")
+
+    def allocate(self, num_blocks: int) -> None:
+        spec = self.spec
+        shape = (spec.num_layers, 2, num_blocks, spec.block_size, spec.num_kv_heads, spec.head_dim)
+        self.cache = torch.zeros(shape, dtype=spec.dtype, device=spec.device)
+
+    def begin(self, meta: AttentionMetadata) -> None:
+        super().begin(meta)
+        if self.version == 2 and meta.max_query_len > 1:
+            self.key_start = torch.nn.functional.pad(meta.context_lens.cumsum(0, dtype=torch.int32), (1, 0))
+
+    def write(self, layer: int, qkv: Tensor, rope: QKNormRope) -> Tensor:
+        caches = self.cache[layer].transpose(2, 3)
+        return write_qkv(qkv, self.meta.positions, self.meta.slot_mapping, rope, *caches)
+
+    def store(self, layer: int, k: Tensor, v: Tensor) -> None:
+        write_kv(k, v, self.meta.slot_mapping, *self.cache[layer].transpose(2, 3))
+
+    def attend(self, layer: int, q: Tensor) -> Tensor:
+        meta = self.meta
+        window = self.spec.sliding_windows[layer]
+        common = {
+            "softmax_scale": self.spec.scale,
+            "causal": True,
+            "window_size": (-1, -1) if window is None else (window - 1, 0),
+        }
+        if self.version == 3:
+            out = self.kernels.flash_attn_with_kvcache(
+                q,
+                *self.cache[layer],
+                cache_seqlens=meta.context_lens,
+                page_table=meta.block_tables,
+                cu_seqlens_q=meta.query_start,
+                max_seqlen_q=meta.max_query_len,
+                **common,
+            )
+        elif meta.max_query_len > 1:
+            out = self.kernels.flash_attn_varlen_func(
+                q,
+                *self.cache[layer],
+                cu_seqlens_q=meta.query_start,
+                cu_seqlens_k=self.key_start,
+                max_seqlen_q=meta.max_query_len,
+                max_seqlen_k=meta.max_context_len,
+                block_table=meta.block_tables,
+                **common,
+            )
+        else:
+            out = self.kernels.flash_attn_with_kvcache(
+                q[:, None],
+                *self.cache[layer],
+                cache_seqlens=meta.context_lens,
+                block_table=meta.block_tables,
+                **common,
+            )
+        return out.reshape(len(q), -1)

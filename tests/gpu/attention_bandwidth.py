@@ -1,0 +1,112 @@
+"""How fast decode attention reads K and V, beside what a plain copy reaches on the same card.
+
+    PYTHONPATH=. python tests/gpu/attention_bandwidth.py [--kv-cache-dtype fp8]
+
+Bytes are those of K and V alone, each read once; many layers are timed in one CUDA graph, so no cache holds them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import time
+from collections.abc import Callable
+
+import torch
+
+from nanovllm.attention import AttentionMetadata, AttentionSpec
+from nanovllm.attention.triton_backend import TritonAttention
+
+BATCHES, CONTEXTS, PAGES = (1, 8, 32, 128, 256), (256, 1024, 4096), (16, 64, 256)
+
+
+def seconds(work: Callable[[], object], device: torch.device, repeats: int = 20) -> float:
+    """Median time of one replay of `work` as a CUDA graph; on other devices of one call."""
+    if device.type != "cuda":
+        start = time.perf_counter()
+        work()
+        return time.perf_counter() - start
+    stream = torch.cuda.Stream(device)
+    with torch.cuda.stream(stream):
+        work()  # compiles
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        work()
+    times = []
+    for _ in range(repeats + 3):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / 1e3)
+    return sorted(times[3:])[repeats // 2]
+
+
+def copy_bandwidth(device: torch.device, size: int = 2 << 30) -> float:
+    """Bytes a second, reads and writes counted, of a copy on the device."""
+    source = torch.empty(size, dtype=torch.uint8, device=device).random_()
+    target = torch.empty_like(source)
+    return 2 * size / seconds(lambda: target.copy_(source), device)
+
+
+def decode_bandwidth(
+    batch: int,
+    context: int,
+    page: int,
+    *,
+    heads: tuple[int, int] = (16, 8),
+    head_dim: int = 128,
+    dtype: torch.dtype = torch.bfloat16,
+    device: str = "cuda",
+    kv_cache_dtype: str = "auto",
+    total: int = 1 << 30,
+) -> float:
+    """Bytes of K and V a second that decode attention of `batch` sequences of `context` tokens reads (Qwen3-0.6B).
+
+    As many layers are run as hold `total` bytes together. The step's plan is part of the time, once, as in a model.
+    """
+    where = torch.device(device)
+    pages = -(-context // page)
+    itemsize = 1 if kv_cache_dtype == "fp8" else dtype.itemsize
+    layer_bytes = 2 * batch * context * heads[1] * head_dim * itemsize
+    layers = max(1, min(64, total // layer_bytes))
+    spec = AttentionSpec(layers, *heads, head_dim, head_dim**-0.5, (None,) * layers, page, dtype, where)
+    backend = TritonAttention(spec, kv_cache_dtype)
+    backend.allocate(batch * pages)
+    for layer in backend.cache:
+        layer.copy_(torch.randn(layer.shape, dtype=dtype, device=where))
+    tokens = torch.arange(batch, dtype=torch.int32, device=where)
+    meta = AttentionMetadata(
+        positions=torch.full_like(tokens, context - 1),
+        slot_mapping=torch.full_like(tokens, -1),
+        query_start=torch.arange(batch + 1, dtype=torch.int32, device=where),
+        context_lens=torch.full_like(tokens, context),
+        block_tables=torch.randperm(batch * pages, device=where).int().view(batch, pages),
+        max_query_len=1,
+        max_context_len=context,
+    )
+    q = torch.randn(batch, heads[0], head_dim, dtype=dtype, device=where)
+
+    def step() -> None:
+        backend.begin(meta)
+        for layer in range(layers):
+            backend.attend(layer, q)
+
+    return layers * layer_bytes / seconds(step, where)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kv-cache-dtype", default="auto", choices=("auto", "fp8"))
+    kv_cache_dtype = parser.parse_args().kv_cache_dtype
+    copy = copy_bandwidth(torch.device("cuda"))
+    print(f"copy {copy / 1e12:.2f} TB/s\nbatch context page  TB/s  of copy")
+    for batch, context, page in itertools.product(BATCHES, CONTEXTS, PAGES):
+        rate = decode_bandwidth(batch, context, page, kv_cache_dtype=kv_cache_dtype)
+        print(f"{batch:5} {context:7} {page:4} {rate / 1e12:5.2f} {rate / copy:8.0%}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
