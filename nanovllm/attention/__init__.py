@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from math import prod
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -90,3 +92,13 @@ class AttentionBackend(ABC):
     @abstractmethod
     def attend(self, layer: int, q: Tensor) -> Tensor:
         """Causal attention of q [T, Hq, D] over the pages -> [T, Hq * D]."""
+
+
+def zeroed(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros for pages; on the CPU memory that is not there before it is used, where torch.zeros writes all of it."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    size, line = prod(shape) * dtype.itemsize, 64
+    memory = torch.from_numpy(np.zeros(size + line, np.uint8))
+    start = -memory.data_ptr() % line  # a vector that straddles two cache lines takes two loads
+    return memory[start : start + size].view(dtype).view(shape)

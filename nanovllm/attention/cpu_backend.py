@@ -7,7 +7,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from nanovllm.attention import AttentionBackend, AttentionMetadata, AttentionSpec
+from nanovllm.attention import AttentionBackend, AttentionMetadata, AttentionSpec, zeroed
 from nanovllm.kernels import cpu
 from nanovllm.layers.rotary import QKNormRope
 
@@ -52,7 +52,7 @@ class CpuAttention(AttentionBackend):
     def allocate(self, num_blocks: int) -> None:
         spec = self.spec
         shape = (spec.num_layers, num_blocks, spec.num_kv_heads, 2, spec.block_size * spec.head_dim)
-        self.cache = torch.zeros(shape, dtype=spec.dtype)
+        self.cache = zeroed(shape, spec.dtype, spec.device)
         sizes = (spec.num_heads, spec.num_kv_heads, spec.head_dim, spec.block_size)
         self._layers = [
             ctypes.byref(_Layer(self.cache[i].data_ptr(), *sizes, window or 0, spec.scale))

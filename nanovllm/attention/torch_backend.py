@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nanovllm.attention import AttentionBackend, AttentionMetadata
+from nanovllm.attention import AttentionBackend, AttentionMetadata, zeroed
 
 
 class TorchAttention(AttentionBackend):
@@ -15,7 +15,7 @@ class TorchAttention(AttentionBackend):
     def allocate(self, num_blocks: int) -> None:
         spec = self.spec
         shape = (spec.num_layers, 2, num_blocks + 1, spec.block_size, spec.num_kv_heads, spec.head_dim)
-        self.cache = torch.zeros(shape, dtype=spec.dtype, device=spec.device)
+        self.cache = zeroed(shape, spec.dtype, spec.device)
 
     def begin(self, meta: AttentionMetadata) -> None:
         super().begin(meta)
