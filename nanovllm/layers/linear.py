@@ -97,4 +97,5 @@ class VocabParallelEmbedding(nn.Module):
 
     def logits(self, x: Tensor) -> Tensor:
         """[K, hidden] -> [K, vocabulary], on every rank."""
-        return self.tp.gather(kernels.linear(x, self.weight, None))[:, : self.vocab_size]
+        # Contiguous even where ranks hold padding: samplers read whole rows.
+        return self.tp.gather(kernels.linear(x, self.weight, None))[:, : self.vocab_size].contiguous()
