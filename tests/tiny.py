@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import atexit
+import itertools
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+import pytest
 import torch
 import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+
+from nanovllm import LLM
 
 SIZES: dict[str, Any] = {
     "vocab_size": 300,
@@ -68,3 +77,100 @@ def next_logits(model: Any, tokens: list[int]) -> torch.Tensor:
 def random_prompts(lengths: list[int], vocab_size: int = 298, seed: int = 0) -> list[list[int]]:
     generator = torch.Generator().manual_seed(seed)
     return [torch.randint(0, vocab_size, (n,), generator=generator).tolist() for n in lengths]
+
+
+# -- shared models and engines, each made once -----------------------------------------------------------------------
+
+BOS, EOS = 298, 299
+WORDS = ["th", "the", "in", "er", "on", "he"]  # tokens of several characters; between them and BOS ids mean nothing
+CHAT_TEMPLATE = (
+    "<s>{% for m in messages %}{% if m.role == 'nobody' %}{{ raise_exception('who is nobody?') }}{% endif %}"
+    "[{{ m.role }}] {{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}[assistant] {% endif %}"
+)
+
+
+def tiny_tokenizer() -> Any:
+    """Byte-level BPE whose first 256 ids are the bytes. Encoding adds BOS; there is a chat template that writes it too."""
+    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]  # what GPT-2 leaves as it is
+    hidden = (chr(256 + i) for i in itertools.count())
+    letters = [chr(byte) if byte in shown else next(hidden) for byte in range(256)]
+    vocab = {token: i for i, token in enumerate([*letters, *WORDS])}
+    merges = [(word[:-1], word[-1]) for word in WORDS]
+    tokenizer = Tokenizer(models.BPE({**vocab, "<s>": BOS, "</s>": EOS}, merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
+    tokenizer.add_special_tokens(["<s>", "</s>"])
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", chat_template=CHAT_TEMPLATE
+    )
+
+
+@cache
+def session_folder() -> Path:
+    folder = TemporaryDirectory(prefix="nanovllm-tests-")
+    atexit.register(folder.cleanup)
+    return Path(folder.name)
+
+
+@cache
+def shared_model(family: str = "Qwen3") -> tuple[str, Any]:
+    """(folder, transformers model); the folder has a tokenizer too."""
+    folder, model = tiny_model(session_folder() / family, family)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder, model
+
+
+@cache
+@torch.no_grad()
+def scripted_model(script: tuple[int, ...]) -> str:
+    """The folder of a model that, after any token of `script` (all different), is sure that the next one follows."""
+    sizes = {"hidden_size": 304, "num_hidden_layers": 1, "intermediate_size": 8, "head_dim": 16}
+    folder, model = tiny_model(session_folder() / f"script-{abs(hash(script))}", "Llama", **sizes)
+    layer = model.model.layers[0]
+    layer.self_attn.o_proj.weight.zero_()
+    layer.mlp.down_proj.weight.zero_()
+    model.model.norm.weight.fill_(1)
+    model.model.embed_tokens.weight.copy_(torch.eye(300, 304))
+    model.lm_head.weight.zero_()
+    model.lm_head.weight[script[1:], script[:-1]] = 1
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+ENGINES: list[LLM] = []
+
+
+def make_llm(folder: str | None = None, **kwargs: Any) -> LLM:
+    """An engine small enough to preempt and to cut prompts into chunks when it is asked to do a little more."""
+    defaults = {"dtype": "float32", "num_gpu_blocks_override": 256, "max_num_batched_tokens": 256, "max_num_seqs": 64}
+    ENGINES.append(LLM(folder or shared_model()[0], **{**defaults, **kwargs}))
+    return ENGINES[-1]
+
+
+@cache
+def shared_llm(**kwargs: Any) -> LLM:
+    """The one engine of these arguments over the shared model."""
+    return make_llm(**kwargs)
+
+
+def assert_idle(llm: LLM) -> None:
+    """Nothing is left of any request: no page, no row, no output."""
+    scheduler = llm.llm_engine.scheduler
+    assert not any(scheduler.blocks.ref_counts)
+    assert scheduler.blocks.num_free == scheduler.blocks.num_blocks
+    assert not scheduler.waiting
+    assert not scheduler.unfinished
+    assert len(scheduler.order) == 0
+    assert len(scheduler.table.free_rows) == len(scheduler.table.seqs)
+    assert not llm.llm_engine.has_unfinished_requests()
+    assert not llm._mail
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left() -> Iterator[None]:
+    """For modules that import it: after each test every engine is idle."""
+    yield
+    for llm in ENGINES:
+        assert_idle(llm)
