@@ -40,7 +40,9 @@ def runs(test):
 @pytest.mark.skipif(RUNS, reason="this process runs the kernels itself")
 def test_under_the_interpreter():
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-    done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    done = subprocess.run(
+        command, env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
 
 
@@ -58,8 +60,8 @@ def attend(query_lens, context_lens, programs=7, cache="auto", **shape):
 
 RAGGED = [
     ([1], [1]),
-    ([5, 1, 40], [5, 140, 70]),  # a fresh prompt, a decode, a chunk with a past: a mixed batch
-    ([1, 1, 1, 1], [15, 64, 65, 190]),
+    ([5, 1, 40], [5, 100, 70]),  # a fresh prompt, a decode, a chunk with a past: a mixed batch
+    ([1, 1, 1, 1], [15, 64, 65, 130]),
 ]
 
 
@@ -70,7 +72,7 @@ RAGGED = [
     [
         ((4, 2), 64, 16, None, torch.bfloat16),
         ((6, 2), 64, 64, 20, torch.float16),
-        ((3, 1), 80, 16, 100, torch.float16),
+        ((3, 1), 80, 16, 70, torch.float16),
         ((2, 2), 128, 32, None, torch.bfloat16),
         ((5, 1), 96, 256, 7, torch.bfloat16),
         ((2, 1), 256, 16, None, torch.float16),
@@ -94,16 +96,16 @@ def test_attention_in_float32_is_exact(query_lens, context_lens, window):
 
 @runs
 @pytest.mark.parametrize("programs", [1, 5, 24, 100])
-@pytest.mark.parametrize("window", [None, 90])
+@pytest.mark.parametrize("window", [None, 60])
 def test_any_number_of_splits_gives_the_same_attention(programs, window):
-    _, out, expected = attend([1, 1, 1], [3, 140, 77], programs, heads=(2, 2), head_dim=32, windows=(window,))
+    _, out, expected = attend([1, 1, 1], [3, 100, 77], programs, heads=(2, 2), head_dim=32, windows=(window,))
     torch.testing.assert_close(out, expected, atol=2e-6, rtol=1e-5)
 
 
 @runs
 def test_scores_of_any_size():
     """The running maximum keeps exp in range, also when the largest score comes last."""
-    case = make_case([2, 1], [150, 150], device=DEVICE)
+    case = make_case([2, 1], [80, 80], device=DEVICE)
     for k in case.k:
         k *= torch.linspace(0, 60, len(k), device=DEVICE)[:, None, None]
     backend = TritonAttention(case.spec)
@@ -219,7 +221,7 @@ def test_write_equals_norm_rope_and_store(dim, eps, dtype):
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_fp8_cache(dtype):
-    case = make_case([1, 20, 1], [150, 30, 9], block_size=32, dtype=dtype, device=DEVICE)
+    case = make_case([1, 20, 1], [70, 30, 9], block_size=32, dtype=dtype, device=DEVICE)
     backend = TritonAttention(case.spec, "fp8")
     assert backend.page_bytes() * dtype.itemsize == TritonAttention(case.spec).page_bytes()
 
@@ -314,10 +316,10 @@ def test_draw_is_greedy_at_temperature_0_and_the_lowest_id_wins_a_tie():
 
 @runs
 def test_draw_never_takes_what_a_threshold_or_an_infinity_excludes():
-    logits = torch.full((64, 5000), float("-inf"), device=DEVICE)
+    logits = torch.full((24, 5000), float("-inf"), device=DEVICE)
     logits[:, [7, 4500, 4999]] = tensor([1.0, 2.0, 1.5])
-    u = torch.linspace(0, 1 - 2**-24, 64, device=DEVICE)
-    one = torch.ones(64, device=DEVICE)
+    u = torch.linspace(0, 1 - 2**-24, 24, device=DEVICE)
+    one = torch.ones(24, device=DEVICE)
     assert set(triton_ops.draw(logits, one, u).tolist()) == {7, 4500, 4999}
     assert set(triton_ops.draw(logits, one, u, one * 1.2).tolist()) == {4500, 4999}
     assert set(triton_ops.draw(logits, one, u, one * 2).tolist()) == {4500}
@@ -430,19 +432,20 @@ class FlashAttn3:
 
 
 @runs
-@pytest.mark.parametrize(("query_lens", "context_lens"), [([1, 1], [300, 4]), ([1, 7], [20, 270])])
+@pytest.mark.parametrize(
+    ("query_lens", "context_lens", "window"), [([1, 1], [258, 4], None), ([1, 1], [30, 4], 9), ([1, 7], [20, 30], 9)]
+)
 @pytest.mark.parametrize("version", [2, 3])
-def test_flash_backend_calls_flash_attn_as_documented(monkeypatch, query_lens, context_lens, version):
+def test_flash_backend_calls_flash_attn_as_documented(monkeypatch, query_lens, context_lens, window, version):
     from nanovllm.attention import flash_backend
 
     monkeypatch.setattr(flash_backend, "flash_version", lambda spec: (version, "this test says so"))
     monkeypatch.setattr(flash_backend, "import_module", lambda name: {2: FlashAttn2, 3: FlashAttn3}[version])
     case = make_case(
-        query_lens, context_lens, block_size=256, head_dim=32, windows=(None, 9), dtype=torch.float16, device=DEVICE
+        query_lens, context_lens, block_size=256, head_dim=32, windows=(window,), dtype=torch.float16, device=DEVICE
     )
-    for layer in (0, 1):
-        out = case.run(flash_backend.FlashAttention(case.spec), layer)
-        torch.testing.assert_close(out.float(), case.expected(layer), atol=2e-3, rtol=1e-3)
+    out = case.run(flash_backend.FlashAttention(case.spec), 0)
+    torch.testing.assert_close(out.float(), case.expected(0), atol=2e-3, rtol=1e-3)
 
 
 @runs
