@@ -10,27 +10,37 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from nanovllm.kernels import cpu
+
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """weight * x / sqrt(mean(x^2) + eps) over the last dimension, computed in float32 and rounded before the product."""
+    if x.is_cpu and (out := cpu.rms_norm(x, weight, eps)) is not None:
+        return out
     x32 = x.float()
     return weight * (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """(rms_norm(residual + x), residual + x); may overwrite both inputs."""
+    if x.is_cpu and (both := cpu.add_rms_norm(x, residual, weight, eps)) is not None:
+        return both
     residual = residual + x
     return rms_norm(residual, weight, eps), residual
 
 
 def silu_and_mul(x: Tensor) -> Tensor:
     """[T, 2I] -> [T, I]: silu of the first half times the second (SwiGLU, Shazeer, 2020)."""
+    if x.is_cpu and (out := cpu.silu_and_mul(x)) is not None:
+        return out
     gate, up = x.chunk(2, dim=-1)
     return F.silu(gate) * up
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x [T, K] @ weight [N, K].T + bias [N] -> [T, N]."""
+    if x.is_cpu and (out := cpu.linear(x, weight, bias)) is not None:
+        return out
     return F.linear(x, weight, bias)
 
 
@@ -39,6 +49,8 @@ def draw(logits: Tensor, temperature: Tensor, u: Tensor) -> Tensor:
 
     The token is the first in vocabulary order whose cumulative probability exceeds u, among those that are not 0.
     """
+    if logits.is_cpu and (ids := cpu.draw(logits, temperature, u)) is not None:
+        return ids
     probs = (logits.float() / temperature[:, None]).softmax(-1)
     mass = probs.cumsum(-1)
     beyond = (mass > u[:, None] * mass[:, -1:]) & (probs > 0)

@@ -306,8 +306,9 @@ template <class T> struct Attention {
   void tile(const Item& item, int tile, State& state) {
     const int first = tile * TILE, keys = std::min(TILE, position(item, item.rows - 1) + 1 - first);
     const int chunks = (keys + W - 1) / W;
-    const T *k[TILE / W], *v[TILE / W];
-    const int64_t k_stride = find_pages(item, first, keys, k, v);
+    // Pages lie anywhere, so the hardware does not foresee them: V is fetched while K is used, and the next tile's K with V.
+    const T *k[TILE / W], *v[TILE / W], *next_k[TILE / W];
+    const int64_t k_stride = find_pages(item, first, keys, k, v, next_k);
 
     for_rows(item.rows, [&](int r, auto m) {
       for_vectors(chunks, [&](int c, auto n) {
@@ -315,7 +316,11 @@ template <class T> struct Attention {
         const Element<T>* a = queries + r * dim;
         for (int d = 0; d < dim; d += P)
           multiply<T>(
-              sums, [&](int i) { return D::splat(a + i * dim + d); }, [&](int j) { return D::load_in(k[c + j] + d / P * k_stride); });
+              sums, [&](int i) { return D::splat(a + i * dim + d); },
+              [&](int j) {
+                __builtin_prefetch(v[c + j] + d * W);
+                return D::load_in(k[c + j] + d / P * k_stride);
+              });
         for (int i = 0; i < m; i++)
           for (int j = 0; j < n; j++) store(scores + (r + i) * TILE + (c + j) * W, sums[i][j]);
       });
@@ -350,7 +355,11 @@ template <class T> struct Attention {
           const T* b = v[c] + d * W * P;
           for (int t = 0; t < pairs; t += P)
             multiply<T>(
-                sums, [&](int i) { return D::splat(a + i * TILE + t); }, [&](int j) { return D::load_in(b + t * dim + j * W * P); });
+                sums, [&](int i) { return D::splat(a + i * TILE + t); },
+                [&](int j) {
+                  __builtin_prefetch(next_k[c] + t * dim + (d + j) * W * P);
+                  return D::load_in(b + t * dim + j * W * P);
+                });
           if (pairs < here)  // the rest of the pair lies past the context: its weight is 0, but what is in the page may be infinite
             multiply<T>(
                 sums, [&](int i) { return D::splat(a + i * TILE + pairs); },
@@ -363,15 +372,16 @@ template <class T> struct Attention {
   }
 
   // Where each W tokens of a tile lie, and K's stride there. Blocks that are no multiple of W are gathered first.
-  int64_t find_pages(const Item& item, int first, int keys, const T** k, const T** v) {
+  int64_t find_pages(const Item& item, int first, int keys, const T** k, const T** v, const T** next_k) {
     const int32_t* table = step.tables + item.sequence * step.table_stride;
-    const int block = layer.block;
+    const int block = layer.block, last = position(item, item.rows - 1);
     if (block % W == 0) {
       for (int c = 0; c * W < keys; c++) {
-        const int key = first + c * W, at = key % block;
+        const int key = first + c * W, at = key % block, next = std::min(key + TILE, last);
         const T* p = page<T>(layer, table[key / block], item.head);
         k[c] = p + at * P;
         v[c] = p + (block + at) * dim;
+        next_k[c] = page<T>(layer, table[next / block], item.head) + next % block / W * W * P;
       }
       return block * P;
     }
@@ -380,7 +390,7 @@ template <class T> struct Attention {
       const int key = first + i, at = key % block, to = i % W;
       const T *from_k = page<T>(layer, table[key / block], item.head), *from_v = from_k + (block + at - at % P) * dim + at % P;
       T *to_k = &gathered[i / W * W * dim], *to_v = to_k + TILE * dim;
-      k[i / W] = to_k;
+      k[i / W] = next_k[i / W] = to_k;
       v[i / W] = to_v;
       for (int d = 0; d < dim; d += P) std::memcpy(to_k + d * W + to * P, from_k + d * block + at * P, P * sizeof(T));
       for (int d = 0; d < dim; d++) to_v[(to - to % P) * dim + d * P + to % P] = from_v[d * P];
@@ -549,7 +559,7 @@ template <class T> void silu_and_mul(const T* x, int64_t x_stride, T* out, int64
 // Inverse CDF in the order of the vocabulary: the first id at which the cumulated exp((logit - max) / temperature) exceeds
 // `uniform` times the total. Logits are read once, span by span, and then again only the span in which the token lies.
 template <class T>
-void sample(const T* logits, int64_t stride, const float* temperature, const float* uniform, int32_t* tokens, int64_t rows,
+void sample(const T* logits, int64_t stride, const float* temperature, const float* uniform, int64_t* tokens, int64_t rows,
             int64_t vocab) {
   constexpr int64_t SPAN = 1024;
   const int64_t spans = (vocab + SPAN - 1) / SPAN;
@@ -621,7 +631,7 @@ void sample(const T* logits, int64_t stride, const float* temperature, const flo
   extern "C" void silu_and_mul_##T(const T* x, int64_t x_stride, T* out, int64_t rows, int64_t size) {                         \
     silu_and_mul(x, x_stride, out, rows, size);                                                                                \
   }                                                                                                                            \
-  extern "C" void sample_##T(const T* logits, int64_t stride, const float* temperature, const float* uniform, int32_t* tokens, \
+  extern "C" void sample_##T(const T* logits, int64_t stride, const float* temperature, const float* uniform, int64_t* tokens, \
                              int64_t rows, int64_t vocab) {                                                                    \
     sample(logits, stride, temperature, uniform, tokens, rows, vocab);                                                         \
   }

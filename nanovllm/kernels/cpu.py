@@ -15,6 +15,7 @@ import platform
 import shlex
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -93,3 +94,61 @@ def kernel(name: str, dtype: torch.dtype) -> Callable[..., None] | None:
     function = getattr(library, f"{name}_{DTYPES[dtype]}")
     function.argtypes, function.restype = ARGUMENTS[name], None
     return function
+
+
+@functools.cache
+def max_rows() -> int:
+    """Rows up to which our product beats torch's. With AVX-512 always, and then a row's result is the same in any company."""
+    features = cpu_features().split()
+    return sys.maxsize if "avx512f" in features and "amx_tile" not in features else 8
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+    run = kernel("linear", x.dtype)
+    if run is None or weight.dtype is not x.dtype or x.stride(1) != 1 or not weight.is_contiguous():
+        return None
+    (rows, depth), cols = x.shape, weight.shape[0]
+    if rows > max_rows():
+        return None
+    out = x.new_empty((rows, cols))
+    at = None if bias is None else bias.data_ptr()
+    run(x.data_ptr(), x.stride(0), weight.data_ptr(), at, out.data_ptr(), rows, cols, depth)
+    return out
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor | None:
+    run = kernel("rms_norm", x.dtype)
+    if run is None or weight.dtype is not x.dtype or x.ndim != 2 or x.stride(1) != 1:
+        return None
+    out = x.new_empty(x.shape)
+    run(x.data_ptr(), x.stride(0), weight.data_ptr(), eps, out.data_ptr(), *x.shape)
+    return out
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor] | None:
+    run = kernel("add_rms_norm", x.dtype)
+    if run is None or weight.dtype is not x.dtype or not (x.is_contiguous() and residual.is_contiguous()):
+        return None
+    run(x.data_ptr(), residual.data_ptr(), weight.data_ptr(), eps, *x.shape)
+    return x, residual
+
+
+def silu_and_mul(x: Tensor) -> Tensor | None:
+    run = kernel("silu_and_mul", x.dtype)
+    if run is None or x.stride(1) != 1:
+        return None
+    rows, size = x.shape[0], x.shape[1] // 2
+    out = x.new_empty((rows, size))
+    run(x.data_ptr(), x.stride(0), out.data_ptr(), rows, size)
+    return out
+
+
+def draw(logits: Tensor, temperature: Tensor, u: Tensor) -> Tensor | None:
+    """Rows of temperature 0 get their most likely token, the lowest id of several."""
+    run = kernel("sample", logits.dtype)
+    if run is None or logits.stride(1) != 1 or not (temperature.is_contiguous() and u.is_contiguous()):
+        return None
+    tokens = torch.empty(len(logits), dtype=torch.int64)
+    pointers = (temperature.data_ptr(), u.data_ptr(), tokens.data_ptr())
+    run(logits.data_ptr(), logits.stride(0), *pointers, *logits.shape)
+    return tokens

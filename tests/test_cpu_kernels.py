@@ -1,0 +1,274 @@
+"""The C++ kernels against float64 formulas and the written-out attention, and how their library is built."""
+
+import logging
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from attention_reference import make_case
+
+from nanovllm import kernels
+from nanovllm.attention.cpu_backend import CpuAttention
+from nanovllm.kernels import cpu
+from nanovllm.layers.rotary import QKNormRope
+
+needs_library = pytest.mark.skipif(cpu.load() is None, reason="cpu.cpp does not build here (no C++ compiler)")
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# Of a result's scale; the float32 rounding of sums, or the rounding of the result.
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+
+
+def normal(*shape, dtype, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def assert_close(actual, expected, dtype, scale=1.0):
+    assert actual.dtype == dtype
+    torch.testing.assert_close(actual.double(), expected.double(), atol=TOLERANCE[dtype] * scale, rtol=TOLERANCE[dtype])
+
+
+def bits(x):
+    return x.view(torch.int32 if x.dtype == torch.float32 else torch.int16)
+
+
+@needs_library
+class TestAttention:
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("heads", [(4, 4), (9, 3), (14, 2), (8, 1), (32, 1)])
+    @pytest.mark.parametrize(("head_dim", "block_size"), [(64, 16), (80, 8), (96, 32), (128, 16), (256, 2), (16, 128)])
+    def test_ragged_batches_of_prefill_chunks_and_decodes(self, dtype, heads, head_dim, block_size):
+        queries, contexts = [1, 5, 1, 33, 2, 1], [1, 5, 77, 150, 300, 257]
+        for window in (None, 5, 130):
+            case = make_case(
+                queries, contexts, heads=heads, head_dim=head_dim, block_size=block_size, windows=(None, window), dtype=dtype
+            )
+            assert_close(case.run(CpuAttention(case.spec), 1), case.expected(1), dtype)
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_a_row_is_the_same_alone_in_company_in_chunks_and_with_any_number_of_threads(self, dtype):
+        alone = make_case([700], [700], heads=(6, 2), dtype=dtype)
+        whole = alone.run(CpuAttention(alone.spec), 0)
+        last = make_case([1], [700], heads=(6, 2), dtype=dtype)
+        many = make_case([1] * 9 + [30], [700] * 9 + [650], heads=(6, 2), dtype=dtype)
+        for case in (last, many):
+            case.k[0], case.v[0], case.q[0] = alone.k[0], alone.v[0], alone.q[0][-1:]
+        threads = torch.get_num_threads()
+        try:
+            for number in (1, 2, 3):
+                torch.set_num_threads(number)
+                for case in (last, many):
+                    assert torch.equal(bits(case.run(CpuAttention(case.spec), 0)[0]), bits(whole[-1]))
+        finally:
+            torch.set_num_threads(threads)
+
+    def test_what_lies_past_the_context_may_be_infinite(self):
+        case = make_case([1, 3], [77, 19], dtype=torch.bfloat16)
+        backend = CpuAttention(case.spec)
+        before = case.run(backend, 0)
+        dirty = backend.cache.view(-1)
+        stale = dirty == 0  # what nothing was written to
+        dirty[stale] = float("inf")
+        assert stale.any()
+        assert torch.equal(backend.attend(0, torch.cat(case.q)), before)
+
+    def test_slot_minus_one_writes_nowhere(self):
+        case = make_case([16, 1], [16, 20])
+        backend = CpuAttention(case.spec)
+        case.run(backend, 0)
+        before = backend.cache.clone()
+        backend.meta.slot_mapping.fill_(-1)
+        backend.store(0, torch.full((17, 2, 64), 9.0), torch.full((17, 2, 64), 9.0))
+        assert torch.equal(backend.cache, before)
+
+    def test_offsets_beyond_31_bits(self):
+        case = make_case([1], [40], heads=(1, 1), head_dim=256, block_size=32, dtype=torch.float16)
+        table = case.block_tables.clone()
+        table[0, :2] = torch.tensor([300_000, 299_999])  # at 4.9e9 elements; pages that nobody touches take no memory
+        case.block_tables, case.num_blocks = table, 300_001
+        backend = CpuAttention(case.spec)
+        backend.allocate = lambda n: allocate_sparse(backend, n)
+        assert_close(case.run(backend, 0), case.expected(0), torch.float16)
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("eps", [None, 1e-6])
+    @pytest.mark.parametrize("head_dim", [64, 80, 128])
+    def test_write_is_norm_and_rope_and_store(self, dtype, eps, head_dim):
+        heads = (6, 2)
+        case = make_case([1, 40], [30, 40], heads=heads, head_dim=head_dim, dtype=dtype)
+        angles = torch.rand(64, head_dim // 2) * 6
+        rope = QKNormRope(*heads, head_dim, torch.cat((angles.cos(), angles.sin()), -1), eps)
+        for norm in (rope.q_norm, rope.k_norm):
+            if norm is not None:
+                norm.weight.data = normal(head_dim, dtype=dtype, seed=3)
+        fused, plain = CpuAttention(case.spec), CpuAttention(case.spec)
+        qkv = normal(41, 10 * head_dim, dtype=dtype)
+        meta = case.metadata([29, 0], [30, 40])
+        for backend in (fused, plain):
+            backend.allocate(case.num_blocks)
+            backend.begin(meta)
+        wide = QKNormRope(*heads, head_dim, rope.cos_sin, eps).double()
+        if wide.q_norm is not None:
+            wide.q_norm.weight.data, wide.k_norm.weight.data = rope.q_norm.weight.double(), rope.k_norm.weight.double()
+        q, k, v = wide(meta.positions, qkv.double())
+        plain.store(0, k.to(dtype), v.to(dtype))
+        assert_close(fused.write(0, qkv, rope), q, dtype, scale=4)
+        assert_close(fused.cache, plain.cache, dtype, scale=4)
+
+    @pytest.mark.parametrize(("change", "word"), [({"head_dim": 72}, "head_dim=72"), ({"block_size": 5}, "block_size=5")])
+    def test_refuses_by_name(self, change, word):
+        spec = make_case([1], [1], **change).spec
+        assert word in CpuAttention.refuses(spec)
+        with pytest.raises(ValueError, match=word):
+            CpuAttention(spec)
+
+
+def allocate_sparse(backend, num_blocks):
+    """allocate(), in memory that the kernel hands out only when it is touched."""
+    import mmap
+
+    spec = backend.spec
+    count = num_blocks * 2 * spec.block_size * spec.head_dim
+    zeros = torch.frombuffer(mmap.mmap(-1, count * 2), dtype=spec.dtype)
+    original, torch.zeros = torch.zeros, lambda shape, dtype: zeros.view(shape)
+    try:
+        CpuAttention.allocate(backend, num_blocks)
+    finally:
+        torch.zeros = original
+
+
+@needs_library
+class TestLinear:
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize(("depth", "cols"), [(576, 192), (1536, 40), (33, 17), (1, 1), (9000, 5)])
+    @pytest.mark.parametrize("rows", [1, 2, 3, 5, 7, 8, 13, 64])
+    def test_product_and_bias(self, dtype, depth, cols, rows):
+        x, weight, bias = normal(rows, depth, dtype=dtype), normal(cols, depth, dtype=dtype, seed=1), normal(cols, dtype=dtype)
+        expected = x.double() @ weight.double().T
+        assert_close(cpu.linear(x, weight, None), expected, dtype, scale=depth**0.5)
+        assert_close(cpu.linear(x, weight, bias), expected + bias.double(), dtype, scale=depth**0.5)
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_a_row_is_the_same_alone_and_in_company(self, dtype):
+        x, weight = normal(100, 5000, dtype=dtype), normal(50, 5000, dtype=dtype, seed=1)
+        together = cpu.linear(x, weight, None)
+        for row in (0, 3, 57, 99):
+            assert torch.equal(bits(cpu.linear(x[row : row + 1], weight, None)[0]), bits(together[row]))
+
+    def test_rows_may_lie_apart_and_there_may_be_none(self):
+        x, weight = normal(10, 96, dtype=torch.float32), normal(8, 32, dtype=torch.float32)
+        assert_close(cpu.linear(x[::3, 32:64], weight, None), x[::3, 32:64] @ weight.T, torch.float32, scale=6)
+        assert cpu.linear(x[:0, :32], weight, None).shape == (0, 8)
+        assert_close(kernels.linear(x.T[:, ::2], weight[:, :5], None), x.T[:, ::2] @ weight[:, :5].T, torch.float32, 6)
+
+
+@needs_library
+class TestNormAndActivation:
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize(("rows", "size"), [(1, 576), (3, 77), (130, 1024), (2, 5), (0, 16)])
+    def test_rms_norm_alone_and_after_an_addition(self, dtype, rows, size):
+        x, residual, weight = (normal(*s, dtype=dtype, seed=i) for i, s in enumerate([(rows, size), (rows, size), (size,)]))
+
+        def reference(x):
+            return weight.double() * (x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-5).sqrt()).to(dtype)
+
+        assert_close(cpu.rms_norm(x, weight, 1e-5), reference(x), dtype)
+        total = x + residual
+        normed, summed = cpu.add_rms_norm(x.clone(), residual.clone(), weight, 1e-5)
+        assert torch.equal(summed, total)
+        assert_close(normed, reference(total), dtype)
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize(("rows", "size"), [(1, 1536), (3, 77), (40, 1024)])
+    def test_silu_and_mul(self, dtype, rows, size):
+        x = normal(rows, 2 * size, dtype=dtype) * 10
+        x[0, :4] = torch.tensor([-1e4, 1e4, -88.0, 0.0], dtype=dtype)
+        gate, up = x.double().chunk(2, -1)
+        assert_close(cpu.silu_and_mul(x), (gate * gate.sigmoid() * up).to(dtype), dtype, scale=10)
+
+
+@needs_library
+class TestSampling:
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("vocab", [1, 7, 1000, 1024, 5003])
+    def test_inverse_cdf_in_vocabulary_order(self, dtype, vocab):
+        rows = 60
+        logits, temperature = normal(rows, vocab, dtype=dtype) * 4, torch.linspace(0.2, 3, rows)
+        logits[1::2, ::3] = float("-inf") if vocab > 1 else 0
+        u = torch.rand(rows, generator=torch.Generator().manual_seed(1))
+        u[:2], u[2:4] = 0, 1 - 2**-24
+        tokens = kernels.draw(logits, temperature, u)
+        weights = (logits.double() / temperature.double()[:, None]).softmax(-1)
+        mass = weights.cumsum(-1)
+        got = tokens[:, None]
+        assert (weights.gather(1, got) > 0).all()
+        assert (mass.gather(1, got)[:, 0] > u - 1e-6).all()
+        assert ((mass - weights).gather(1, got)[:, 0] <= u + 1e-6).all()
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_temperature_0_takes_the_first_of_the_largest(self, dtype):
+        logits = normal(20, 3000, dtype=dtype).round()
+        tokens = cpu.draw(logits, torch.zeros(20), torch.rand(20))
+        assert tokens.tolist() == [row.index(max(row)) for row in logits.tolist()]
+
+    def test_a_row_is_the_same_alone_in_company_and_with_any_number_of_threads(self):
+        logits, temperature, u = normal(40, 4000, dtype=torch.float32), torch.rand(40), torch.rand(40)
+        together = cpu.draw(logits, temperature, u)
+        alone = [cpu.draw(logits[i : i + 1], temperature[i : i + 1], u[i : i + 1]) for i in range(40)]
+        assert torch.equal(torch.cat(alone), together)
+
+    def test_frequencies_follow_the_softmax(self):
+        logits = torch.tensor([0.0, 1.0, -2.0, 0.5]).repeat(20000, 1)
+        u = torch.rand(20000, generator=torch.Generator().manual_seed(5))
+        counts = torch.bincount(cpu.draw(logits, torch.full((20000,), 0.7), u), minlength=4)
+        expected = (logits[0] / 0.7).softmax(-1) * 20000
+        assert ((counts - expected).square() / expected).sum() < 16.3  # chi-square, 3 degrees of freedom: 1 in 1000
+
+
+LINEAR = "import torch; from nanovllm import kernels; print(kernels.linear(torch.ones(2, 3), torch.ones(1, 3), None).tolist())"
+
+
+def start(cache, **environment):
+    env = {**os.environ, "XDG_CACHE_HOME": str(cache), "OMP_NUM_THREADS": "1", **environment}
+    code = f"import logging; logging.basicConfig(level=logging.INFO); {LINEAR}"
+    pipe = subprocess.PIPE
+    return subprocess.Popen([sys.executable, "-c", code], env=env, stdout=pipe, stderr=pipe, text=True)
+
+
+@needs_library
+def test_two_processes_build_at_once_and_a_third_finds_it_built(tmp_path):
+    for process in [start(tmp_path), start(tmp_path)]:
+        out, err = process.communicate(timeout=120)
+        assert (out.strip(), process.returncode) == ("[[3.0], [3.0]]", 0), err
+    assert [path.suffix for path in (tmp_path / "nanovllm").iterdir()] == [".so"]
+    out, err = start(tmp_path).communicate(timeout=60)
+    assert out.strip() == "[[3.0], [3.0]]"
+    assert "building" not in err
+
+
+@pytest.mark.parametrize("compiler", ["/bin/false", "no-such-compiler"])
+def test_without_a_working_compiler_torch_computes_and_one_line_says_so(tmp_path, compiler):
+    out, err = start(tmp_path, CXX=compiler).communicate(timeout=60)
+    assert out.strip() == "[[3.0], [3.0]]"
+    assert err.count("torch's own kernels") == 1
+    assert compiler in err
+
+
+@needs_library
+@pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="reads /proc/self/maps")
+def test_there_is_one_openmp_runtime_and_no_thread_beyond_torchs():
+    x, weight = torch.ones(64, 576), torch.ones(576, 576)
+    x @ weight
+    before = len(os.listdir("/proc/self/task"))
+    cpu.linear(x, weight, None)
+    assert len(os.listdir("/proc/self/task")) == before
+    with open("/proc/self/maps") as maps:
+        assert len({line.split()[-1] for line in maps if "omp" in line.rsplit("/", 1)[-1]}) == 1
+
+
+def test_a_dtype_without_kernels_is_left_to_torch():
+    x = torch.ones(2, 3, dtype=torch.float64)
+    logging.getLogger("nanovllm").debug("float64")
+    assert cpu.linear(x, x, None) is None
+    assert torch.equal(kernels.linear(x, x, None), x @ x.T)
