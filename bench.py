@@ -660,11 +660,11 @@ def peers(text: str) -> dict[str, str]:
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    about = "; ".join(f"{name}: {make().about}" for name, make in WORKLOADS.items())
     add(
         "--workload",
         type=lambda text: text.split(","),
-        help=f"comma-separated: {about}. Default: field on a GPU, else A,B,C,D",
+        help=f"comma-separated, of {', '.join(WORKLOADS)} (docs/benchmarks.md describes them); "
+        "default field on a GPU, else A,B,C,D",
     )
     add("--model", help="a folder, .gguf file or hub name; default SmolLM2 for A, B and C, a shape for field and D")
     add("--shape", choices=SHAPES, help="random weights in this Qwen3 size, for every workload")

@@ -7,6 +7,7 @@ peer runs in an environment of its own, without nanovllm.
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import json
 import os
@@ -143,6 +144,8 @@ class LlamaCpp:
 
     def __init__(self, job: dict[str, Any]) -> None:
         self.api = api = importlib.import_module("llama_cpp")
+        self.quiet = api.llama_log_callback(lambda *_: None)  # kept: llama.cpp holds the bare pointer
+        api.llama_log_set(self.quiet, None)
         api.llama_backend_init()
         self.model = api.llama_model_load_from_file(job["gguf"].encode(), api.llama_model_default_params())
         self.threads, self.text = job["threads"], not job["dummy"]
@@ -194,7 +197,7 @@ class LlamaCpp:
         while running := [seq for seq, done in enumerate(generated) if len(done) < outputs[seq]]:
             compute([(generated[s][-1], len(prompts[s]) + len(generated[s]) - 1, s, True) for s in running])
         if self.text:
-            vocab, buffer = api.llama_model_get_vocab(self.model), api.create_string_buffer(1 << 16)
+            vocab, buffer = api.llama_model_get_vocab(self.model), ctypes.create_string_buffer(1 << 16)
             for tokens in generated:
                 ids = (api.llama_token * len(tokens))(*tokens)
                 api.llama_detokenize(vocab, ids, len(tokens), buffer, len(buffer), True, False)

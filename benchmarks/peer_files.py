@@ -17,20 +17,23 @@ def hf_folder(model: Path, cache: Path) -> Path:
     """The folder itself, or a GGUF file's weights (dequantised by transformers), config and tokenizer as a folder."""
     if model.is_dir():
         return model
-    folder = cache / f"{model.stem}-bf16"
+    folder = cache / f"{model.name.removesuffix('.gguf')}-bf16"
     if not (folder / "model.safetensors").exists():
         import torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        import transformers
 
-        source = {"pretrained_model_name_or_path": str(model.parent), "gguf_file": model.name}
-        AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
-        AutoModelForCausalLM.from_pretrained(**source).to(torch.bfloat16).save_pretrained(folder)
+        how: dict[str, Any] = {"gguf_file": model.name}
+        transformers.AutoTokenizer.from_pretrained(model.parent, **how).save_pretrained(folder)
+        if hasattr(transformers, "GgufConfig"):  # version 5 keeps quantised weights unless it is told otherwise
+            how["quantization_config"] = transformers.GgufConfig(dequantize=True)
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(model.parent, **how)
+        loaded.to(torch.bfloat16).save_pretrained(folder)
     return folder
 
 
 def gguf_file(model: Path, cache: Path, dummy: bool) -> Path:
     """A GGUF file in bfloat16: of the one given, or of a Qwen3 config (folder/config.json) with random weights."""
-    path = cache / f"{model.stem}-bf16.gguf"
+    path = cache / f"{model.name.removesuffix('.gguf')}-bf16.gguf"
     if path.exists():
         return path
     if model.is_dir() and not dummy:
