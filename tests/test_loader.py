@@ -8,6 +8,7 @@ import math
 import pickle
 import shutil
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -263,7 +264,7 @@ def test_what_cannot_be_found_is_one_sentence_that_says_what_to_change(tmp_path:
     (tmp_path / "a.gguf").touch()
     (tmp_path / "b.gguf").touch()
     refused(tmp_path, "several GGUF files.*a.gguf, b.gguf")
-    refused(tmp_path / "a.gguf", "a.gguf ends or breaks")
+    refused(tmp_path / "a.gguf", r"a.gguf \(0 bytes\) cannot be read as GGUF")
 
 
 def test_a_hub_name_is_read_from_the_cache_when_offline(tmp_path: Path, models: Any, monkeypatch: Any) -> None:
@@ -292,6 +293,15 @@ def test_gguf_of_a_model_holds_its_weights_under_their_names(tmp_path: Path, mod
     files = loader.resolve(str(tmp_path))  # a folder with one GGUF file in it
     assert_same(read_all(files), state(models[family]))
     assert_same(read_all(pickle.loads(pickle.dumps(files))), state(models[family]))
+
+
+def test_gguf_is_let_go_of_when_its_weights_are_read_and_opened_again_for_more(tmp_path: Path, models: Any) -> None:
+    files = loader.resolve(str(write_gguf(tmp_path / "m.gguf", "llama", models["llama"])))
+    assert files.gguf is not None
+    for _ in range(2):
+        reader = weakref.ref(files.gguf.reader)
+        assert_same(read_all(files), state(models["llama"]))
+        assert reader() is None
 
 
 @pytest.mark.parametrize("kind", [Q.Q8_0, Q.Q4_0, Q.F16, Q.BF16])
@@ -356,8 +366,8 @@ def test_gguf_slices_of_every_type_are_those_of_the_whole_tensor(every_type: Any
 
 def test_gguf_slice_unpacks_its_own_blocks_only(every_type: Any, monkeypatch: Any) -> None:
     unpacked = []
-    dequantize = gguf.quants.dequantize
-    monkeypatch.setattr(gguf.quants, "dequantize", lambda x, kind: unpacked.append(x.size) or dequantize(x, kind))
+    dequantize = gguf.dequantize
+    monkeypatch.setattr(gguf, "dequantize", lambda x, kind: unpacked.append(x.size) or dequantize(x, kind))
     tensors, _ = every_type
     quarter = next(t for name, t in tensors.items() if getattr(t, "kind", None) == Q.Q8_0)[4:12, 256:512]
     assert quarter.shape == (8, 256)
@@ -389,10 +399,11 @@ def test_gguf_that_cannot_be_used_is_an_error_that_names_it(tmp_path: Path, mode
     whole = write_gguf(tmp_path / "m.gguf", "llama", models["llama"]).read_bytes()
     path = tmp_path / "broken.gguf"
     for content, match in (
-        (whole[:-40], "broken.gguf is cut short"),
-        (whole[:300], "broken.gguf ends or breaks within its metadata"),
-        (b"", "broken.gguf ends or breaks within its metadata"),
-        (b"GARBAGE!" * 8, "broken.gguf is no GGUF file"),
+        (whole[:-40], "broken.gguf.*cannot be read as GGUF.*cut short"),
+        (whole[:300], "broken.gguf.*cannot be read as GGUF.*cut short"),
+        (b"", r"broken.gguf \(0 bytes\) cannot be read as GGUF"),
+        (b"GARBAGE!" * 8, "broken.gguf.*cannot be read as GGUF"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "broken.gguf.*Git LFS pointer"),
     ):
         path.write_bytes(content)
         refused(path, match)
@@ -406,8 +417,20 @@ def test_gguf_that_cannot_be_used_is_an_error_that_names_it(tmp_path: Path, mode
         finish(writer)
         refused(path, match)
 
+    writer = start_gguf(path, models["llama"].config, "llama")
+    writer.add_tensor("output_norm.weight", np.zeros(2, np.float32))
+    finish(writer)
+    with pytest.raises(ValueError, match=r"broken.gguf has no token_embd.weight"):
+        loader.load_hf_config(loader.resolve(str(path)))
+
+    name = b"token_embd.weight"
+    kind = whole.index(name) + len(name) + 4 + 2 * 8  # after the number of dimensions, and these
+    path.write_bytes(whole[:kind] + b"\xc8" + whole[kind + 1 :])
+    refused(path, "broken.gguf needs a newer gguf package: 200 is not a valid")
+
     path.write_bytes(whole)
-    monkeypatch.setitem(sys.modules, "gguf.constants", None)
+    monkeypatch.delitem(sys.modules, "nanovllm.loader.gguf")
+    monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(ImportError, match=r"pip install 'nanovllm\[gguf\]'"):
         loader.resolve(str(path))
 

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from nanovllm.loader import safetensors
-from nanovllm.loader.gguf import GGUF
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+    from nanovllm.loader.gguf import GGUF
 
 LOAD_FORMATS = ("auto", "safetensors", "gguf", "dummy")
 COPY_AT_ONCE = 1 << 22  # numbers
@@ -70,6 +71,10 @@ def resolve(
         return ModelFiles(model, path)
     if path.suffix != ".gguf" or load_format == "safetensors":
         raise ValueError(f"model={model!r} is one file; with load_format={load_format!r} give the folder that holds it")
+    try:
+        from nanovllm.loader.gguf import GGUF
+    except ImportError as err:
+        raise ImportError(f"{path} is a GGUF file, to read it install gguf: pip install 'nanovllm[gguf]'") from err
     return ModelFiles(model, path.parent, GGUF(path))
 
 
@@ -244,8 +249,11 @@ def load_tokenizer(
 
 def iter_weights(files: ModelFiles) -> Iterator[tuple[str, LazyTensor]]:
     """(Hugging Face name, tensor) of every parameter in the checkpoint, none of them read yet."""
-    tensors = files.gguf if files.gguf is not None else safetensors.iter_tensors(files.folder)
-    return ((name, tensor) for name, tensor in tensors if not NO_PARAMETER.search(name))
+    for name, tensor in files.gguf if files.gguf is not None else safetensors.iter_tensors(files.folder):
+        if not NO_PARAMETER.search(name):
+            yield name, tensor
+    if files.gguf is not None:
+        files.gguf.close()
 
 
 def copy_part(into: Tensor, tensor: LazyTensor, index: tuple[slice, ...]) -> None:

@@ -1,22 +1,22 @@
 """GGUF files of the llama, qwen2 and qwen3 architectures: the metadata as a Hugging Face config, the tensors under
-Hugging Face names and in Hugging Face's row order, dequantised where they are sliced.
-
-The layout is that of https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. The gguf package knows the quantised
-types; its reader is not used because it makes a numpy array of every token (2 s for a vocabulary of 49,152).
+Hugging Face names and in Hugging Face's row order, dequantised where they are sliced. The gguf package, which must be
+there to import this module, reads the format.
 """
 
 from __future__ import annotations
 
 import math
-import mmap
-import struct
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+import gguf
 import numpy as np
 import torch
 from torch import Tensor
+
+from nanovllm.loader.safetensors import unreadable
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 
@@ -45,32 +45,27 @@ SAMPLING = {
     "penalty_repeat": "repetition_penalty",
 }
 
-SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-STRING, ARRAY = 8, 9
-LENGTH = struct.Struct("<Q")
 PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 DEQUANTISE_AT_ONCE = 1 << 17  # weights; more fall out of the cache (twice as slow), fewer pay numpy's calls
 
 
-class Entry(NamedTuple):
-    """One line of the file's table of tensors."""
+class Reader(gguf.GGUFReader):
+    """Holds the mapped file as a plain array: each slice of a numpy.memmap runs Python, and a vocabulary is 10^5 slices."""
 
-    shape: tuple[int, ...]
-    kind: Any  # gguf.GGMLQuantizationType
-    start: int
-    nbytes: int
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, np.asarray(value) if name == "data" else value)
 
 
 class GGUFTensor:
     """A tensor on disk, as rows of packed bytes [shape[0], bytes]; slicing it dequantises the blocks that are touched."""
 
-    def __init__(self, name: str, packed: np.ndarray, entry: Entry, row_order: np.ndarray | None) -> None:
-        from gguf.constants import GGML_QUANT_SIZES
-
-        self.name, self.packed, self.kind, self.row_order = name, packed, entry.kind, row_order
-        self.shape = entry.shape
-        self.dtype = PLAIN.get(entry.kind.name, torch.float32)
-        self.block, self.block_bytes = GGML_QUANT_SIZES[entry.kind]
+    def __init__(self, tensor: gguf.ReaderTensor) -> None:
+        self.name, self.kind = tensor.name, tensor.tensor_type
+        self.shape: tuple[int, ...] = tuple(reversed(tensor.shape.tolist()))
+        self.packed = tensor.data.reshape(self.shape[0], -1).view(np.uint8)
+        self.dtype = PLAIN.get(self.kind.name, torch.float32)
+        self.block, self.block_bytes = gguf.GGML_QUANT_SIZES[self.kind]
+        self.row_order: np.ndarray | None = None  # where row i lies, for all i
 
     def __getitem__(self, index: Any) -> Tensor:
         """Slices, at most one a dimension; `...` is all."""
@@ -91,65 +86,28 @@ class GGUFTensor:
             return torch.empty(shape, dtype=self.dtype)
         if self.kind.name in PLAIN:
             return torch.from_numpy(packed.copy()).view(self.dtype)
-        from gguf.quants import dequantize
-
         blocks = packed.reshape(-1, self.block_bytes)
         out, step = np.empty((len(blocks), self.block), np.float32), max(1, DEQUANTISE_AT_ONCE // self.block)
         try:
             for i in range(0, len(out), step):
                 # As one long row: given many short ones, the package makes a numpy call for every 16 of them.
-                out[i : i + step] = dequantize(blocks[i : i + step].reshape(1, -1), self.kind).reshape(-1, self.block)
+                out[i : i + step] = gguf.dequantize(blocks[i : i + step].reshape(1, -1), self.kind).reshape(
+                    -1, self.block
+                )
         except NotImplementedError as err:
             raise ValueError(f"{self.name} is of type {self.kind.name}, which the gguf package cannot read") from err
         return torch.from_numpy(out.reshape(shape))
 
 
 class GGUF:
-    """One opened file: its metadata, and a table of its tensors, none of them read. Pickles as its path.
+    """One file: its metadata, and its tensors, none of them read. Pickles as its path.
 
-    Raises ValueError for a file that is cut short, no GGUF, split, or of another architecture; ImportError without gguf.
+    Raises ValueError for a file that is cut short, no GGUF, split, or of another architecture.
     """
 
     def __init__(self, path: Path) -> None:
-        try:
-            from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
-        except ImportError as err:
-            raise ImportError(f"{path} is a GGUF file, to read it install gguf: pip install 'nanovllm[gguf]'") from err
         self.path = path
-        self.buffer: mmap.mmap | bytes = b""
-        with path.open("rb") as file:
-            if path.stat().st_size:
-                self.buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        self.position = 0
-        self.metadata: dict[str, Any] = {}
-        self.entries: dict[str, Entry] = {}
-        try:
-            magic, version, num_tensors, num_fields = self.take("4sIQQ")
-            if magic != b"GGUF" or version not in (2, 3):
-                raise ValueError(f"{path} is no GGUF file of version 2 or 3 (it begins {magic!r}, version {version})")
-            for _ in range(num_fields):
-                key = self.text()
-                self.metadata[key] = self.value(*self.take("I"))
-            table = []
-            for _ in range(num_tensors):
-                name, (dims,) = self.text(), self.take("I")
-                *reversed_shape, number, offset = self.take(f"{dims}QIQ")
-                table.append((name, tuple(reversed(reversed_shape)), number, offset))
-        except (struct.error, OverflowError, UnicodeDecodeError, KeyError) as err:
-            raise ValueError(f"{path} ends or breaks within its metadata ({err}); fetch it again") from err
-        alignment = self.metadata.get("general.alignment", 32)
-        data = -(-self.position // alignment) * alignment
-        known = {int(kind): kind for kind in GGMLQuantizationType}
-        for name, shape, number, offset in table:
-            if number not in known:
-                raise ValueError(f"{path}: {name!r} is of type {number}, unknown to this gguf package; upgrade it")
-            kind = known[number]
-            block, block_bytes = GGML_QUANT_SIZES[kind]
-            self.entries[name] = Entry(shape, kind, data + offset, math.prod(shape) // block * block_bytes)
-        end = max((entry.start + entry.nbytes for entry in self.entries.values()), default=0)
-        if end > len(self.buffer):
-            raise ValueError(f"{path} is cut short: {len(self.buffer):,} bytes of {end:,}; fetch it again")
-        if self.metadata.get("split.count", 1) > 1:
+        if self.get("split.count", 1) > 1:
             raise ValueError(f"{path} is one part of a split file; join the parts: llama-gguf-split --merge")
         if self["general.architecture"] not in ARCHITECTURES:
             raise ValueError(
@@ -157,64 +115,70 @@ class GGUF:
                 f"supported are {', '.join(ARCHITECTURES)}"
             )
 
-    def __reduce__(self) -> tuple[type[GGUF], tuple[Path]]:
-        return GGUF, (self.path,)
+    @cached_property
+    def reader(self) -> Reader:
+        """Opens the file, again where `close` came before."""
+        try:
+            reader = Reader(self.path)
+        except (ValueError, IndexError, KeyError) as err:
+            if "GGMLQuantizationType" in str(err):
+                raise ValueError(f"{self.path} needs a newer gguf package: {err}; pip install -U gguf") from err
+            raise unreadable(self.path, "GGUF", err) from err
+        if reader.byte_order != "I":
+            raise ValueError(f"{self.path} is of the other byte order; convert it for this machine")
+        return reader
 
-    def take(self, layout: str) -> tuple[Any, ...]:
-        values = struct.unpack_from("<" + layout, self.buffer, self.position)
-        self.position += struct.calcsize("<" + layout)
-        return values
+    def close(self) -> None:
+        """Lets go of the file and of what was read of it, tens of MB for a vocabulary."""
+        self.__dict__.pop("reader", None)
 
-    def text(self) -> str:
-        start = self.position + 8
-        self.position = start + LENGTH.unpack_from(self.buffer, start - 8)[0]
-        return str(self.buffer[start : self.position], "utf-8")
+    def __getstate__(self) -> dict[str, Any]:
+        return {"path": self.path}
 
-    def value(self, kind: int) -> Any:
-        if kind == STRING:
-            return self.text()
-        if kind != ARRAY:
-            return self.take(SCALARS[kind])[0]
-        kind, length = self.take("IQ")
-        if kind == STRING:
-            return [self.text() for _ in range(length)]
-        return list(self.take(f"{length}{SCALARS[kind]}"))
+    def get(self, key: str, default: Any = None) -> Any:
+        """A field of the metadata."""
+        field = self.reader.get_field(key)
+        return default if field is None else field.contents()
 
     def __getitem__(self, key: str) -> Any:
         """A field of the metadata that must be there."""
-        if key not in self.metadata:
+        if (value := self.get(key)) is None:
             raise ValueError(f"{self.path} has no {key!r} in its metadata; convert the model again")
-        return self.metadata[key]
+        return value
 
-    def tensor(self, name: str) -> GGUFTensor:
-        """By the name that it has in the file."""
-        entry = self.entries[name]
-        packed = np.frombuffer(self.buffer, np.uint8, entry.nbytes, entry.start)
-        heads = {"attn_q": "head_count", "attn_k": "head_count_kv"}.get(name.split(".")[-2])
-        order = None
+    @property
+    def tensors(self) -> dict[str, gguf.ReaderTensor]:
+        """By the names that they have in the file."""
+        return {tensor.name: tensor for tensor in self.reader.tensors}
+
+    def lazy(self, tensor: gguf.ReaderTensor) -> GGUFTensor:
+        found = GGUFTensor(tensor)
+        heads = {"attn_q": "head_count", "attn_k": "head_count_kv"}.get(tensor.name.split(".")[-2])
         if heads and self["general.architecture"] == "llama":
             # llama.cpp rotates neighbouring rows, Hugging Face a head's two halves: row (h, half, i) is (h, i, half).
-            rows = np.arange(entry.shape[0]).reshape(self[f"llama.attention.{heads}"], -1, 2)
-            order = rows.swapaxes(1, 2).reshape(-1)
-        return GGUFTensor(name, packed.reshape(entry.shape[0], -1), entry, order)
+            rows = np.arange(found.shape[0]).reshape(self[f"llama.attention.{heads}"], -1, 2)
+            found.row_order = rows.swapaxes(1, 2).reshape(-1)
+        return found
 
     def __iter__(self) -> Iterator[tuple[str, GGUFTensor]]:
         """(Hugging Face name, tensor). Raises ValueError for a tensor that has no place in these models."""
-        for name in self.entries:
+        for name, tensor in self.tensors.items():
             if name == "rope_freqs.weight":
                 continue  # no parameter: `hf_fields` reads it
             *block, stem, suffix = name.split(".")
             if stem not in TENSOR_NAMES or suffix not in ("weight", "bias"):
                 raise ValueError(f"{self.path} holds {name!r}, which no {self['general.architecture']} model here has")
             layer = f"model.layers.{block[1]}." if block else ""
-            yield f"{layer}{TENSOR_NAMES[stem]}.{suffix}", self.tensor(name)
+            yield f"{layer}{TENSOR_NAMES[stem]}.{suffix}", self.lazy(tensor)
 
     def hf_fields(self) -> dict[str, Any]:
         """The fields of the config.json that the file was converted from, as far as its metadata tells."""
-        family = self["general.architecture"]
+        family, tensors = self["general.architecture"], self.tensors
+        if "token_embd.weight" not in tensors:
+            raise ValueError(f"{self.path} has no token_embd.weight: it is a vocabulary only, or a part of a model")
 
         def get(key: str) -> Any:
-            return self.metadata.get(f"{family}.{key}")
+            return self.get(f"{family}.{key}")
 
         def need(key: str) -> Any:
             return self[f"{family}.{key}"]
@@ -228,7 +192,7 @@ class GGUF:
         return {
             "model_type": "mistral" if is_mistral else family,
             "architectures": ["MistralForCausalLM" if is_mistral else ARCHITECTURES[family]],
-            "vocab_size": self.entries["token_embd.weight"].shape[0],
+            "vocab_size": int(tensors["token_embd.weight"].shape[-1]),
             "hidden_size": hidden,
             "intermediate_size": need("feed_forward_length"),
             "num_hidden_layers": need("block_count"),
@@ -239,21 +203,21 @@ class GGUF:
             "rms_norm_eps": need("attention.layer_norm_rms_epsilon"),
             "max_position_embeddings": need("context_length"),
             "rope_parameters": self.rope_parameters(head_dim),
-            "attention_bias": "blk.0.attn_q.bias" in self.entries,
-            "mlp_bias": "blk.0.ffn_up.bias" in self.entries,
+            "attention_bias": "blk.0.attn_q.bias" in tensors,
+            "mlp_bias": "blk.0.ffn_up.bias" in tensors,
             "sliding_window": window,
             "use_sliding_window": bool(window),  # Qwen's switch; from layer 0 on
             "max_window_layers": 0,
-            "tie_word_embeddings": "output.weight" not in self.entries,
-            "bos_token_id": self.metadata.get("tokenizer.ggml.bos_token_id"),
-            "eos_token_id": self.metadata.get("tokenizer.ggml.eos_token_id"),
-            "pad_token_id": self.metadata.get("tokenizer.ggml.padding_token_id"),
+            "tie_word_embeddings": "output.weight" not in tensors,
+            "bos_token_id": self.get("tokenizer.ggml.bos_token_id"),
+            "eos_token_id": self.get("tokenizer.ggml.eos_token_id"),
+            "pad_token_id": self.get("tokenizer.ggml.padding_token_id"),
         }
 
     def rope_parameters(self, head_dim: int) -> dict[str, Any]:
         prefix = f"{self['general.architecture']}.rope."
-        theta = self.metadata.get(prefix + "freq_base", 10000.0)
-        scaling = {k[len(prefix) :]: v for k, v in self.metadata.items() if k.startswith(prefix + "scal")}
+        theta = self.get(prefix + "freq_base", 10000.0)
+        scaling = {k[len(prefix) :]: self[k] for k in self.reader.fields if k.startswith(prefix + "scal")}
         kind, factor = scaling.pop("scaling.type", "none"), scaling.pop("scaling.factor", 1.0)
         trained = scaling.pop("scaling.original_context_length", None)
         betas = {f"beta_{end}": scaling.pop(f"scaling.yarn_beta_{end}", None) for end in ("fast", "slow")}
@@ -261,7 +225,7 @@ class GGUF:
         if unknown := [key for key, value in scaling.items() if value != 1.0]:
             raise ValueError(f"{self.path} scales RoPE by {prefix}{unknown[0]}, which is not supported")
         rope: dict[str, Any] = {"rope_type": "default", "rope_theta": theta}
-        if "rope_freqs.weight" in self.entries:
+        if "rope_freqs.weight" in self.tensors:
             return rope | self.llama3_scaling(theta, head_dim, trained or 8192)
         if kind == "none" or factor == 1.0:
             return rope
@@ -275,7 +239,7 @@ class GGUF:
 
     def llama3_scaling(self, theta: float, head_dim: int, trained: int) -> dict[str, Any]:
         """Llama 3's scaling comes as a tensor of what each frequency is divided by; the largest is the factor."""
-        divisors = self.tensor("rope_freqs.weight")[...].double()
+        divisors = self.lazy(self.tensors["rope_freqs.weight"])[...].double()
         factor, low, high = divisors.max().item(), 1.0, 4.0
         turns = trained * theta ** -(torch.arange(0, head_dim, 2).double() / head_dim) / (2 * math.pi)
         keep = ((turns - low) / (high - low)).clamp(0, 1)
@@ -291,9 +255,9 @@ class GGUF:
 
     def generation_config(self) -> dict[str, Any]:
         """What a generation_config.json would say: every token that ends an answer, and the sampling that is advised."""
-        ends = [self.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+        ends = [self.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
         fields: dict[str, Any] = {"eos_token_id": list(dict.fromkeys(end for end in ends if end is not None))}
         for key, name in SAMPLING.items():
-            if (value := self.metadata.get(f"general.sampling.{key}")) is not None:
+            if (value := self.get(f"general.sampling.{key}")) is not None:
                 fields[name] = value
         return fields

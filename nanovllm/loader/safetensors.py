@@ -92,10 +92,15 @@ def open_file(path: Path) -> Any:
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as err:
-        with path.open("rb") as file:
-            pointer = file.read(20) == b"version https://git-"
-        cause = "it is a Git LFS pointer, the weights were not fetched: run git lfs pull" if pointer else err
-        raise ValueError(
-            f"{path} ({path.stat().st_size:,} bytes) cannot be read as safetensors: {cause}; "
-            "a file that was cut short or damaged must be fetched again"
-        ) from err
+        raise unreadable(path, "safetensors", err) from err
+
+
+def unreadable(path: Path, format: str, err: Exception) -> ValueError:
+    """The error to raise for a file in which `err` came up."""
+    with path.open("rb") as file:
+        pointer = file.read(20) == b"version https://git-"
+    cause = "it is a Git LFS pointer, the weights were not fetched: run git lfs pull" if pointer else err
+    return ValueError(
+        f"{path} ({path.stat().st_size:,} bytes) cannot be read as {format}: {cause}; "
+        "a file that was cut short or damaged must be fetched again"
+    )
