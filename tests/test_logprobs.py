@@ -1,0 +1,170 @@
+"""logprobs and prompt_logprobs against transformers' log-softmax, whatever the cache and the schedule did."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tiny import (
+    greedy,
+    make_llm,
+    next_logits,
+    nothing_is_left,  # noqa: F401
+    random_prompts,
+    shared_llm,
+    shared_model,
+)
+
+from nanovllm import RequestOutputKind, SamplingParams
+
+PROMPTS = random_prompts([1, 2, 16, 17, 48, 90], seed=21)
+
+
+def expected_logprobs(tokens: list[int]) -> torch.Tensor:
+    """[len(tokens), vocabulary]: row i is of the token after tokens[i]."""
+    return next_logits(shared_model()[1], tokens).log_softmax(-1)
+
+
+def check_entry(entry: dict[int, Any], token: int, expected: torch.Tensor, k: int) -> None:
+    """The token itself first, then the k most likely in order, itself not twice; ranks count from 1."""
+    assert next(iter(entry)) == token
+    own, *others = [logprob.rank for logprob in entry.values()]
+    assert others == [rank for rank in range(1, k + 1) if rank != own]
+    for i, logprob in entry.items():
+        assert logprob.logprob == pytest.approx(expected[i].item(), abs=1e-4)
+        # Neighbours that are closer than rounding may change places.
+        above, not_below = (expected > expected[i] + 1e-4).sum(), (expected > expected[i] - 1e-4).sum()
+        assert above < logprob.rank <= not_below
+        assert logprob.decoded_token == shared_llm().get_tokenizer().decode([i])
+
+
+def check(out: Any, k: int | None, prompt_k: int | None) -> None:
+    """All logprobs of an output, of its prompt and of its completions."""
+    prompt = out.prompt_token_ids
+    if prompt_k is None:
+        assert out.prompt_logprobs is None
+    else:
+        assert len(out.prompt_logprobs) == len(prompt)
+        assert out.prompt_logprobs[0] is None
+        expected = expected_logprobs(prompt)
+        for i, entry in enumerate(out.prompt_logprobs[1:], 1):
+            check_entry(entry, prompt[i], expected[i - 1], prompt_k)
+    for completion in out.outputs:
+        tokens = completion.token_ids
+        if k is None:
+            assert (completion.logprobs, completion.cumulative_logprob) == (None, None)
+            continue
+        assert len(completion.logprobs) == len(tokens)
+        expected = expected_logprobs([*prompt, *tokens])[len(prompt) - 1 :]
+        for i, (token, entry) in enumerate(zip(tokens, completion.logprobs)):
+            check_entry(entry, token, expected[i], k)
+        total = sum(expected[i, token].item() for i, token in enumerate(tokens))
+        assert completion.cumulative_logprob == pytest.approx(total, abs=1e-3)
+
+
+@pytest.mark.parametrize(("k", "prompt_k"), [(0, None), (1, 0), (5, 3), (None, 5), (20, 20), (None, None)])
+def test_number_of_entries(k, prompt_k):
+    params = SamplingParams(max_tokens=6, logprobs=k, prompt_logprobs=prompt_k, ignore_eos=True)
+    for out in shared_llm().generate(PROMPTS, params, use_tqdm=False):
+        check(out, k, prompt_k)
+
+
+def test_minus_one_is_the_whole_vocabulary():
+    llm = shared_llm(max_logprobs=-1)
+    params = SamplingParams(max_tokens=2, logprobs=-1, prompt_logprobs=-1, ignore_eos=True)
+    for out in llm.generate(PROMPTS[:3], params, use_tqdm=False):
+        assert len(out.outputs[0].logprobs[0]) == 300
+        check(out, 300, 300)
+    with pytest.raises(ValueError, match=r"logprobs must be at most max_logprobs=20"):
+        shared_llm().generate(PROMPTS, params, use_tqdm=False)
+
+
+def test_they_are_of_the_model_not_of_what_filters_leave():
+    params = SamplingParams(
+        max_tokens=6,
+        logprobs=4,
+        temperature=0.5,
+        top_k=3,
+        repetition_penalty=1.5,
+        logit_bias={9: 3.0},
+        allowed_token_ids=list(range(0, 300, 2)),
+        ignore_eos=True,
+    )
+    for out in shared_llm().generate(PROMPTS, params, use_tqdm=False):
+        check(out, 4, None)
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {"max_num_batched_tokens": 16, "max_num_seqs": 16},
+        {"num_gpu_blocks_override": 9, "max_model_len": 130},
+        {"num_gpu_blocks_override": 9, "max_model_len": 130, "max_num_batched_tokens": 20, "max_num_seqs": 5},
+        {"enable_prefix_caching": False},
+    ],
+    ids=str,
+)
+def test_chunks_preemption_prefix_hits_and_several_completions(kwargs, overlap):
+    llm = make_llm(async_scheduling=overlap, **kwargs)
+    prompts = [*PROMPTS, *PROMPTS[2:]]
+    ks = [(2, None), (None, 3), (0, 0), (5, 1), (None, None), (3, 5)]
+    params = [
+        SamplingParams(max_tokens=20, n=1 + i % 3, logprobs=k, prompt_logprobs=prompt_k, ignore_eos=True)
+        for i, (k, prompt_k) in enumerate((ks * 2)[: len(prompts)])
+    ]
+    for _ in range(2):
+        outs = llm.generate(prompts, params, use_tqdm=False)
+        for out, p in zip(outs, params):
+            check(out, p.logprobs, p.prompt_logprobs)
+    if "num_gpu_blocks_override" in kwargs:
+        assert llm.llm_engine.scheduler.num_preemptions > 3
+
+
+def test_prompt_logprobs_do_not_read_the_prefix_cache_but_others_do():
+    llm = make_llm()
+    (prompt,) = random_prompts([64], seed=22)
+    plain = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
+    asking = SamplingParams(temperature=0, max_tokens=4, prompt_logprobs=0, ignore_eos=True)
+    outs = [llm.generate([prompt], params, use_tqdm=False)[0] for params in (plain, plain, asking, plain)]
+    assert [out.num_cached_tokens for out in outs] == [0, 63, 0, 63]
+    check(outs[2], None, 0)
+    assert {tuple(out["token_ids"]) for out in outs} == {tuple(greedy(shared_model()[1], prompt, 4))}
+
+
+def test_of_a_prompt_longer_than_one_piece_of_logits():
+    """The runner makes prompt logits some rows at a time."""
+    (prompt,) = random_prompts([400], seed=23)
+    params = SamplingParams(max_tokens=1, prompt_logprobs=2, ignore_eos=True)
+    llm = shared_llm(max_num_batched_tokens=512, max_model_len=512)
+    check(llm.generate([prompt], params, use_tqdm=False)[0], None, 2)
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_stop_string_and_eos_end_logprobs_with_the_tokens(overlap):
+    llm = shared_llm(async_scheduling=overlap)
+    tokens = greedy(shared_model()[1], PROMPTS[3], 12)
+    third = next(i for i, token in enumerate(tokens) if i >= 3 and token not in tokens[:i])
+    params = SamplingParams(temperature=0, max_tokens=12, logprobs=2, stop_token_ids=[tokens[third]])
+    (out,) = llm.generate([PROMPTS[3]], params, use_tqdm=False)
+    assert out["token_ids"] == tokens[: third + 1]
+    check(out, 2, None)
+
+
+def test_a_stream_of_deltas_brings_each_entry_once():
+    params = SamplingParams(
+        max_tokens=8, n=2, logprobs=3, prompt_logprobs=1, ignore_eos=True, output_kind=RequestOutputKind.DELTA, seed=1
+    )
+    llm = shared_llm()
+    logprobs: dict[tuple[str, int], list[Any]] = {}
+    for out in llm.stream(PROMPTS, params):
+        for completion in out.outputs:
+            assert len(completion.logprobs) == len(completion.token_ids)
+            logprobs.setdefault((out.request_id, completion.index), []).extend(completion.logprobs)
+    whole = llm.generate(PROMPTS, params, use_tqdm=False)
+    for out in whole:
+        check(out, 3, 1)
+    assert [logprobs[key] for key in sorted(logprobs, key=lambda key: (int(key[0]), key[1]))] == [
+        completion.logprobs for out in whole for completion in out.outputs
+    ]
