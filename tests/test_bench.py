@@ -11,48 +11,48 @@ from types import SimpleNamespace
 import pytest
 
 import bench
-from benchmarks import engines, peer_files
+from benchmarks import engines, limit, peer_files, workloads
 from nanovllm import loader
 from nanovllm.models.config import read_config
 
 
-def sizes(shape: str, tmp_path: Path) -> bench.Sizes:
-    files = loader.resolve(str(bench.write_shape(shape, tmp_path)), load_format="dummy")
-    return bench.sizes_of(read_config(loader.load_hf_config(files)), itemsize=2)
+def sizes(shape: str, tmp_path: Path) -> limit.Sizes:
+    files = loader.resolve(str(workloads.write_shape(shape, tmp_path)), load_format="dummy")
+    return limit.sizes_of(read_config(loader.load_hf_config(files)), itemsize=2)
 
 
 def test_the_field_s_workload_has_its_published_token_counts() -> None:
-    work = bench.field_workload()
+    work = workloads.field_workload()
     assert (len(work.prompts), sum(map(len, work.prompts)), sum(work.outputs)) == (256, 142_827, 133_966)
 
 
 @pytest.mark.parametrize(("shape", "kv_kib", "seconds"), [("0.6b", 112, 3.72), ("8b", 144, 10.59), ("14b", 160, 16.62)])
 def test_limit_of_an_h200_is_the_published_one(shape: str, kv_kib: int, seconds: float, tmp_path: Path) -> None:
     model = sizes(shape, tmp_path)
-    h200 = bench.Machine(bandwidth=4.3e12, flops=790e12)
-    found = bench.limit(bench.field_workload(), model, h200, bench.LARGE_GPU_STEP)
+    h200 = limit.Machine(bandwidth=4.3e12, flops=790e12)
+    found = limit.limit(workloads.field_workload(), model, h200, limit.LARGE_GPU_STEP)
     assert model.kv_bytes == kv_kib * 1024
     assert found["seconds"] == pytest.approx(seconds, abs=0.005)
 
 
 def test_limit_of_one_request_is_its_weights_and_kv_once_a_token(tmp_path: Path) -> None:
     model = sizes("0.6b", tmp_path)
-    found = bench.limit(bench.workload_b(), model, bench.Machine(bandwidth=1.0, flops=1e30), 2048)
+    found = limit.limit(workloads.workload_b(), model, limit.Machine(bandwidth=1.0, flops=1e30), 2048)
     context = sum(length + 1 for length in range(128, 255)) + 2 * 128 + 127  # read by 127 decodes; prefill and writes
     logits = 128 * 2 * 2 * 151936
     assert found["seconds"] == pytest.approx(128 * model.weight_bytes + context * model.kv_bytes + logits)
 
 
 def test_limit_counts_a_shared_prefix_s_products_once(tmp_path: Path) -> None:
-    model, machine = sizes("0.6b", tmp_path), bench.Machine(bandwidth=1e30, flops=1.0)
-    found = bench.limit(bench.workload_c(), model, machine, 1 << 20)
+    model, machine = sizes("0.6b", tmp_path), limit.Machine(bandwidth=1e30, flops=1.0)
+    found = limit.limit(workloads.workload_c(), model, machine, 1 << 20)
     layers = model.weight_bytes // 2 - model.vocab_size * model.hidden_size
     tokens = 512 + 64 * 32 + 64 * 31
     assert found["products"] == pytest.approx(2 * layers * tokens)
 
 
 def test_rounds_differ_in_tokens_and_agree_in_lengths_and_sharing() -> None:
-    work = bench.workload_c()
+    work = workloads.workload_c()
     rounds = [work.variant(number, 512) for number in range(3)]
     assert [[len(p) for p in prompts] for prompts in rounds] == [[544] * 64] * 3
     assert all(engines.common_prefix(prompts) == 512 for prompts in rounds)
@@ -115,7 +115,7 @@ def test_an_engine_that_fails_says_why(tmp_path: Path) -> None:
 
 def test_a_shape_as_gguf_reads_back_as_the_same_model(tmp_path: Path) -> None:
     pytest.importorskip("gguf")
-    folder = bench.write_shape("tiny", tmp_path)
+    folder = workloads.write_shape("tiny", tmp_path)
     gguf = loader.resolve(str(peer_files.gguf_file(folder, tmp_path / "cache", dummy=True)))
     ours = read_config(loader.load_hf_config(loader.resolve(str(folder), load_format="dummy")))
     theirs = read_config(loader.load_hf_config(gguf))
