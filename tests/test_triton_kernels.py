@@ -449,8 +449,9 @@ def test_flash_backend_calls_flash_attn_as_documented(monkeypatch, query_lens, c
 
 
 @runs
-def test_flash_backend_says_why_it_cannot_run():
+def test_backends_say_what_they_cannot_run():
     from nanovllm.attention.flash_backend import FlashAttention
 
-    with pytest.raises(ValueError, match=r"attention_backend='flash'.*float16 and bfloat16"):
-        FlashAttention(make_case([1], [1], device=DEVICE).spec)
+    assert "float16 and bfloat16" in FlashAttention.refuses(make_case([1], [1], device=DEVICE).spec)
+    assert TritonAttention.refuses(make_case([1], [1], device=DEVICE).spec) is None
+    assert "256, not 512" in TritonAttention.refuses(make_case([1], [1], head_dim=512, device=DEVICE).spec)

@@ -47,11 +47,14 @@ def flash_version(spec: AttentionSpec) -> tuple[int | None, str]:
 class FlashAttention(AttentionBackend):
     """Pages are [num_blocks, block_size, Hkv, D], K and V apart."""
 
+    @staticmethod
+    def refuses(spec: AttentionSpec) -> str | None:
+        version, why = flash_version(spec)
+        return why if version is None else None
+
     def __init__(self, spec: AttentionSpec) -> None:
         super().__init__(spec)
-        self.version, why = flash_version(spec)
-        if self.version is None:
-            raise ValueError(f"attention_backend='flash' cannot be used here: {why}")
+        self.version, _ = flash_version(spec)
         self.kernels: Any = import_module("flash_attn_interface" if self.version == 3 else "flash_attn")
 
     def allocate(self, num_blocks: int) -> None:

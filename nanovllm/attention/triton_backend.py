@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nanovllm.attention import AttentionBackend, AttentionMetadata, AttentionSpec
-from nanovllm.kernels.triton_ops import card, compute_type, write_kv, write_qkv
+from nanovllm.kernels.triton_ops import INTERPRETED, card, compute_type, write_kv, write_qkv
 from nanovllm.layers.rotary import QKNormRope
 
 LOG2E = 1.4426950408889634
@@ -307,6 +307,16 @@ class TritonAttention(AttentionBackend):
     With kv_cache_dtype "fp8" they hold float8 e4m3 with a scale of 1, which has the range of any trained model's K and
     V (448) and 3 bits of mantissa.
     """
+
+    @staticmethod
+    def refuses(spec: AttentionSpec) -> str | None:
+        if spec.device.type != "cuda" and not INTERPRETED:
+            return f"Triton compiles for GPUs, not for {spec.device.type}"
+        if (capability := card(spec.device)[0]) < (8, 0):
+            return "it needs compute capability 8.0 or higher, not {}.{}".format(*capability)
+        if spec.head_dim > 256:
+            return f"its tiles hold head sizes up to 256, not {spec.head_dim}"
+        return None
 
     def __init__(self, spec: AttentionSpec, kv_cache_dtype: str = "auto") -> None:
         super().__init__(spec)

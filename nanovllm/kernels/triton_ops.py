@@ -8,13 +8,18 @@ before each store, so the kernels also run under Triton's interpreter, whose own
 # (kernel parameters have no Python types)
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton import knobs
 
-from nanovllm.layers.rotary import QKNormRope
+if TYPE_CHECKING:  # the layers import the kernels
+    from nanovllm.layers.rotary import QKNormRope
+
+INTERPRETED = knobs.runtime.interpret  # TRITON_INTERPRET=1: kernels run in numpy on tensors of the CPU
 
 
 def card(device: torch.device) -> tuple[tuple[int, int], int, int]:
@@ -27,7 +32,7 @@ def card(device: torch.device) -> tuple[tuple[int, int], int, int]:
 
 def compute_type(dtype: torch.dtype) -> tl.dtype:
     """What matrix products inside a kernel run in: the tensors' own type, but float32 under the interpreter."""
-    return tl.float32 if knobs.runtime.interpret else getattr(tl, str(dtype).removeprefix("torch."))
+    return tl.float32 if INTERPRETED else getattr(tl, str(dtype).removeprefix("torch."))
 
 
 @triton.jit
