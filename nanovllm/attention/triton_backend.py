@@ -250,7 +250,7 @@ def _decode_kernel(
                 acc = tl.zeros([BLOCK_M, DIM], tl.float32)
                 for other in range(leader, last + 1):
                     partial = partial_ptr + (2 * other + (other == leader).to(tl.int32)) * PARTIAL
-                    # .cg: past the L1 cache, which may hold what this partial was in an earlier layer
+                    # .cg: from L2, where other multiprocessors' stores are seen; L1 is not coherent with them
                     m_i = tl.load(partial + STATS + row, mask=row < GROUP, other=-1e30, cache_modifier=".cg")
                     mass_i = tl.load(partial + STATS + GROUP + row, mask=row < GROUP, other=0.0, cache_modifier=".cg")
                     acc_i = tl.load(partial + inner, mask=inside, other=0.0, cache_modifier=".cg")
