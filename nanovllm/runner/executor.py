@@ -422,7 +422,9 @@ class Workers:
             code = process.wait(GRACE)
         except subprocess.TimeoutExpired:
             return f"rank {rank} (process {process.pid}) closed its connection"
-        how = f"exited with status {code}" if code >= 0 else f"was killed by {signal.Signals(-code).name}"
+        how = (
+            f"exited with status {code}, see its output" if code >= 0 else f"was killed by {signal.Signals(-code).name}"
+        )
         hint = ", as Linux does when memory runs out" if code == -signal.SIGKILL else ""
         return f"rank {rank} (process {process.pid}) {how}{hint}"
 
@@ -447,8 +449,8 @@ class Workers:
 
 def close(workers: Workers, slots: list[Slot]) -> None:
     workers.close()
-    for slot in slots:
-        os.close(slot.fd)
+    while slots:
+        os.close(slots.pop().fd)
 
 
 # -- the other ranks -----------------------------------------------------------------------------------------------------
@@ -505,7 +507,8 @@ def serve(rank: int, connection: Connection, slots: list[Slot]) -> None:
 
 def main_script() -> dict[str, Any]:
     """How to run the user's script once more, as multiprocessing says it."""
-    return {key: value for key, value in get_preparation_data("rank").items() if key.startswith("init_main")}
+    data = get_preparation_data("rank")
+    return {key: value for key, value in data.items() if key == "sys_argv" or key.startswith("init_main")}
 
 
 def unpickle(message: bytes, main: dict[str, Any]) -> Any:
