@@ -6,17 +6,36 @@ the twin is tested against.
 
 from __future__ import annotations
 
+import logging
+from functools import cache
+from importlib import import_module
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from nanovllm.kernels import cpu
 
+logger = logging.getLogger("nanovllm")
+
+
+@cache
+def gpu() -> Any:
+    """`triton_ops`, or None where Triton does not import. Asked for by the first tensor on a GPU: it takes half a second."""
+    try:
+        return import_module("nanovllm.kernels.triton_ops")
+    except ImportError as err:
+        logger.warning("Triton does not import (%s): the GPU runs plain PyTorch, which is several times slower", err)
+        return None
+
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """weight * x / sqrt(mean(x^2) + eps) over the last dimension, computed in float32 and rounded before the product."""
     if x.is_cpu and (out := cpu.rms_norm(x, weight, eps)) is not None:
         return out
+    if x.is_cuda and gpu():
+        return gpu().rms_norm(x, weight, eps)
     x32 = x.float()
     return weight * (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
 
@@ -25,6 +44,8 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     """(rms_norm(residual + x), residual + x); may overwrite both inputs."""
     if x.is_cpu and (both := cpu.add_rms_norm(x, residual, weight, eps)) is not None:
         return both
+    if x.is_cuda and gpu():
+        return gpu().add_rms_norm(x, residual, weight, eps)
     residual = residual + x
     return rms_norm(residual, weight, eps), residual
 
@@ -33,6 +54,8 @@ def silu_and_mul(x: Tensor) -> Tensor:
     """[T, 2I] -> [T, I]: silu of the first half times the second (SwiGLU, Shazeer, 2020)."""
     if x.is_cpu and (out := cpu.silu_and_mul(x)) is not None:
         return out
+    if x.is_cuda and gpu():
+        return gpu().silu_and_mul(x)
     gate, up = x.chunk(2, dim=-1)
     return F.silu(gate) * up
 
@@ -44,14 +67,20 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
-def draw(logits: Tensor, temperature: Tensor, u: Tensor) -> Tensor:
+def draw(logits: Tensor, temperature: Tensor, u: Tensor, threshold: Tensor | None = None) -> Tensor:
     """Draws from softmax(logits / temperature) by inverse CDF: logits [R, V], temperature and u [R] -> ids [R] int64.
 
-    The token is the first in vocabulary order whose cumulative probability exceeds u, among those that are not 0.
+    The token is the first in vocabulary order whose cumulative probability exceeds u, among those that are not 0; at
+    temperature 0 the first of the largest logits. Logits below `threshold` [R] do not take part.
     """
+    if logits.is_cuda and gpu():
+        return gpu().draw(logits, temperature, u, threshold)
+    if threshold is not None:
+        logits = logits.masked_fill(logits < threshold[:, None], float("-inf"))
     if logits.is_cpu and (ids := cpu.draw(logits, temperature, u)) is not None:
         return ids
-    probs = (logits.float() / temperature[:, None]).softmax(-1)
+    greedy = temperature == 0
+    probs = (logits.float() / temperature.masked_fill(greedy, 1)[:, None]).softmax(-1)
     mass = probs.cumsum(-1)
     beyond = (mass > u[:, None] * mass[:, -1:]) & (probs > 0)
-    return beyond.int().argmax(-1)
+    return torch.where(greedy, logits.argmax(-1), beyond.int().argmax(-1))

@@ -43,11 +43,12 @@ def sample(logits: Tensor, batch: Batch, last_tokens: Tensor) -> Tensor:
         drawn, tokens = logits, None
     else:
         drawn, tokens = logits[batch.random_at], logits.argmax(-1)
+    threshold = None
     if len(batch.filter_at):
-        drawn = drawn.float()
         at = batch.filter_at
-        drawn[at] = drawn[at].masked_fill(unlikely(drawn[at] / batch.temperature[at, None], batch), float("-inf"))
-    draws = kernels.draw(drawn, batch.temperature, batch.uniform)
+        threshold = batch.temperature.new_full((len(drawn),), float("-inf"))
+        threshold[at] = filter_threshold(drawn[at], batch.temperature[at], batch.top_k, batch.top_p, batch.min_p)
+    draws = kernels.draw(drawn, batch.temperature, batch.uniform, threshold)
     if tokens is None:
         return draws
     tokens[batch.random_at] = draws
@@ -59,12 +60,12 @@ def edit(logits: Tensor, batch: Batch, last_tokens: Tensor) -> Tensor:
     vocab_size = logits.shape[1]
     if len(batch.allow_at):
         banned = torch.ones(len(batch.allow_at), vocab_size, dtype=torch.bool, device=logits.device)
-        banned[owners(batch.allow_start), batch.allow_ids] = False
+        banned[owners(batch.allow_start, len(batch.allow_ids)), batch.allow_ids] = False
         logits[batch.allow_at] = logits[batch.allow_at].masked_fill(banned, float("-inf"))
     if len(batch.bias_at):
         logits.index_put_((batch.bias_at, batch.bias_ids), batch.bias_values, accumulate=True)
     if len(batch.penalty_at):
-        owner = owners(batch.history_start)
+        owner = owners(batch.history_start, len(batch.history))
         row = batch.sample_rows[batch.penalty_at]
         ids = torch.where(batch.history < 0, last_tokens[row[owner]].to(batch.history.dtype), batch.history)
         place = torch.arange(len(ids), device=ids.device) - batch.history_start[owner]
@@ -81,44 +82,50 @@ def edit(logits: Tensor, batch: Batch, last_tokens: Tensor) -> Tensor:
     return logits
 
 
-def owners(starts: Tensor) -> Tensor:
-    """[0, 2, 5] -> [0, 0, 1, 1, 1]: which piece each item of a ragged array belongs to."""
-    return torch.repeat_interleave(torch.arange(len(starts) - 1, device=starts.device), starts.diff())
+def owners(starts: Tensor, total: int) -> Tensor:
+    """[0, 2, 5] -> [0, 0, 1, 1, 1]: which piece each of `total` items of a ragged array belongs to."""
+    pieces = torch.arange(len(starts) - 1, device=starts.device)
+    return torch.repeat_interleave(pieces, starts.diff(), output_size=total)  # else the host would wait for the sum
 
 
-def unlikely(logits: Tensor, batch: Batch) -> Tensor:
-    """What min-p, top-k and top-p exclude, as bool [F, V]; logits [F, V] after the temperature. Ties are kept."""
-    vocab_size = logits.shape[1]
-    floor = logits.amax(-1, keepdim=True) + batch.min_p.log()[:, None]
+def filter_threshold(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
+    """[F] float32: the least logit that min-p, top-k and top-p, in this order, leave in each row of logits [F, V].
+
+    min-p keeps p >= min_p * max(p), top-k the k largest, top-p the smallest set whose share of what the other two left
+    reaches top_p. Ties with the last one kept are kept. temperature [F] > 0, top_k 1..V.
+    """
+    if logits.is_cuda and kernels.gpu():
+        return kernels.gpu().filter_threshold(logits, temperature, top_k, top_p, min_p)
+    logits, vocab_size = logits.float(), logits.shape[1]
+    floor = logits.amax(-1, keepdim=True) + (temperature * min_p.log())[:, None]
     logits = logits.masked_fill(logits < floor, float("-inf"))
-    k = batch.top_k.clamp(max=vocab_size).long()
-    limited = k[k < vocab_size]
+    limited = top_k[top_k < vocab_size]
     candidates = min(vocab_size, max(NUCLEUS_CANDIDATES, int(limited.max()) if len(limited) else 0))
     top = logits.topk(candidates).values
-    kth = top.gather(1, (k.clamp(max=candidates) - 1)[:, None])
-    threshold = torch.where((k < vocab_size)[:, None], torch.maximum(kth, floor), floor)
-    if (batch.top_p < 1).any():
-        threshold = torch.maximum(threshold, nucleus_threshold(logits, top, threshold, batch.top_p))
-    return logits < threshold
+    kth = top.gather(1, (top_k.long().clamp(max=candidates) - 1)[:, None])
+    threshold = torch.where((top_k < vocab_size)[:, None], torch.maximum(kth, floor), floor)
+    if (top_p < 1).any():
+        threshold = torch.maximum(threshold, nucleus_threshold(logits, top, threshold, temperature[:, None], top_p))
+    return threshold.squeeze(1)
 
 
-def nucleus_threshold(logits: Tensor, top: Tensor, threshold: Tensor, top_p: Tensor) -> Tensor:
+def nucleus_threshold(logits: Tensor, top: Tensor, threshold: Tensor, temperature: Tensor, top_p: Tensor) -> Tensor:
     """[F, 1]: the smallest logit of the smallest set whose probability reaches top_p (Holtzman et al., 2020).
 
     `top` are the largest logits in order; what lies below `threshold` is excluded already. Only rows whose nucleus is
     larger than `top` are sorted whole.
     """
-    total = logits.masked_fill(logits < threshold, float("-inf")).logsumexp(-1, keepdim=True)
+    total = (logits.masked_fill(logits < threshold, float("-inf")) / temperature).logsumexp(-1, keepdim=True)
 
-    def smallest(ordered: Tensor, total: Tensor, top_p: Tensor) -> tuple[Tensor, Tensor]:
-        mass = (ordered - total).exp().cumsum(-1)
-        size = (mass < top_p[:, None]).sum(-1, keepdim=True)
+    def smallest(ordered: Tensor, at: Any) -> tuple[Tensor, Tensor]:
+        mass = (ordered / temperature[at] - total[at]).exp().cumsum(-1)
+        size = (mass < top_p[at, None]).sum(-1, keepdim=True)
         return ordered.gather(1, size.clamp(max=ordered.shape[1] - 1)), size.squeeze(1) >= ordered.shape[1]
 
-    result, unfinished = smallest(top.masked_fill(top < threshold, float("-inf")), total, top_p)
+    result, unfinished = smallest(top.masked_fill(top < threshold, float("-inf")), slice(None))
     rest = ((top_p < 1) & unfinished).nonzero().squeeze(1)
     if len(rest) and top.shape[1] < logits.shape[1]:
-        result[rest] = smallest(logits[rest].sort(-1, descending=True).values, total[rest], top_p[rest])[0]
+        result[rest] = smallest(logits[rest].sort(-1, descending=True).values, rest)[0]
     return torch.where((top_p < 1)[:, None], result, float("-inf"))
 
 
