@@ -67,7 +67,8 @@ def beam_search(llm: LLM, prompts: list[Any], params: BeamSearchParams, use_tqdm
             beam.finish_reason = "length"
         best = sorted(done + own, key=lambda beam: score(beam, prompt_len), reverse=True)[:width]
         for beam in best:
-            beam.text = engine.decode(beam.tokens, params.skip_special_tokens)
+            if engine.tokenizer is not None:
+                beam.text = engine.tokenizer.decode(beam.tokens, skip_special_tokens=params.skip_special_tokens)
         outputs.append(BeamSearchOutput(best))
     return outputs
 

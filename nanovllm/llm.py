@@ -11,7 +11,8 @@ from typing import Any
 from nanovllm.beam_search import beam_search
 from nanovllm.chat import render
 from nanovllm.config import EngineArgs
-from nanovllm.engine.llm_engine import LLMEngine, Metric
+from nanovllm.engine import control
+from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.errors import ValidationError
 from nanovllm.outputs import BeamSearchOutput, RequestOutput
 from nanovllm.progress import Progress, ProgressBar, progress
@@ -111,7 +112,7 @@ class LLM:
 
     def get_default_sampling_params(self) -> SamplingParams:
         """What the model's generation_config.json recommends."""
-        return SamplingParams.from_optional(**self.llm_engine.default_sampling())
+        return SamplingParams.from_optional(**control.default_sampling(self.llm_engine))
 
     def reset_prefix_cache(self) -> bool:
         """Forgets all cached prefixes: needed after new weights. Running requests go on."""
@@ -119,11 +120,11 @@ class LLM:
 
     def sleep(self, level: int = 1) -> None:
         """Frees the KV cache and moves the weights to the host's memory (level 1) or drops them (level 2)."""
-        self.llm_engine.sleep(level)
+        control.sleep(self.llm_engine, level)
 
     def wake_up(self, tags: list[str] | None = None) -> None:
         """Undoes `sleep`: all, or of "weights" and "kv_cache" what `tags` name. Dropped weights are loaded again."""
-        self.llm_engine.wake_up(tags)
+        control.wake_up(self.llm_engine, tags)
 
     def collective_rpc(
         self,
@@ -137,11 +138,11 @@ class LLM:
 
     def apply_model(self, func: Callable[[Any], Any]) -> list[Any]:
         """`func(model)` on each rank."""
-        return self.llm_engine.apply_model(func)
+        return self.collective_rpc(control.apply_to_model, args=(func,))
 
-    def get_metrics(self) -> list[Metric]:
+    def get_metrics(self) -> list[control.Metric]:
         """Counters and gauges of the engine since it was made."""
-        return self.llm_engine.get_metrics()
+        return control.metrics(self.llm_engine)
 
     def _need_tokenizer(self, what: str) -> Any:
         if self.llm_engine.tokenizer is None:

@@ -8,33 +8,23 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
 from nanovllm.config import EngineArgs
-from nanovllm.engine.batch import Batch, add_prompt_logprobs, build_batch
+from nanovllm.engine.batch import Batch, build_batch
+from nanovllm.engine.control import TOTALS, describe, totals
 from nanovllm.engine.detokenizer import Detokenizer
+from nanovllm.engine.edits import add_prompt_logprobs
 from nanovllm.engine.output_processor import OutputProcessor, Request
 from nanovllm.engine.scheduler import Scheduler, Step
 from nanovllm.engine.sequence import Sequence
 from nanovllm.errors import ValidationError
 from nanovllm.outputs import RequestMetrics, RequestOutput
-from nanovllm.runner.executor import make_executor, worker
+from nanovllm.runner.executor import make_executor
 from nanovllm.runner.setup import Setup
 from nanovllm.sampling_params import SamplingParams
-
-TOTALS = ("prompt_tokens", "generation_tokens", "num_preemptions", "prefix_cache_queries", "prefix_cache_hits")
-
-
-@dataclass(frozen=True)
-class Metric:
-    """A counter (it only grows) or a gauge; token counts are of all requests since the engine was made."""
-
-    name: str
-    value: float
 
 
 class LLMEngine:
@@ -47,30 +37,32 @@ class LLMEngine:
         self.runner = self.executor.runner
         self.tokenizer = setup.tokenizer
         self.max_model_len, self.vocab_size = setup.max_model_len, setup.config.vocab_size
+        self.eos_token_ids = setup.eos_token_ids
         self.overlap = setup.device.type == "cuda" if args.async_scheduling is None else args.async_scheduling
         self.log_stats = not args.disable_log_stats
         self.num_requests = 0
         self.num_sequences = 0
         self.asleep: set[str] = set()
-        self.totals = dict.fromkeys(TOTALS, 0)
-        self._reset()
+        self.totals = dict.fromkeys(TOTALS, 0)  # of schedulers that a reset has replaced
+        self.model_config, self.scheduler_config, self.model_executor = describe(self)
+        self.reset()
 
     @classmethod
     def from_engine_args(cls, args: EngineArgs) -> LLMEngine:
         return cls(args)
 
-    def _reset(self) -> None:
+    def reset(self) -> None:
         """An empty scheduler over an empty cache."""
         args, setup = self.args, self.setup
         if hasattr(self, "scheduler"):
-            self._keep_totals()
+            self.totals = totals(self)
         self.scheduler = Scheduler(
             num_blocks=self.executor.num_blocks,
             block_size=args.block_size,
             max_model_len=self.max_model_len,
             max_num_seqs=setup.max_num_seqs,
             max_num_batched_tokens=setup.max_num_batched_tokens,
-            eos_token_ids=setup.eos_token_ids,
+            eos_token_ids=self.eos_token_ids,
             enable_prefix_caching=args.enable_prefix_caching,
             enable_chunked_prefill=args.enable_chunked_prefill,
         )
@@ -107,7 +99,7 @@ class LLMEngine:
         room = self.max_model_len - len(tokens)
         end = len(tokens) + min(params.max_tokens or room, room)
         stops = frozenset(params.stop_token_ids or ())
-        eos = frozenset() if params.ignore_eos else self.setup.eos_token_ids
+        eos = frozenset() if params.ignore_eos else self.eos_token_ids
         bad_words = tuple(self._bad_word_ids(params.bad_words or []))
         number, seqs = self.num_requests, []
         for index in range(params.n):
@@ -150,6 +142,10 @@ class LLMEngine:
                 raise ValidationError("prompt: skip_tokenizer_init=True leaves token ids as the only form; got text")
             token_ids = self.tokenizer.encode(text)
         return text, token_ids
+
+    def check_prompt(self, prompt: Any) -> list[int]:
+        """A prompt of any form as token ids. Raises what `add_request` would."""
+        return self._check_prompt(self._tokenize(prompt)[1]).tolist()
 
     def _check_prompt(self, token_ids: Any) -> np.ndarray:
         """Token ids as int32, once they are known to be ids and to fit."""
@@ -210,7 +206,7 @@ class LLMEngine:
         try:
             return self._step()
         except BaseException:
-            self._reset()
+            self.reset()
             raise
 
     def _step(self) -> list[RequestOutput]:
@@ -250,120 +246,22 @@ class LLMEngine:
             metrics = self.scheduler.table.seqs[row].owner.request.metrics
             metrics.first_scheduled_time = metrics.first_scheduled_time or time.monotonic()
 
-    # -- the engine's state ------------------------------------------------------------------------------------------
-
-    @property
-    def eos_token_ids(self) -> frozenset[int]:
-        return self.setup.eos_token_ids
-
-    @property
-    def model_config(self) -> SimpleNamespace:
-        """What vLLM's clients read of its model config."""
-        setup = self.setup
-        return SimpleNamespace(
-            model=self.args.model,
-            max_model_len=self.max_model_len,
-            hf_config=setup.hf_config,
-            hf_text_config=setup.hf_config,
-            dtype=setup.dtype,
-            seed=self.args.seed,
-            get_vocab_size=lambda: self.vocab_size,
-        )
-
-    @property
-    def scheduler_config(self) -> SimpleNamespace:
-        setup = self.setup
-        return SimpleNamespace(
-            max_num_seqs=setup.max_num_seqs,
-            max_num_batched_tokens=setup.max_num_batched_tokens,
-            max_model_len=self.max_model_len,
-            async_scheduling=self.overlap,
-        )
-
-    @property
-    def model_executor(self) -> SimpleNamespace:
-        """`model_executor.driver_worker.model_runner.model`, which RL trainers load new weights into."""
-        return SimpleNamespace(driver_worker=worker(self.runner))
+    # -- for clients -------------------------------------------------------------------------------------------------
 
     def collective_rpc(
-        self, method: str | Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, method: str | Callable[..., Any], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> list[Any]:
         """Calls `method(worker, ...)`, or the method of that name of the worker's model runner, on each rank."""
-        return self.executor.collective_rpc(method, args, kwargs)
+        return self.executor.collective_rpc(method, args, kwargs or {})
 
-    def apply_model(self, func: Callable[[Any], Any]) -> list[Any]:
-        return self.collective_rpc(apply_to_model, (func,), {})
+    def get_tokenizer(self) -> Any:
+        return self.tokenizer
 
     def set_tokenizer(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
         self.processor.detokenizer = Detokenizer(tokenizer)
 
-    def get_tokenizer(self) -> Any:
-        return self.tokenizer
-
-    def check_prompt(self, prompt: Any) -> list[int]:
-        """A prompt of any form as token ids. Raises what `add_request` would."""
-        return self._check_prompt(self._tokenize(prompt)[1]).tolist()
-
-    def decode(self, token_ids: list[int], skip_special_tokens: bool) -> str | None:
-        return (
-            None
-            if self.tokenizer is None
-            else self.tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
-        )
-
-    def default_sampling(self) -> dict[str, Any]:
-        """What generation_config.json recommends, as arguments of SamplingParams."""
-        config = self.setup.generation_config
-        names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-        found = {name: config[name] for name in names if config.get(name) is not None}
-        if config.get("do_sample") is False:
-            found["temperature"] = 0.0
-        if config.get("max_new_tokens") is not None:
-            found["max_tokens"] = config["max_new_tokens"]
-        return found
-
     def reset_prefix_cache(self) -> bool:
-        self.scheduler.blocks.reset()
+        """Forgets all cached prefixes; running requests go on."""
+        self.scheduler.reset_prefix_cache()
         return True
-
-    def sleep(self, level: int) -> None:
-        if level not in (1, 2):
-            raise ValidationError(
-                f"level={level!r} is not known; accepted are 1 (weights to the host) and 2 (weights dropped)"
-            )
-        if self.has_unfinished_requests():
-            raise ValidationError(
-                f"sleep: {self.get_num_unfinished_requests()} requests are unfinished; finish or abort them"
-            )
-        self._reset()
-        if "weights" not in self.asleep:  # a second time would lose the copy
-            self.collective_rpc("sleep", (level,), {})
-        self.asleep = {"weights", "kv_cache"}
-
-    def wake_up(self, tags: list[str] | None) -> None:
-        wanted = {"weights", "kv_cache"} if tags is None else set(tags)
-        if not wanted <= {"weights", "kv_cache"}:
-            raise ValidationError(f"tags={tags!r} are not known; accepted are 'weights' and 'kv_cache'")
-        for tag in sorted(wanted & self.asleep, reverse=True):
-            self.collective_rpc("wake_up", (tag,), {})
-            self.asleep.discard(tag)
-
-    def _keep_totals(self) -> None:
-        for name in TOTALS:
-            self.totals[name] += getattr(self.scheduler, name)
-
-    def get_metrics(self) -> list[Metric]:
-        scheduler = self.scheduler
-        counts = {name: self.totals[name] + getattr(scheduler, name) for name in TOTALS}
-        blocks = scheduler.blocks
-        gauges = {
-            "num_requests_running": len(scheduler.order),
-            "num_requests_waiting": len(scheduler.waiting),
-            "kv_cache_usage_perc": 1 - blocks.num_free / blocks.num_blocks,
-        }
-        return [Metric(f"vllm:{name}", value) for name, value in {**counts, **gauges}.items()]
-
-
-def apply_to_model(worker: Any, func: Callable[[Any], Any]) -> Any:
-    return func(worker.model_runner.model)

@@ -1,0 +1,101 @@
+"""An engine's state from outside: what clients read of it, metrics, sleeping and waking. Nothing here runs in a step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+from nanovllm.errors import ValidationError
+from nanovllm.runner.executor import worker
+
+if TYPE_CHECKING:
+    from nanovllm.engine.llm_engine import LLMEngine
+
+TOTALS = ("prompt_tokens", "generation_tokens", "num_preemptions", "prefix_cache_queries", "prefix_cache_hits")
+PARTS = {"weights", "kv_cache"}
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A counter (it only grows) or a gauge; token counts are of all requests since the engine was made."""
+
+    name: str
+    value: float
+
+
+def describe(engine: LLMEngine) -> tuple[SimpleNamespace, SimpleNamespace, SimpleNamespace]:
+    """What clients of vLLM read: model_config, scheduler_config, and model_executor.driver_worker.model_runner.model,
+    which RL trainers load new weights into.
+    """
+    setup, vocab_size = engine.setup, engine.vocab_size
+    model_config = SimpleNamespace(
+        model=engine.args.model,
+        max_model_len=engine.max_model_len,
+        hf_config=setup.hf_config,
+        hf_text_config=setup.hf_config,
+        dtype=setup.dtype,
+        seed=engine.args.seed,
+        get_vocab_size=lambda: vocab_size,
+    )
+    scheduler_config = SimpleNamespace(
+        max_num_seqs=setup.max_num_seqs,
+        max_num_batched_tokens=setup.max_num_batched_tokens,
+        max_model_len=engine.max_model_len,
+        async_scheduling=engine.overlap,
+    )
+    return model_config, scheduler_config, SimpleNamespace(driver_worker=worker(engine.runner))
+
+
+def default_sampling(engine: LLMEngine) -> dict[str, Any]:
+    """What generation_config.json recommends, as arguments of SamplingParams."""
+    config = engine.setup.generation_config
+    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+    found = {name: config[name] for name in names if config.get(name) is not None}
+    if config.get("do_sample") is False:
+        found["temperature"] = 0.0
+    if config.get("max_new_tokens") is not None:
+        found["max_tokens"] = config["max_new_tokens"]
+    return found
+
+
+def apply_to_model(rank: Any, func: Callable[[Any], Any]) -> Any:
+    return func(rank.model_runner.model)
+
+
+def sleep(engine: LLMEngine, level: int) -> None:
+    if level not in (1, 2):
+        raise ValidationError(
+            f"level={level!r} is not known; accepted are 1 (weights to the host) and 2 (weights dropped)"
+        )
+    if engine.has_unfinished_requests():
+        count = engine.get_num_unfinished_requests()
+        raise ValidationError(f"sleep: {count} requests are unfinished; finish or abort them")
+    engine.reset()
+    if "weights" not in engine.asleep:  # a second time would lose the copy
+        engine.collective_rpc("sleep", (level,))
+    engine.asleep = set(PARTS)
+
+
+def wake_up(engine: LLMEngine, tags: list[str] | None) -> None:
+    wanted = PARTS if tags is None else set(tags)
+    if not wanted <= PARTS:
+        raise ValidationError(f"tags={tags!r} are not known; accepted are 'weights' and 'kv_cache'")
+    for tag in sorted(wanted & engine.asleep, reverse=True):
+        engine.collective_rpc("wake_up", (tag,))
+        engine.asleep.discard(tag)
+
+
+def totals(engine: LLMEngine) -> dict[str, int]:
+    return {name: engine.totals[name] + getattr(engine.scheduler, name) for name in TOTALS}
+
+
+def metrics(engine: LLMEngine) -> list[Metric]:
+    scheduler, blocks = engine.scheduler, engine.scheduler.blocks
+    gauges = {
+        "num_requests_running": len(scheduler.order),
+        "num_requests_waiting": len(scheduler.waiting),
+        "kv_cache_usage_perc": 1 - blocks.num_free / blocks.num_blocks,
+    }
+    return [Metric(f"vllm:{name}", value) for name, value in {**totals(engine), **gauges}.items()]

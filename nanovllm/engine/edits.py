@@ -1,0 +1,80 @@
+"""What few requests ask for, and only their steps carry: edits of the logits, and logprobs of prompt tokens."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from nanovllm.engine.sequence import Sequence, SequenceTable
+
+if TYPE_CHECKING:
+    from nanovllm.engine.batch import Batch
+    from nanovllm.engine.scheduler import Step
+
+
+def add_edits(batch: Batch, table: SequenceTable, rows: np.ndarray, lengths: np.ndarray, edited: np.ndarray) -> None:
+    """What changes logits before the temperature: allowed ids, biases and bans, penalties. `edited` indexes `rows`."""
+    allow: list[tuple[int, list[int]]] = []
+    bias: list[tuple[int, int, float]] = []
+    penalised: list[tuple[int, float, float, float]] = []
+    histories: list[np.ndarray] = []
+    prompt_lens: list[int] = []
+    for at in edited.tolist():
+        row, length = int(rows[at]), int(lengths[at])
+        seq = table.seqs[row]
+        assert seq is not None
+        params, tokens = seq.params, table.token_ids[row, :length]
+        if params.allowed_token_ids:
+            allow.append((at, params.allowed_token_ids))
+        bias.extend((at, token, value) for token, value in (params.logit_bias or {}).items())
+        bans = [word[-1] for word in seq.bad_words if ends_with(tokens[seq.prompt_len :], word[:-1])]
+        if length - seq.prompt_len < params.min_tokens:
+            bans.extend(seq.ban_until_min_tokens)
+        bias.extend((at, token, -np.inf) for token in bans)
+        if params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1:
+            penalised.append((at, params.presence_penalty, params.frequency_penalty, params.repetition_penalty))
+            histories.append(tokens)
+            prompt_lens.append(seq.prompt_len)
+    if allow:
+        batch.allow_at = np.array([at for at, _ in allow], np.int32)
+        batch.allow_start = np.cumsum([0] + [len(ids) for _, ids in allow], dtype=np.int32)
+        batch.allow_ids = np.concatenate([np.array(ids, np.int32) for _, ids in allow])
+    if bias:
+        ats, ids, values = zip(*bias)
+        batch.bias_at, batch.bias_ids = np.array(ats, np.int32), np.array(ids, np.int32)
+        batch.bias_values = np.array(values, np.float32)
+    if penalised:
+        ats, *penalties = zip(*penalised)
+        batch.penalty_at = np.array(ats, np.int32)
+        batch.presence, batch.frequency, batch.repetition = (np.array(p, np.float32) for p in penalties)
+        batch.history_start = np.cumsum([0] + [len(h) for h in histories], dtype=np.int32)
+        batch.history_prompt = np.array(prompt_lens, np.int32)
+        batch.history = np.concatenate(histories)
+
+
+def ends_with(tokens: np.ndarray, suffix: tuple[int, ...]) -> bool:
+    return len(tokens) >= len(suffix) and tokens[len(tokens) - len(suffix) :].tolist() == list(suffix)
+
+
+def add_prompt_logprobs(batch: Batch, table: SequenceTable, step: Step) -> list[tuple[Sequence, int, int]]:
+    """Asks for the logprobs of prompt tokens that this step's queries predict.
+
+    Returns (sequence, first position predicted, count) for each that gets some, in the order of the answer.
+    """
+    asked: list[tuple[Sequence, int, int]] = []
+    at: list[np.ndarray] = []
+    targets: list[np.ndarray] = []
+    for i in np.flatnonzero(table.wants_prompt_logprobs[step.rows]):
+        row, start = step.rows[i], int(step.starts[i])
+        stop = min(int(step.ends[i]), int(table.prompt_len[row]) - 1)
+        if start < stop:
+            seq = table.seqs[row]
+            assert seq is not None
+            asked.append((seq, start + 1, stop - start))
+            at.append(np.arange(stop - start, dtype=np.int32) + batch.query_start[i])
+            targets.append(table.token_ids[row, start + 1 : stop + 1])
+            batch.sizes[3] = max(batch.sizes[3], table.num_prompt_logprobs[row])
+    if asked:
+        batch.prompt_at, batch.prompt_targets = np.concatenate(at), np.concatenate(targets)
+    return asked
