@@ -31,6 +31,7 @@ from transformers import (
 )
 
 from nanovllm import loader
+from nanovllm.layers import source
 
 gguf = pytest.importorskip("gguf")
 Q = gguf.GGMLQuantizationType
@@ -375,7 +376,7 @@ def test_gguf_slice_unpacks_its_own_blocks_only(every_type: Any, monkeypatch: An
 
 
 def test_copy_part_copies_piece_by_piece_what_indexing_gives(every_type: Any, monkeypatch: Any) -> None:
-    monkeypatch.setattr(loader, "COPY_AT_ONCE", 1000)
+    monkeypatch.setattr(source, "COPY_AT_ONCE", 1000)
     tensor = every_type[0]["model.layers.0.self_attn.q_proj.weight"]
     for part in (
         (slice(None),),
@@ -384,10 +385,10 @@ def test_copy_part_copies_piece_by_piece_what_indexing_gives(every_type: Any, mo
         (slice(5, 5), slice(None)),
     ):
         into = torch.zeros_like(tensor[part])
-        loader.copy_part(into, tensor, part)
+        source.copy_part(into, tensor, part)
         assert torch.equal(into, tensor[part])
     vector, into = torch.randn(7), torch.zeros(3)
-    loader.copy_part(into, vector, (slice(2, 5),))
+    source.copy_part(into, vector, (slice(2, 5),))
     assert torch.equal(into, vector[2:5])
 
 
@@ -426,7 +427,7 @@ def test_gguf_that_cannot_be_used_is_an_error_that_names_it(tmp_path: Path, mode
     name = b"token_embd.weight"
     kind = whole.index(name) + len(name) + 4 + 2 * 8  # after the number of dimensions, and these
     path.write_bytes(whole[:kind] + b"\xc8" + whole[kind + 1 :])
-    refused(path, "broken.gguf needs a newer gguf package: 200 is not a valid")
+    refused(path, "broken.gguf needs a newer gguf package: .*200.* is not a valid")
 
     path.write_bytes(whole)
     monkeypatch.delitem(sys.modules, "nanovllm.loader.gguf")
@@ -720,8 +721,8 @@ def test_folder_tokenizer_with_its_chat_template_in_a_file(tmp_path: Path, byte_
     original.chat_template = None
     original.save_pretrained(model)
     (model / "chat_template.jinja").write_text("{{ messages[0]['content'] }}!")
-    for source in (files, str(model)):
-        tokenizer = loader.load_tokenizer(source)
+    for place in (files, str(model)):
+        tokenizer = loader.load_tokenizer(place)
         assert tokenizer(TEXTS[2]).input_ids == original(TEXTS[2]).input_ids
         assert tokenizer.eos_token == "<|end|>"
         assert tokenizer.apply_chat_template([{"role": "user", "content": "H"}], tokenize=False) == "H!"

@@ -5,10 +5,13 @@ So fused and sharded parameters are filled slice by slice, and a rank reads no m
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+
+COPY_AT_ONCE = 1 << 22  # numbers
 
 
 class Source(NamedTuple):
@@ -38,11 +41,21 @@ def fill(model: nn.Module, weights: Iterable[tuple[str, Any]]) -> set[str]:
                 raise ValueError(
                     f"checkpoint: tensor {name} has shape {list(tensor.shape)}, the config asks for {list(source.shape)}"
                 )
-            source.into.data.copy_(tensor[source.part])
+            copy_part(source.into.data, tensor, source.part)
         given.add(name)
     if unknown:
         raise ValueError(f"checkpoint: the model has no parameter for {listing(unknown)}")
     return given
+
+
+def copy_part(into: Tensor, tensor: Any, part: tuple[slice, ...]) -> None:
+    """into.copy_(tensor[part]) by some rows at a time: the embedding of a large vocabulary is not there twice."""
+    start, stop, _ = part[0].indices(tensor.shape[0])
+    rows = max(1, COPY_AT_ONCE // max(1, math.prod(tensor.shape[1:])))
+    for a in range(start, stop, rows):
+        b = min(a + rows, stop)
+        piece = (slice(a, b), *part[1:])
+        into[a - start : b - start].copy_(tensor[piece])
 
 
 def all_sources(model: nn.Module) -> dict[str, list[Source]]:

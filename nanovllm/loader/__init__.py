@@ -6,7 +6,6 @@ Knows file formats; knows neither layers nor ranks. A rank that needs a slice of
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
     from nanovllm.loader.gguf import GGUF
 
 LOAD_FORMATS = ("auto", "safetensors", "gguf", "dummy")
-COPY_AT_ONCE = 1 << 22  # numbers
 TOKENIZER_FILES = ("tokenizer*", "vocab*")
 NO_PARAMETER = re.compile(r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$")  # old checkpoints saved these tables
 
@@ -254,16 +252,6 @@ def iter_weights(files: ModelFiles) -> Iterator[tuple[str, LazyTensor]]:
             yield name, tensor
     if files.gguf is not None:
         files.gguf.close()
-
-
-def copy_part(into: Tensor, tensor: LazyTensor, index: tuple[slice, ...]) -> None:
-    """into.copy_(tensor[index]) by some rows at a time: no second copy of a large tensor, and no fresh memory for each."""
-    start, stop, _ = index[0].indices(tensor.shape[0])
-    rows = max(1, COPY_AT_ONCE // max(1, math.prod(tensor.shape[1:])))
-    for a in range(start, stop, rows):
-        b = min(a + rows, stop)
-        part = (slice(a, b), *index[1:])
-        into[a - start : b - start].copy_(tensor[part])
 
 
 def cause(err: Exception) -> str:
