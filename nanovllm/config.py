@@ -51,6 +51,7 @@ class EngineArgs:
     max_num_seqs: int | None = None
     max_num_batched_tokens: int | None = None
     block_size: int = 16
+    kv_cache_dtype: str = "auto"
     gpu_memory_utilization: float = 0.92
     num_gpu_blocks_override: int | None = None
     kv_cache_memory_bytes: int | None = None
@@ -95,6 +96,7 @@ class EngineArgs:
         one_of("load_format", self.load_format, ("auto", "safetensors", "gguf", "dummy"))
         one_of("tokenizer_mode", self.tokenizer_mode, ("auto", "slow"))
         one_of("logprobs_mode", self.logprobs_mode, ("raw_logprobs",))
+        one_of("kv_cache_dtype", self.kv_cache_dtype, ("auto", "fp8"))
         one_of("generation_config", self.generation_config, ("auto", "vllm"))
         one_of(
             "distributed_executor_backend", self.distributed_executor_backend, (None, "uni", "mp", "external_launcher")
@@ -174,7 +176,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "decode_context_parallel_size": (1,),
     "enable_expert_parallel": (False,),
     "quantization": (),
-    "kv_cache_dtype": ("auto",),
     "calculate_kv_scales": (False,),
     "enable_lora": (False,),
     "lora_modules": (),
