@@ -91,11 +91,11 @@ class Scheduler:
             count = min(int(table.num_tokens[row]) - start, budget)
             self._allocate(row, -(-(start + count) // self.block_size) - int(table.num_blocks[row]))
             last = self._advance(np.array([row]), np.array([count], np.int32))
+            self.order = np.append(self.order, row)
             admitted.append((row, start, count, bool(last[0])))
             budget -= count
         if admitted:
             new_rows, new_starts, new_counts, new_sampled = (np.array(column) for column in zip(*admitted))
-            self.order = np.concatenate((self.order, new_rows))
             rows = np.concatenate((rows, new_rows))
             starts = np.concatenate((starts, new_starts.astype(np.int32)))
             counts = np.concatenate((counts, new_counts.astype(np.int32)))
