@@ -172,6 +172,16 @@ def test_colliding_hashes_are_told_apart_by_tokens_and_by_parent(bits):
         assert num_hits(blocks, ints(2)) == 0, "the same tokens, but not at the beginning"
 
 
+def test_contents_whose_hash_another_took_are_forgotten_without_it():
+    with mock.patch("nanovllm.engine.block_manager.xxh64_intdigest", return_value=7):
+        blocks = BlockManager(2, 1)
+        for token in (1, 2):
+            blocks.release(take(blocks, ints(token))[0])
+        assert [num_hits(blocks, ints(token)) for token in (1, 2)] == [0, 1]
+        blocks.allocate(1)
+        assert num_hits(blocks, ints(2)) == 1
+
+
 def test_least_recently_used_contents_go_first_and_a_sequence_loses_its_tail_first():
     blocks = BlockManager(6, 1)
     old, _ = take(blocks, ints(1, 2, 3))

@@ -286,6 +286,7 @@ class Trace:
         assert ids == sorted(ids) == list(scheduler.unfinished), "who came first is first"
         for row in running:
             computed = int(table.num_computed[row])
+            assert (table.seqs[row].token_ids != PENDING).all(), "admitted before all its tokens were known"
             assert computed < table.num_tokens[row] <= table.end[row]
             contents = self.text(table.seqs[row])[1][:computed]
             assert (self.device.read(table.block_table[row], computed) == contents).all()
@@ -454,6 +455,11 @@ def test_without_chunks_a_prompt_waits_for_a_step_that_holds_all_of_it():
     assert computed(trace) == [[(0, 5)], [(5, 6), (0, 30)], [(6, 7)]]
 
 
+def test_without_chunks_only_what_is_not_cached_must_fit_into_the_step():
+    same = Request(plain(30), ignore_eos=True)
+    assert computed(run(same, same, chunked=False, spare_tokens=2))[0] == [(0, 30), (28, 30)]
+
+
 @pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize(("length", "cached"), [(1, 0), (7, 4), (8, 7), (9, 8)])
 def test_a_prompt_that_is_wholly_cached_computes_its_last_token_and_writes_nothing(length, cached, overlap):
@@ -534,15 +540,12 @@ def test_a_sequence_whose_pending_token_ends_it_while_it_is_preempted_is_finishe
     assert trace.scheduler.num_preemptions == overlap
 
 
-def test_a_long_prompt_is_admitted_only_when_all_of_it_fits():
-    """Else its chunks would take the pages one by one that the running sequences need next, and be thrown away."""
-    trace = run(
-        Request(plain(8), max_tokens=9, ignore_eos=True),
-        Request(plain(19, stem=1), ignore_eos=True),
-        max_model_len=20,
-        spare_blocks=2,
-        spare_tokens=0,
-    )
+@pytest.mark.parametrize("spare_tokens", [0, 100])
+def test_a_prompt_is_admitted_only_if_all_of_it_fits_beside_what_others_need_next(spare_tokens):
+    """Seven blocks: five for the second would be free, but the first is about to need one of them, and would throw it out."""
+    first = Request(plain(8), max_tokens=9, ignore_eos=True)
+    second = Request(plain(19, stem=1), ignore_eos=True)
+    trace = run(first, second, max_model_len=20, spare_blocks=2, spare_tokens=spare_tokens)
     assert trace.scheduler.num_preemptions == 0
     assert all(len(step.rows) == 1 for step, _ in trace.steps)
 
