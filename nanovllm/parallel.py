@@ -6,6 +6,7 @@ place on the tensors given, so a CUDA graph can hold them.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,9 +15,13 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import AllgatherOptions
 
+WATCHDOG = "TORCH_NCCL_ASYNC_ERROR_HANDLING"  # read when a group is made
+
 
 @dataclass
 class TensorParallel:
+    """Invariant: all ranks make the same collective calls in the same order."""
+
     rank: int = 0
     size: int = 1
     group: Any = None  # ProcessGroupGloo or ProcessGroupNCCL
@@ -29,13 +34,19 @@ class TensorParallel:
         """
         group: Any
         if device.type == "cuda":
+            # The default is that NCCL's watchdog ends the process, rank 0's is the user's, when a peer is gone.
+            before = os.environ.get(WATCHDOG)
+            os.environ[WATCHDOG] = "0"
             group = dist.ProcessGroupNCCL(store, rank, size, dist.ProcessGroupNCCL.Options())
+            os.environ.pop(WATCHDOG) if before is None else os.environ.update({WATCHDOG: before})
         else:
             gloo: Any = dist.ProcessGroupGloo
             settings = gloo._Options()
             settings._devices = [gloo.create_device(hostname="127.0.0.1")]
             group = gloo(store, rank, size, settings)
-        return cls(rank, size, group)
+        tp = cls(rank, size, group)
+        tp.minimum(0, device)  # connects NCCL, so that free memory is measured with its buffers taken
+        return tp
 
     def split(self, total: int) -> range:
         """This rank's part of `total` items that divide evenly; of fewer items than ranks, the one that it shares."""

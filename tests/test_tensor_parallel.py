@@ -385,6 +385,16 @@ def test_what_rank_0_raises_in_a_step_ends_the_engine(qwen3, monkeypatch):
     assert children(os.getpid()) == processes
 
 
+def test_a_rank_that_dies_between_calls_is_noticed_at_the_next(qwen3):
+    processes = children(os.getpid())
+    llm = make_llm(qwen3[0], 2)
+    os.kill(*(children(os.getpid()) - processes), signal.SIGKILL)
+    assert wait_until(lambda: children(os.getpid()) == processes)
+    for _ in range(2):
+        with pytest.raises(EngineDeadError, match=r"this engine is dead and a new one is needed: rank 1 .* SIGKILL"):
+            tokens_of(llm, [[5, 6, 7]])
+
+
 def kill_one(processes: set[int], delay: float, choose: random.Random) -> None:
     while not (ranks := children(os.getpid()) - processes):
         time.sleep(0.001)

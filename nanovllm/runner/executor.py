@@ -415,6 +415,8 @@ class Workers:
         for process in self.processes:
             process.kill()
         self.on_failure()
+        for process in self.processes:
+            process.wait()
 
     def _obituary(self, rank: int) -> str:
         process = self.processes[rank - 1]
