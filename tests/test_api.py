@@ -210,9 +210,11 @@ def test_an_interrupt_in_the_progress_bar_leaves_a_usable_engine(at, overlap):
 
 
 @pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("when", [0, 4])
 @pytest.mark.parametrize("where", ["schedule", "launch", "process"])
-def test_an_interrupt_in_a_step_leaves_a_usable_engine(where, overlap, monkeypatch):
-    llm = shared_llm(async_scheduling=overlap)
+def test_an_interrupt_in_a_step_leaves_a_usable_engine(where, when, overlap, monkeypatch):
+    """Also where blocks are findable already whose tokens were never computed: none of them may be hit afterwards."""
+    llm = make_llm(async_scheduling=overlap)
     engine = llm.llm_engine
     owner, name = {
         "schedule": (engine.scheduler, "schedule"),
@@ -222,9 +224,10 @@ def test_an_interrupt_in_a_step_leaves_a_usable_engine(where, overlap, monkeypat
     original, calls = getattr(owner, name), iter(range(100))
 
     def interrupted(*args: Any) -> Any:
-        if next(calls) == 4:
+        result = original(*args)
+        if next(calls) == when:
             raise KeyboardInterrupt
-        return original(*args)
+        return result
 
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, interrupted)
