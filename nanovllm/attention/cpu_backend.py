@@ -47,7 +47,9 @@ class CpuAttention(AttentionBackend):
         super().__init__(spec)
         if reason := self.refuses(spec):
             raise ValueError(f"the CPU's attention kernel cannot be used: {reason}; the torch backend can")
-        self._write, self._attend = cpu.kernel("write", spec.dtype), cpu.kernel("attend", spec.dtype)
+        write, attend = cpu.kernel("write", spec.dtype), cpu.kernel("attend", spec.dtype)
+        assert write is not None and attend is not None
+        self._write, self._attend = write, attend
 
     def allocate(self, num_blocks: int) -> None:
         spec = self.spec
@@ -69,15 +71,12 @@ class CpuAttention(AttentionBackend):
     def write(self, layer: int, qkv: Tensor, rope: QKNormRope) -> Tensor:
         spec = self.spec
         q = torch.empty((qkv.shape[0], spec.num_heads, spec.head_dim), dtype=spec.dtype)
-        q_norm, k_norm = rope.q_norm, rope.k_norm
-        if q_norm is None or k_norm is None:
-            norms = (None, None, 0.0)
-        else:
-            norms = (q_norm.weight.data_ptr(), k_norm.weight.data_ptr(), q_norm.eps)
+        weights: tuple[int | None, int | None, float] = (None, None, 0.0)
+        if rope.q_norm is not None and rope.k_norm is not None:
+            weights = (rope.q_norm.weight.data_ptr(), rope.k_norm.weight.data_ptr(), rope.q_norm.eps)
         qkv = qkv.contiguous()
-        self._write(
-            self._layers[layer], self._step, qkv.data_ptr(), spec.num_heads, rope.cos_sin.data_ptr(), *norms, q.data_ptr()
-        )
+        arrays = (qkv.data_ptr(), spec.num_heads, rope.cos_sin.data_ptr(), *weights, q.data_ptr())
+        self._write(self._layers[layer], self._step, *arrays)
         return q
 
     def store(self, layer: int, k: Tensor, v: Tensor) -> None:

@@ -163,14 +163,15 @@ template <class T, int M, int N, class A, class B> INLINE void multiply(Vec (&su
   }
 }
 
-// Calls f(first row, number of rows as a type) for blocks of at most 6 rows, as even as they come: only what is known at
-// compile time stays in registers.
-template <int M = 6, class F> INLINE void with_rows(int m, F f) {
+// Calls f(first row, number of rows as a type) for blocks of at most BLOCK rows, as even as they come: only what is known at
+// compile time stays in registers. A block has four vectors of sums a row; AVX2 has 16 registers, AVX-512 and Arm have 32.
+constexpr int BLOCK = W == 8 ? 2 : 6;
+template <int M = BLOCK, class F> INLINE void with_rows(int m, F f) {
   if (m == M) f(std::integral_constant<int, M>());
   else if constexpr (M > 1) with_rows<M - 1>(m, f);
 }
 template <class F> INLINE void for_rows(int rows, F f) {
-  const int blocks = (rows + 5) / 6;
+  const int blocks = (rows + BLOCK - 1) / BLOCK;
   for (int b = 0, first = 0; b < blocks; b++) {
     const int end = rows * (b + 1) / blocks;
     with_rows(end - first, [&](auto m) { f(first, m); });
@@ -182,6 +183,13 @@ template <class F> INLINE void for_vectors(int n, F f) {
   int j = 0;
   for (; j + 4 <= n; j += 4) f(j, std::integral_constant<int, 4>());
   for (; j < n; j++) f(j, std::integral_constant<int, 1>());
+}
+
+// Calls f(first, number) over this thread's share of n in blocks of at most `size`; shares are as even as multiples of 4 allow.
+template <class F> INLINE void for_share(int64_t n, int64_t size, F f) {
+  const int64_t fours = (n + 3) / 4, threads = omp_get_num_threads(), me = omp_get_thread_num();
+  const int64_t end = std::min(n, fours * (me + 1) / threads * 4);
+  for (int64_t i = fours * me / threads * 4; i < end; i += size) f(i, int(std::min(size, end - i)));
 }
 
 constexpr int64_t PARALLEL = 1 << 15;  // elements below which waking the other threads costs more than it brings
@@ -468,14 +476,15 @@ INLINE void sum4(const Vec* v, float* out) {
 }
 
 // x [rows, depth] @ w [cols, depth].T straight from the weights as checkpoints have them, no second copy: both are read along
-// their depth, up to 6 x 4 sums stay in registers, lanes are summed at the end.
+// their depth, a block of sums stays in registers, lanes are summed at the end.
 template <class T>
 void linear(const T* x, int64_t x_stride, const T* w, const T* bias, T* out, int64_t rows, int64_t cols, int64_t depth) {
   using D = Dot<T>;
-  constexpr int COLS = 16, DEPTH = 8192 / sizeof(T), STEP = W * D::P;  // a block of weights is reused from the cache
-#pragma omp parallel for schedule(static) if (cols * depth > PARALLEL)
-  for (int64_t first_col = 0; first_col < cols; first_col += COLS) {
-    const int wide = std::min<int64_t>(COLS, cols - first_col);
+  constexpr int COLS = 32, DEPTH = 3072 / sizeof(T), STEP = W * D::P;  // weights that the cache keeps for the next rows
+  // With rows for a few blocks only, memory brings the next four columns while all of them use these.
+  const int64_t size = rows > 8 && rows <= 24 && depth <= DEPTH ? 4 : COLS;
+#pragma omp parallel if (cols * depth > PARALLEL)
+  for_share(cols, size, [&](int64_t first_col, int wide) {
     for_rows(rows, [&](int first_row, auto m) {
       const T* a = x + first_row * x_stride;
       float result[m()][COLS];
@@ -487,7 +496,11 @@ void linear(const T* x, int64_t x_stride, const T* w, const T* bias, T* out, int
           Vec sums[m()][4] = {};
           for (int64_t at = begin; at < whole; at += STEP)
             multiply<T>(
-                sums, [&](int i) { return D::load_in(a + i * x_stride + at); }, [&](int j) { return D::load_in(b[j] + at); });
+                sums, [&](int i) { return D::load_in(a + i * x_stride + at); },
+                [&](int j) {
+                  __builtin_prefetch(b[j] + 4 * depth + at);  // the next four columns
+                  return D::load_in(b[j] + at);
+                });
           const auto rest = [&](const T* p) {
             T padded[STEP] = {};
             std::copy(p + whole, p + end, padded);
@@ -511,7 +524,7 @@ void linear(const T* x, int64_t x_stride, const T* w, const T* bias, T* out, int
           store(out + (first_row + i) * cols + at, y, n);
         }
     });
-  }
+  });
 }
 
 // ----------------------------------------------------------------------------------------------------- norms and activation
