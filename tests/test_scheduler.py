@@ -412,7 +412,7 @@ traces = st.binary(min_size=240, max_size=240).map(trace_of)
 
 
 @given(traces)
-@settings(max_examples=2500, deadline=None, derandomize=True)
+@settings(max_examples=2000, deadline=None, derandomize=True)
 def test_random_traces_keep_every_promise(trace):
     Trace(*trace).run()
 
