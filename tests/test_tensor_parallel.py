@@ -39,7 +39,7 @@ MODELS: dict[str, tuple[str, dict[str, Any], int]] = {
 
 
 def make_llm(folder: str, size: int, **kwargs: Any) -> LLM:
-    defaults = {"max_num_batched_tokens": 64, "max_num_seqs": 16, "num_gpu_blocks_override": 34}
+    defaults = {"device": "cpu", "max_num_batched_tokens": 64, "max_num_seqs": 16, "num_gpu_blocks_override": 34}
     kwargs = {**defaults, **kwargs}
     return LLM(folder, skip_tokenizer_init=True, dtype="float32", tensor_parallel_size=size, **kwargs)
 
@@ -402,13 +402,16 @@ def kill_one(processes: set[int], delay: float, choose: random.Random) -> None:
     os.kill(choose.choice(sorted(ranks)), signal.SIGKILL)
 
 
-def start_and_generate(folder: str, size: int, killer: threading.Thread) -> None:
-    """Until long after the kill."""
-    llm, died = make_llm(folder, size), float("inf")
+def generate_long_after(killer: threading.Thread, llm: LLM) -> None:
+    died = float("inf")
     while time.monotonic() < died + SOON:
         tokens_of(llm, [[5, 6, 7]] * 4)
         if not killer.is_alive():
             died = min(died, time.monotonic())
+
+
+def start_and_generate(folder: str, size: int, killer: threading.Thread) -> None:
+    generate_long_after(killer, make_llm(folder, size))
 
 
 @pytest.mark.parametrize(("size", "seed"), [(2, 0), (2, 1), (2, 2), (4, 3)])
@@ -475,3 +478,40 @@ def test_ctrl_c_interrupts_generate_and_nothing_else(qwen3, endless):
     assert json.loads(out) == greedy(qwen3[1], [5, 6, 7], 8)
     assert process.returncode == 0
     assert not any(Path(f"/proc/{pid}").exists() for pid in ranks)
+
+
+# -- NCCL ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_an_nccl_group_of_our_own_works_in_a_cuda_graph():
+    device = torch.device("cuda", 0)
+    tp = TensorParallel.join(torch.distributed.HashStore(), 0, 1, device)
+    several = TensorParallel(0, 2, tp.group)  # takes the collectives' way, over a group of one
+    x = torch.arange(8.0, device=device).view(2, 4)
+    expected = x.clone()
+    assert several.minimum(7, device) == 7
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        several.all_reduce(x)
+        several.broadcast(x)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(x, expected)
+    tp.close()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("eager", [False, True])
+def test_two_gpus_give_transformers_tokens_and_a_killed_rank_is_no_hang(qwen3, eager):
+    processes = children(os.getpid())
+    llm = make_llm(qwen3[0], 2, device="cuda", enforce_eager=eager)
+    prompts = random_prompts(LENGTHS)
+    assert tokens_of(llm, prompts) == [greedy(qwen3[1], prompt, 20) for prompt in prompts]
+    killer = threading.Thread(target=kill_one, args=(processes, 0.5, random.Random(0)))
+    killer.start()
+    with pytest.raises(EngineDeadError, match="SIGKILL"):
+        generate_long_after(killer, llm)
+    assert children(os.getpid()) == processes

@@ -12,7 +12,12 @@ def layers(model):
 
 def main():
     llm = LLM(
-        sys.argv[1], skip_tokenizer_init=True, dtype="float32", tensor_parallel_size=2, num_gpu_blocks_override=32
+        sys.argv[1],
+        skip_tokenizer_init=True,
+        dtype="float32",
+        device="cpu",
+        tensor_parallel_size=2,
+        num_gpu_blocks_override=32,
     )
     params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
     print(llm.apply_model(layers), flush=True)

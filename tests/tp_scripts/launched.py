@@ -11,6 +11,7 @@ llm = LLM(
     folder,
     skip_tokenizer_init=True,
     dtype="float32",
+    device="cpu",
     tensor_parallel_size=size,
     distributed_executor_backend="external_launcher",
     num_gpu_blocks_override=64,
