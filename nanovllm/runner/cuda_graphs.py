@@ -86,6 +86,8 @@ def capture(stream: torch.cuda.Stream, pool: Any, work: Work) -> Work:
     torch.cuda.synchronize(stream.device)
     with torch.cuda.stream(stream):
         work()  # once before: kernels are compiled, libraries take the memory that they keep
+        stream.synchronize()
+        torch.cuda.empty_cache()  # while it records, torch would rather fail than give back what it keeps
         state = generator.clone_state()
         try:
             # torch.cuda.graph would stay on this stream after a failure, and collects garbage before each graph.
