@@ -6,6 +6,9 @@ stale or misplaced input gives other tokens than transformers'. tests/gpu has th
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -17,6 +20,7 @@ from nanovllm import LLM, SamplingParams
 from nanovllm.engine.batch import Batch, build_batch
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import Sequence
+from nanovllm.runner import model_runner
 from nanovllm.runner.cuda_graphs import DecodeGraphs, graph_size, graph_sizes, is_decode, is_plain, pad_batch
 
 
@@ -198,3 +202,132 @@ def test_any_sampling_gives_the_tokens_of_the_eager_path(overlap):
     assert [out.outputs[0].token_ids for out in found] == [out.outputs[0].token_ids for out in expected]
     assert found[4].outputs[0].logprobs == expected[4].outputs[0].logprobs
     assert len(graphs.sizes_replayed) > 20
+
+
+# -- what the runner does around recording -----------------------------------------------------------------------------
+
+
+class Unrecorded(DecodeGraphs):
+    """What `ModelRunner` makes on a GPU, without the CUDA stream."""
+
+    def __init__(self, *args: Any) -> None:
+        *shape, self.stream = args
+        super().__init__(*shape)
+
+    def next_tokens(self, batch):
+        return super().next_tokens(batch).clone()
+
+
+@pytest.fixture
+def pretended_stream(monkeypatch):
+    monkeypatch.setattr(model_runner, "DecodeGraphs", Unrecorded)
+    return object()
+
+
+def test_graphs_are_recorded_anew_after_sleep(pretended_stream):
+    _, model = shared_model()
+    prompts = random_prompts([9, 30, 3])
+    expected = [greedy(model, prompt, 20) for prompt in prompts]
+    llm = make_llm(max_num_seqs=4)
+    runner = llm.llm_engine.runner
+    runner.capture_stream = pretended_stream
+    runner.graphs = before = runner._record_graphs()
+    params = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
+    assert outputs(llm, prompts, params) == expected
+    llm.sleep(1)
+    assert runner.graphs is None
+    llm.wake_up(["weights"])
+    assert runner.graphs is None, "the cache is not back yet"
+    llm.wake_up(["kv_cache"])
+    assert runner.graphs not in (None, before)
+    assert outputs(llm, prompts, params) == expected
+
+
+def test_an_engine_whose_recording_fails_goes_on_eagerly(pretended_stream, monkeypatch, caplog):
+    record, tried = Unrecorded.record, []
+
+    def failing(self: Unrecorded, size: int, *functions: Any) -> None:
+        tried.append(size)
+        if size == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        record(self, size, *functions)
+
+    monkeypatch.setattr(Unrecorded, "record", failing)
+    llm = make_llm(max_num_seqs=4)
+    runner = llm.llm_engine.runner
+    runner.capture_stream = pretended_stream
+    with caplog.at_level("WARNING", "nanovllm"):
+        runner.graphs = runner._record_graphs()
+    assert runner.graphs is None
+    assert tried == [4, 2], "the largest first, and none after a failure"
+    assert "one of 2 sequences failed: CUDA out of memory" in caplog.text
+    assert runner._record_graphs() is None
+    assert tried == [4, 2], "nor ever again"
+    _, model = shared_model()
+    (prompt,) = random_prompts([9])
+    params = SamplingParams(temperature=0, max_tokens=10, ignore_eos=True)
+    assert outputs(llm, [prompt], params) == [greedy(model, prompt, 10)]
+
+
+@dataclass
+class Card:
+    """A GPU's memory in bytes, as far as the driver tells: all that is in use, whoever uses it."""
+
+    total: int
+    others: int
+    ours: int = 0
+
+    def mem_get_info(self, device: object) -> tuple[int, int]:
+        return self.total - self.others - self.ours, self.total
+
+
+@pytest.mark.parametrize(
+    ("others", "share"),
+    [(0, 800_000), (150_000, 800_000), (500_000, 500_000 - 10_000)],
+    ids=["alone", "beside others", "others leave less than our share"],
+)
+def test_pages_get_what_weights_the_largest_step_and_graphs_leave_of_our_share(monkeypatch, others, share):
+    weights, step, library, graph, more = 100_000, 60_000, 5_000, 30_000, 1_000
+    llm = make_llm(max_num_seqs=50, gpu_memory_utilization=0.8)
+    runner = llm.llm_engine.runner
+    page = runner.attention.page_bytes()
+    card = Card(total=1_000_000, others=others)
+    monkeypatch.setattr(model_runner, "GPU_RESERVE_BYTES", 10_000)
+    for name in ("mem_get_info", "synchronize"):
+        monkeypatch.setattr(torch.cuda, name, getattr(card, name, lambda device: None))
+    held: dict[str, int] = {
+        "weights": weights,
+        "loading": 7_000,
+    }  # "loading" and "step" are caches that torch can empty
+
+    def use(**bytes_of: int) -> None:
+        held.update(bytes_of)
+        card.ours = sum(held.values())
+
+    def free() -> int:
+        use(loading=0, step=0)
+        return card.mem_get_info(None)[0]
+
+    class Graphs:
+        sizes = graph_sizes(50)
+
+        def __init__(self, count: int) -> None:
+            use(library=library, graphs=graph + (count - 1) * more)
+
+        def __del__(self) -> None:
+            use(graphs=0)
+
+    def profile() -> int:
+        assert held["loading"] == 0
+        use(step=step, pages=3 * page)
+        return 3
+
+    runner.free_at_start = card.mem_get_info(None)[0]
+    use()
+    monkeypatch.setattr(runner, "_free_memory", free)
+    monkeypatch.setattr(runner, "_profile_step", profile)
+    monkeypatch.setattr(runner, "_record_graphs", Graphs)
+    monkeypatch.setattr(runner.attention, "allocate", lambda count: use(pages=count * page))
+    num_sizes = len(graph_sizes(50))
+    assert runner._free_gpu_bytes() == share - weights - step - library - graph - (num_sizes - 1) * more
+    assert held["pages"] == 0
