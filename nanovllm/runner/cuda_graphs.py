@@ -166,14 +166,15 @@ class DecodeGraphs:
         size = graph_size(len(batch.context_lens), self.sizes)
         padded = pad_batch(batch, size, self.spare_row)
         width, start = padded.block_tables.shape[1], len(INPUTS) * self.pitch
-        # Pinned blocks are kept by torch and used again once the copies out of them are done.
-        staging = torch.empty(start + size * width, dtype=torch.int32, pin_memory=self.inputs.is_cuda)
+        used = start + size * width
+        # Torch keeps pinned blocks, and uses one again once the copies out of it are done; of one size, no more are made.
+        staging = torch.empty(len(self.inputs), dtype=torch.int32, pin_memory=self.inputs.is_cuda)
         packed = staging.numpy()
         for row, name in zip(packed[:start].reshape(-1, self.pitch), INPUTS):
             row[:size] = getattr(padded, name).view(np.int32)
-        packed[start:] = padded.block_tables.reshape(-1)
-        self.inputs[: len(packed)].copy_(staging, non_blocking=True)
-        self.tables[:size, :width] = self.inputs[start : len(packed)].view(size, width)
+        packed[start:used] = padded.block_tables.reshape(-1)
+        self.inputs[:used].copy_(staging[:used], non_blocking=True)
+        self.tables[:size, :width] = self.inputs[start:used].view(size, width)
         return self.graphs[size]
 
     def hidden_states(self, batch: Batch) -> Tensor:

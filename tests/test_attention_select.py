@@ -1,0 +1,66 @@
+"""Which attention backend is chosen, and what is said about it."""
+
+from __future__ import annotations
+
+import logging
+from importlib import import_module
+
+import pytest
+import torch
+
+from nanovllm.attention import AttentionSpec, select
+from nanovllm.attention.select import BACKENDS, select_backend
+from nanovllm.attention.torch_backend import TorchAttention
+
+
+def spec(device: str = "cpu", dtype: torch.dtype = torch.float32) -> AttentionSpec:
+    return AttentionSpec(1, 4, 2, 32, 1.0, (None,), 16, dtype, torch.device(device))
+
+
+def test_one_line_says_which_backend_runs_and_why_not_a_faster_one(caplog):
+    with caplog.at_level(logging.INFO, "nanovllm"):
+        backend = select_backend(spec(dtype=torch.float64), None)
+    assert isinstance(backend, TorchAttention)
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        "attention: the torch backend runs (not cpu: there is no C++ kernel for torch.float64 here)"
+    )
+
+
+def test_a_gpu_without_triton_and_flash_attn_runs_the_torch_backend(monkeypatch, caplog):
+    def without(name: str) -> object:
+        if "triton" in name or "flash" in name:
+            raise ImportError(f"No module named {name!r}")
+        return import_module(name)
+
+    monkeypatch.setattr(select, "import_module", without)
+    with caplog.at_level(logging.INFO, "nanovllm"):
+        assert isinstance(select_backend(spec("cuda"), None), TorchAttention)
+    assert "not flash: No module named" in caplog.text
+    assert "not triton: No module named" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "kv_cache_dtype", "message"),
+    [
+        ("nope", "auto", "attention_backend='nope' is not known; accepted are None, 'flash', 'triton', 'cpu', 'torch'"),
+        ("flash", "auto", "attention_backend='flash' cannot run here: not flash: .*not torch.float32 on cpu"),
+        ("torch", "fp8", "not torch: kv_cache_dtype='fp8' is for the triton backend"),
+        (
+            None,
+            "fp8",
+            "attention_backend=None cannot run here: not cpu: kv_cache_dtype='fp8' is for the triton backend",
+        ),
+    ],
+)
+def test_a_backend_that_cannot_run_is_refused_by_a_sentence(name, kv_cache_dtype, message):
+    pytest.importorskip("triton")
+    with pytest.raises(ValueError, match=message):
+        select_backend(spec(), name, kv_cache_dtype)
+
+
+def test_every_name_stands_for_a_backend():
+    pytest.importorskip("triton")
+    for path in BACKENDS.values():
+        module, _, name = path.partition(".")
+        assert hasattr(import_module(f"nanovllm.attention.{module}"), name)
