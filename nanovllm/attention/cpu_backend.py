@@ -48,7 +48,8 @@ class CpuAttention(AttentionBackend):
         if reason := self.refuses(spec):
             raise ValueError(f"the CPU's attention kernel cannot be used: {reason}; the torch backend can")
         write, attend = cpu.kernel("write", spec.dtype), cpu.kernel("attend", spec.dtype)
-        assert write is not None and attend is not None
+        assert write is not None
+        assert attend is not None
         self._write, self._attend = write, attend
 
     def allocate(self, num_blocks: int) -> None:

@@ -41,40 +41,35 @@ struct bf16 { uint16_t bits; };
 struct fp16 { uint16_t bits; };
 using fp32 = float;
 
-template <class To, class From> INLINE To read(const From* p) {
-  To to;
-  std::memcpy(&to, p, sizeof to);
-  return to;
-}
+// Any type at any address. (Through memcpy gcc 12 takes AVX2 vectors by way of the stack.)
+template <class V> struct __attribute__((packed, may_alias)) Unaligned { V value; };
+template <class V> INLINE V read(const void* p) { return ((const Unaligned<V>*)p)->value; }
+template <class V> INLINE void put(void* p, V v) { ((Unaligned<V>*)p)->value = v; }
 
 INLINE Vec load(const float* p) { return read<Vec>(p); }
-INLINE void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
+INLINE void store(float* p, Vec v) { put(p, v); }
 
 INLINE Vec load(const bf16* p) { return (Vec)(__builtin_convertvector(read<Halves>(p), Bits) << 16); }
 INLINE void store(bf16* p, Vec v) {
 #if defined(__AVX512BF16__)
-  auto h = _mm512_cvtneps_pbh((__m512)v);
+  put(p, _mm512_cvtneps_pbh((__m512)v));
 #else
   Bits u = (Bits)v;
   u = v == v ? u + 0x7fff + ((u >> 16) & 1) : u | 0x400000;  // to nearest, ties to even; a NaN stays one
-  Halves h = __builtin_convertvector(u >> 16, Halves);
+  put(p, __builtin_convertvector(u >> 16, Halves));
 #endif
-  std::memcpy(p, &h, sizeof h);
 }
 
 #if defined(__AVX512F__)
 INLINE Vec load(const fp16* p) { return (Vec)_mm512_cvtph_ps(read<__m256i>(p)); }
-INLINE void store(fp16* p, Vec v) { _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)v, 0)); }
+INLINE void store(fp16* p, Vec v) { put(p, _mm512_cvtps_ph((__m512)v, 0)); }
 #elif defined(__AVX__) && defined(__F16C__)
 INLINE Vec load(const fp16* p) { return (Vec)_mm256_cvtph_ps(read<__m128i>(p)); }
-INLINE void store(fp16* p, Vec v) { _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)v, 0)); }
+INLINE void store(fp16* p, Vec v) { put(p, _mm256_cvtps_ph((__m256)v, 0)); }
 #else
 typedef _Float16 Float16s __attribute__((vector_size(2 * W)));
 INLINE Vec load(const fp16* p) { return __builtin_convertvector(read<Float16s>(p), Vec); }
-INLINE void store(fp16* p, Vec v) {
-  Float16s h = __builtin_convertvector(v, Float16s);
-  std::memcpy(p, &h, sizeof h);
-}
+INLINE void store(fp16* p, Vec v) { put(p, __builtin_convertvector(v, Float16s)); }
 #endif
 
 // The first n of W elements, or all of them where n is larger; what is missing reads as 0.
@@ -145,7 +140,7 @@ template <> struct Dot<bf16> {
   static constexpr int P = 2;
   using Element = bf16;
   using In = __m512bh;
-  static INLINE In load_in(const bf16* p) { return (In)_mm512_loadu_si512(p); }
+  static INLINE In load_in(const bf16* p) { return read<In>(p); }
   static INLINE In splat(const bf16* p) { return (In)_mm512_set1_epi32(read<int32_t>(p)); }
   static INLINE In first_of_pair(In v) { return (In)((Bits)v & 0xffff); }
   static INLINE Vec step(Vec sum, In a, In b) { return (Vec)_mm512_dpbf16_ps((__m512)sum, a, b); }
