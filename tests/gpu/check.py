@@ -1,6 +1,6 @@
 """Everything that only a GPU can tell, in one command below ten minutes.
 
-    python tests/gpu/check.py --out DIR [--parts tests,bench-0.6b,...] [--minutes 9.5]
+    python tests/gpu/check.py --out DIR [--parts engine-tests,bench-0.6b,...] [--minutes 9.5]
 
 Each part runs in a process of its own with a time limit, so a part that fails, hangs or kills its process costs no other. It
 needs torch, transformers, pytest and hypothesis, and no network: models are random weights in Qwen3's shapes.
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import itertools
 import json
 import os
@@ -51,10 +52,13 @@ def machine(tiny: bool) -> Result:
     return {"summary": text, "device": name, **measured, **versions}
 
 
-def tests(tiny: bool) -> Result:
+def tests_of(*arguments: str, tiny: bool) -> Result:
+    """pytest's GPU-marked tests. Those of memory must have the card to themselves; those of kernels mostly compile."""
     report = Path(tempfile.mkdtemp()) / "junit.xml"
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "--durations=10", f"--junitxml={report}"]
-    done = subprocess.run([*command, "-p", "no:cacheprovider", "tests"], cwd=ROOT)
+    command = [sys.executable, "-m", "pytest", "-v", "-m", "gpu", "--durations=10", f"--junitxml={report}"]
+    if arguments[0] != "tests/gpu" and importlib.util.find_spec("xdist"):
+        command += ["-n", str(min(8, os.cpu_count() or 1))]
+    done = subprocess.run([*command, "-p", "no:cacheprovider", *arguments], cwd=ROOT)
     import xml.etree.ElementTree as ElementTree
 
     suite = next(ElementTree.parse(report).getroot().iter("testsuite"))
@@ -249,12 +253,13 @@ def fp8_accuracy(tiny: bool) -> Result:
 
 
 # In order of what should be known first when time runs out; seconds at most.
-PARTS: dict[str, tuple[int, Callable[[bool], Result]]] = {
+PARTS: dict[str, tuple[int, Callable[..., Result]]] = {
     "machine": (60, machine),
-    "tests": (240, tests),
+    "engine-tests": (200, partial(tests_of, "tests/gpu")),
     "bench-0.6b": (120, partial(bench, shape="0.6b", repeats=3)),
     "trace": (90, trace),
     "attention": (120, attention),
+    "kernel-tests": (150, partial(tests_of, "tests", "--ignore=tests/gpu")),
     "bench-8b": (150, partial(bench, shape="8b")),
     "graphs-off": (90, partial(bench, shape="0.6b", enforce_eager=True)),
     "overlap-off": (60, partial(bench, shape="0.6b", async_scheduling=False)),
@@ -311,7 +316,7 @@ def main() -> int:
     parser.add_argument("--part", help=argparse.SUPPRESS)  # what the processes of parts are told
     options = parser.parse_args()
     if options.part:
-        print(MARK + json.dumps(PARTS[options.part][1](options.tiny)))
+        print(MARK + json.dumps(PARTS[options.part][1](tiny=options.tiny)))
         return 0
     if options.out is None:
         parser.error("--out is needed: the folder for the results")
