@@ -276,3 +276,16 @@ def test_dummy_weights_need_only_a_config(qwen3, tmp_path):
 
 def test_dtype_auto_follows_the_checkpoint(qwen3):
     assert make_llm(qwen3[0], dtype="auto").llm_engine.model_config.dtype == torch.float32
+
+
+def test_the_cpu_runs_all_layers_in_one_call_to_the_same_bit(qwen3, monkeypatch):
+    cpu_backend = pytest.importorskip("nanovllm.attention.cpu_backend")
+    llm = make_llm(qwen3[0], dtype="bfloat16", enable_prefix_caching=False)
+    params = SamplingParams(temperature=0, max_tokens=8, logprobs=5, ignore_eos=True)
+
+    def outputs() -> list[object]:
+        return [out.outputs[0].logprobs for out in llm.generate(random_prompts([5, 3]), params, use_tqdm=False)]
+
+    in_one_call = outputs()
+    monkeypatch.setattr(cpu_backend, "FEW_TOKENS", 0)
+    assert outputs() == in_one_call

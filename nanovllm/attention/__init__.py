@@ -12,7 +12,7 @@ from math import prod
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nanovllm.layers.rotary import QKNormRope
 
@@ -92,6 +92,10 @@ class AttentionBackend(ABC):
     @abstractmethod
     def attend(self, layer: int, q: Tensor) -> Tensor:
         """Causal attention of q [T, Hq, D] over the pages -> [T, Hq * D]."""
+
+    def run_layers(self, layers: nn.ModuleList, x: Tensor) -> tuple[Tensor, Tensor] | None:
+        """What the loop over the decoder's layers makes of x, (x, residual), where a backend has a faster way; else None."""
+        return None
 
 
 def zeroed(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

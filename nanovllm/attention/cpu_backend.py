@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import weakref
+from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nanovllm.attention import AttentionBackend, AttentionMetadata, AttentionSpec, zeroed
 from nanovllm.kernels import cpu
@@ -25,6 +28,17 @@ class _Step(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("positions", "slots", "query_start", "context_lens", "tables")),
         *((name, ctypes.c_int64) for name in ("table_stride", "tokens", "sequences")),
     )
+
+
+class _Stack(ctypes.Structure):
+    _fields_ = (
+        ("cos_sin", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("layers", "hidden", "intermediate")),
+        ("eps", ctypes.c_float),
+    )
+
+
+FEW_TOKENS = 16  # up to here Python's share of a step shows: a fifth of it at one token
 
 
 class CpuAttention(AttentionBackend):
@@ -51,16 +65,20 @@ class CpuAttention(AttentionBackend):
         assert write is not None
         assert attend is not None
         self._write, self._attend = write, attend
+        self._owner: Callable[[], Any] = lambda: None  # the layers whose weights are known
+        self._weights: list[Place] = []
 
     def allocate(self, num_blocks: int) -> None:
         spec = self.spec
         shape = (spec.num_layers, num_blocks, spec.num_kv_heads, 2, spec.block_size * spec.head_dim)
         self.cache = zeroed(shape, spec.dtype, spec.device)
         sizes = (spec.num_heads, spec.num_kv_heads, spec.head_dim, spec.block_size)
-        self._layers = [
-            ctypes.byref(_Layer(self.cache[i].data_ptr(), *sizes, window or 0, spec.scale))
+        layers = [
+            _Layer(self.cache[i].data_ptr(), *sizes, window or 0, spec.scale)
             for i, window in enumerate(spec.sliding_windows)
         ]
+        self._all_layers = (_Layer * spec.num_layers)(*layers)
+        self._layers = [ctypes.byref(layer) for layer in self._all_layers]
 
     def begin(self, meta: AttentionMetadata) -> None:
         super().begin(meta)
@@ -89,3 +107,47 @@ class CpuAttention(AttentionBackend):
         out = torch.empty((q.shape[0], q.shape[1] * q.shape[2]), dtype=q.dtype)
         self._attend(self._layers[layer], self._step, q.data_ptr(), out.data_ptr())
         return out
+
+    def run_layers(self, layers: nn.ModuleList, x: Tensor) -> tuple[Tensor, Tensor] | None:
+        """One call for all layers of a small step; with one rank only, as it does not all-reduce."""
+        first: Any = layers[0]
+        run = cpu.kernel("decode", x.dtype)
+        if run is None or first.self_attn.o_proj.tp.size > 1 or len(x) > min(FEW_TOKENS, cpu.max_rows(x.dtype)):
+            return None
+        if x.dtype is not self.spec.dtype:
+            return None
+        if self._owner() is not layers:
+            self._owner = weakref.ref(layers)
+            self._weights = [place for layer in layers for place in _weights(layer)]
+        # Where the weights lie is read anew each time: sleep frees them, and trainers may replace them.
+        pointers = [None if (w := found[name]) is None else w.data_ptr() for found, name in self._weights]
+        weights = (ctypes.c_void_p * len(pointers))(*pointers)
+        inner = first.mlp.down_proj.weight.shape[1]
+        cos_sin = first.self_attn.rope.cos_sin.data_ptr()
+        stack = _Stack(cos_sin, len(layers), x.shape[1], inner, first.input_layernorm.eps)
+        residual = torch.empty_like(x)
+        arrays = (weights, self._all_layers, self._step, x.data_ptr(), residual.data_ptr())
+        run(ctypes.byref(stack), *arrays)
+        return x, residual
+
+
+Place = tuple[dict[str, Any], str]
+NOWHERE: Place = ({"": None}, "")
+
+
+def _weights(layer: Any) -> list[Place]:
+    """Where the pointers of cpu.cpp's `Weights` are found, in its order."""
+    attention, mlp = layer.self_attn, layer.mlp
+    q_norm, k_norm = attention.rope.q_norm, attention.rope.k_norm
+    linears = [_linear(m) for m in (attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj)]
+    qkv, o, gate_up, down = linears
+    norms = [_place(m, "weight") for m in (layer.input_layernorm, q_norm, k_norm, layer.post_attention_layernorm)]
+    return [norms[0], *qkv, *norms[1:3], *o, norms[3], *gate_up, *down]
+
+
+def _linear(module: nn.Module) -> tuple[Place, Place]:
+    return _place(module, "weight"), _place(module, "bias")
+
+
+def _place(module: nn.Module | None, name: str) -> Place:
+    return NOWHERE if module is None or name not in module._parameters else (module._parameters, name)

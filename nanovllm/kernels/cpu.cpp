@@ -562,6 +562,47 @@ template <class T> void silu_and_mul(const T* x, int64_t x_stride, T* out, int64
     }
 }
 
+// ------------------------------------------------------------------------------------------------------ a stack of layers
+
+// The weights of one decoder layer; null where the model has none.
+template <class T> struct Weights {
+  const T *input_norm, *qkv, *qkv_bias, *q_norm, *k_norm, *o, *o_bias, *post_norm, *gate_up, *gate_up_bias, *down, *down_bias;
+};
+struct Stack {
+  const float* cos_sin;
+  int64_t layers, hidden, intermediate;
+  float eps;
+};
+
+// models/decoder.py's layers in one call, for steps so small that calling them one by one from Python would show. x and
+// residual are what its loop ends with.
+template <class T>
+void decode(const Stack& stack, const Weights<T>* weights, const Layer* caches, const Step& step, T* x, T* residual) {
+  const int64_t rows = step.tokens, hidden = stack.hidden, inner = stack.intermediate;
+  const int64_t heads = caches->heads, q_size = heads * caches->head_dim;
+  const int64_t qkv_size = q_size + 2 * caches->kv_heads * caches->head_dim;
+  const std::unique_ptr<T[]> memory(new T[rows * (qkv_size + 2 * q_size + 3 * inner)]);
+  T *qkv = memory.get(), *q = qkv + rows * qkv_size, *attended = q + rows * q_size;
+  T *gate_up = attended + rows * q_size, *product = gate_up + rows * 2 * inner;
+  for (int64_t i = 0; i < stack.layers; i++) {
+    const Weights<T>& w = weights[i];
+    if (i) {
+      add_rms_norm(x, residual, w.input_norm, stack.eps, rows, hidden);
+    } else {
+      std::copy(x, x + rows * hidden, residual);
+      rms_norm(residual, hidden, w.input_norm, stack.eps, x, rows, hidden);
+    }
+    linear(x, hidden, w.qkv, w.qkv_bias, qkv, rows, qkv_size, hidden);
+    write(caches[i], step, qkv, heads, stack.cos_sin, w.q_norm, w.k_norm, stack.eps, q);
+    attend(caches[i], step, q, attended);
+    linear(attended, q_size, w.o, w.o_bias, x, rows, hidden, q_size);
+    add_rms_norm(x, residual, w.post_norm, stack.eps, rows, hidden);
+    linear(x, hidden, w.gate_up, w.gate_up_bias, gate_up, rows, 2 * inner, hidden);
+    silu_and_mul(gate_up, 2 * inner, product, rows, inner);
+    linear(product, inner, w.down, w.down_bias, x, rows, hidden, inner);
+  }
+}
+
 // --------------------------------------------------------------------------------------------------------------- sampling
 
 // Inverse CDF in the order of the vocabulary: the first id at which the cumulated exp((logit - max) / temperature) exceeds
@@ -638,6 +679,10 @@ void sample(const T* logits, int64_t stride, const float* temperature, const flo
   }                                                                                                                            \
   extern "C" void silu_and_mul_##T(const T* x, int64_t x_stride, T* out, int64_t rows, int64_t size) {                         \
     silu_and_mul(x, x_stride, out, rows, size);                                                                                \
+  }                                                                                                                            \
+  extern "C" void decode_##T(const Stack* stack, const Weights<T>* weights, const Layer* caches, const Step* step, T* x,       \
+                             T* residual) {                                                                                    \
+    decode(*stack, weights, caches, *step, x, residual);                                                                       \
   }                                                                                                                            \
   extern "C" void sample_##T(const T* logits, int64_t stride, const float* temperature, const float* uniform, int64_t* tokens, \
                              int64_t rows, int64_t vocab) {                                                                    \

@@ -37,6 +37,7 @@ ARGUMENTS = {
     "rms_norm": [_pointer, _int, _pointer, _float, _pointer, _int, _int],
     "add_rms_norm": [_pointer, _pointer, _pointer, _float, _int, _int],
     "silu_and_mul": [_pointer, _int, _pointer, _int, _int],
+    "decode": [_pointer, _pointer, _pointer, _pointer, _pointer, _pointer],
     "sample": [_pointer, _int, _pointer, _pointer, _pointer, _int, _int],
 }
 

@@ -86,6 +86,8 @@ class Decoder(nn.Module):
 
     def forward(self, input_ids: Tensor, attention: AttentionBackend) -> Tensor:
         x: Tensor = self.embed_tokens(input_ids)
+        if (both := attention.run_layers(self.layers, x)) is not None:
+            return self.norm.add(*both)[0]
         residual: Tensor | None = None
         for layer in self.layers:
             x, residual = layer(x, residual, attention)
