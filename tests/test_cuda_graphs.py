@@ -24,7 +24,7 @@ from nanovllm import LLM, SamplingParams
 from nanovllm.engine.batch import Batch, build_batch
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import Sequence
-from nanovllm.runner import model_runner
+from nanovllm.runner import memory
 from nanovllm.runner.cuda_graphs import DecodeGraphs, graph_size, graph_sizes, is_decode, is_plain, pad_batch
 
 
@@ -146,8 +146,8 @@ def with_static_path(llm: LLM) -> Replayed:
         for size in graphs.sizes:
             graphs.record(
                 size,
-                lambda batch: runner._forward(batch, 1, runner.max_model_len),
-                lambda hidden, batch: runner._sample(runner.model.logits(hidden), batch),
+                lambda batch: runner.forward(batch, 1, runner.max_model_len),
+                lambda hidden, batch: runner.next_tokens(runner.model.logits(hidden), batch),
             )
     runner.graphs = graphs
     return graphs
@@ -234,7 +234,7 @@ def test_any_sampling_gives_the_tokens_of_the_eager_path(overlap):
 
 
 class Unrecorded(DecodeGraphs):
-    """What `ModelRunner` makes on a GPU, without the CUDA stream."""
+    """What a runner has on a GPU, without the CUDA stream."""
 
     def __init__(self, *args: Any) -> None:
         *shape, self.stream = args
@@ -246,7 +246,7 @@ class Unrecorded(DecodeGraphs):
 
 @pytest.fixture
 def pretended_stream(monkeypatch):
-    monkeypatch.setattr(model_runner, "DecodeGraphs", Unrecorded)
+    monkeypatch.setattr(memory, "DecodeGraphs", Unrecorded)
     return object()
 
 
@@ -257,7 +257,7 @@ def test_graphs_are_recorded_anew_after_sleep(pretended_stream):
     llm = make_llm(max_num_seqs=4)
     runner = llm.llm_engine.runner
     runner.capture_stream = pretended_stream
-    runner.graphs = before = runner._record_graphs()
+    runner.graphs = before = memory.record_graphs(runner)
     params = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
     assert outputs(llm, prompts, params) == expected
     llm.sleep(1)
@@ -283,11 +283,11 @@ def test_an_engine_whose_recording_fails_goes_on_eagerly(pretended_stream, monke
     runner = llm.llm_engine.runner
     runner.capture_stream = pretended_stream
     with caplog.at_level("WARNING", "nanovllm"):
-        runner.graphs = runner._record_graphs()
+        runner.graphs = memory.record_graphs(runner)
     assert runner.graphs is None
     assert tried == [4, 2], "the largest first, and none after a failure"
     assert "one of 2 sequences failed: CUDA out of memory" in caplog.text
-    assert runner._record_graphs() is None
+    assert memory.record_graphs(runner) is None
     assert tried == [4, 2], "nor ever again"
     _, model = shared_model()
     (prompt,) = random_prompts([9])
@@ -318,7 +318,7 @@ def test_pages_get_what_weights_the_largest_step_and_graphs_leave_of_our_share(m
     runner = llm.llm_engine.runner
     page = runner.attention.page_bytes()
     card = Card(total=1_000_000, others=others)
-    monkeypatch.setattr(model_runner, "GPU_RESERVE_BYTES", 10_000)
+    monkeypatch.setattr(memory, "GPU_RESERVE_BYTES", 10_000)
     for name in ("mem_get_info", "synchronize"):
         monkeypatch.setattr(torch.cuda, name, getattr(card, name, lambda device: None))
     held: dict[str, int] = {
@@ -330,30 +330,30 @@ def test_pages_get_what_weights_the_largest_step_and_graphs_leave_of_our_share(m
         held.update(bytes_of)
         card.ours = sum(held.values())
 
-    def free() -> int:
+    def free(runner: Any) -> int:
         use(loading=0, step=0)
         return card.mem_get_info(None)[0]
 
     class Graphs:
         sizes = graph_sizes(50)
 
-        def __init__(self, count: int) -> None:
+        def __init__(self, runner: Any, count: int) -> None:
             use(library=library, graphs=graph + (count - 1) * more)
 
         def __del__(self) -> None:
             use(graphs=0)
 
-    def profile() -> int:
+    def profile(runner: Any) -> int:
         assert held["loading"] == 0
         use(step=step, pages=3 * page)
         return 3
 
     runner.free_at_start = card.mem_get_info(None)[0]
     use()
-    monkeypatch.setattr(runner, "_free_memory", free)
-    monkeypatch.setattr(runner, "_profile_step", profile)
-    monkeypatch.setattr(runner, "_record_graphs", Graphs)
+    monkeypatch.setattr(memory, "free_memory", free)
+    monkeypatch.setattr(memory, "profile_step", profile)
+    monkeypatch.setattr(memory, "record_graphs", Graphs)
     monkeypatch.setattr(runner.attention, "allocate", lambda count: use(pages=count * page))
     num_sizes = len(graph_sizes(50))
-    assert runner._free_gpu_bytes() == share - weights - step - library - graph - (num_sizes - 1) * more
+    assert memory.free_gpu_bytes(runner) == share - weights - step - library - graph - (num_sizes - 1) * more
     assert held["pages"] == 0

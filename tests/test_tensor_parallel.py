@@ -24,6 +24,7 @@ from tiny import greedy, random_prompts, tiny_model
 from nanovllm import LLM, SamplingParams
 from nanovllm.models.config import check_shards
 from nanovllm.parallel import TensorParallel
+from nanovllm.runner import memory
 from nanovllm.runner.executor import EngineDeadError
 
 SCRIPTS = Path(__file__).parent / "tp_scripts"
@@ -227,9 +228,9 @@ def peak_of_loading(worker: Any) -> int:
             seen.append(memory_of_its_own(worker))
 
     watcher = threading.Thread(target=watch)
-    worker.model_runner.sleep(2)
+    memory.sleep(worker.model_runner, 2)
     watcher.start()
-    worker.model_runner.wake_up("weights")
+    memory.wake_up(worker.model_runner, "weights")
     done.set()
     watcher.join()
     return max(seen)

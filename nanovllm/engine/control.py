@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from nanovllm.errors import ValidationError
+from nanovllm.runner import memory
 from nanovllm.runner.executor import worker
 
 if TYPE_CHECKING:
@@ -64,6 +65,14 @@ def apply_to_model(rank: Any, func: Callable[[Any], Any]) -> Any:
     return func(rank.model_runner.model)
 
 
+def sleep_rank(rank: Any, level: int) -> None:
+    memory.sleep(rank.model_runner, level)
+
+
+def wake_up_rank(rank: Any, tag: str) -> None:
+    memory.wake_up(rank.model_runner, tag)
+
+
 def sleep(engine: LLMEngine, level: int) -> None:
     if level not in (1, 2):
         raise ValidationError(
@@ -74,7 +83,7 @@ def sleep(engine: LLMEngine, level: int) -> None:
         raise ValidationError(f"sleep: {count} requests are unfinished; finish or abort them")
     engine.reset()
     if "weights" not in engine.asleep:  # a second time would lose the copy
-        engine.collective_rpc("sleep", (level,))
+        engine.collective_rpc(sleep_rank, (level,))
     engine.asleep = set(PARTS)
 
 
@@ -83,7 +92,7 @@ def wake_up(engine: LLMEngine, tags: list[str] | None) -> None:
     if not wanted <= PARTS:
         raise ValidationError(f"tags={tags!r} are not known; accepted are 'weights' and 'kv_cache'")
     for tag in sorted(wanted & engine.asleep, reverse=True):
-        engine.collective_rpc("wake_up", (tag,))
+        engine.collective_rpc(wake_up_rank, (tag,))
         engine.asleep.discard(tag)
 
 

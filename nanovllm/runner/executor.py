@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import weakref
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -34,6 +35,8 @@ class Executor:
     def __init__(self, runner: ModelRunner) -> None:
         self.runner = runner
         self.num_blocks = runner.num_blocks
+        # At exit too: gloo's threads, if they are found running when the process ends, abort it.
+        weakref.finalize(self, runner.tp.close)
 
     def launch(self, batch: Batch) -> Any:
         """Queues a step; `.collect()` of what it returns waits for the results."""

@@ -170,7 +170,7 @@ def wait_for_the_device(tokens: torch.Tensor) -> None:
 def test_a_failed_capture_leaves_an_eager_engine_and_a_healthy_torch(monkeypatch, caplog, failure, size):
     folder, model = shared_model()
     expected = [greedy(model, prompt, 20) for prompt in PROMPTS]
-    sample = ModelRunner._sample
+    sample = ModelRunner.next_tokens
 
     def failing(self: ModelRunner, logits: torch.Tensor, batch: Any) -> torch.Tensor:
         tokens = sample(self, logits, batch)
@@ -179,7 +179,7 @@ def test_a_failed_capture_leaves_an_eager_engine_and_a_healthy_torch(monkeypatch
         return tokens
 
     with monkeypatch.context() as patch, caplog.at_level(logging.WARNING, "nanovllm"):
-        patch.setattr(ModelRunner, "_sample", failing)
+        patch.setattr(ModelRunner, "next_tokens", failing)
         llm = make_llm(folder)
     assert not recorded(llm)
     assert f"without CUDA graphs, as one of {size} sequences failed" in caplog.text

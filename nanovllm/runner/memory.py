@@ -1,0 +1,199 @@
+"""A runner's memory: how many pages fit beside weights, the largest step and CUDA graphs; sleeping and waking.
+
+Nothing here runs in a step.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nanovllm.engine.batch import Batch
+from nanovllm.runner.cuda_graphs import DecodeGraphs
+
+if TYPE_CHECKING:
+    from nanovllm.runner.model_runner import ModelRunner
+
+logger = logging.getLogger("nanovllm")
+CPU_CACHE_BYTES = 4 << 30
+GPU_RESERVE_BYTES = 256 << 20  # for kernels loaded and buffers made later, where others leave less than our share
+
+
+def num_blocks(runner: ModelRunner) -> int:
+    """How many pages there are. Raises ValueError where they cannot hold one sequence of max_model_len."""
+    args, page = runner.args, runner.attention.page_bytes()
+    needed = -(-runner.max_model_len // args.block_size)
+    if args.num_gpu_blocks_override is not None:
+        available, source = args.num_gpu_blocks_override, "num_gpu_blocks_override"
+    elif args.kv_cache_memory_bytes is not None:
+        available, source = args.kv_cache_memory_bytes // page, "kv_cache_memory_bytes"
+    elif runner.device.type == "cuda":
+        available, source = free_gpu_bytes(runner) // page, "gpu_memory_utilization"
+    else:
+        half = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2 // runner.tp.size
+        available, source = min(max(CPU_CACHE_BYTES, needed * page), half) // page, "kv_cache_memory_bytes"
+    if available < needed:
+        raise ValueError(
+            f"max_model_len={runner.max_model_len} needs {needed} KV cache blocks of {args.block_size} tokens "
+            f"({needed * page / 2**20:.0f} MiB), and there is room for {max(available, 0)} "
+            f"({max(available, 0) * args.block_size} tokens): raise {source} or lower max_model_len"
+        )
+    return available
+
+
+def free_memory(runner: ModelRunner) -> int:
+    """Bytes that nobody uses on the GPU."""
+    if runner.device.type != "cuda":
+        return 0
+    torch.cuda.synchronize(runner.device)
+    torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info(runner.device)[0]
+
+
+def free_gpu_bytes(runner: ModelRunner) -> int:
+    """What our share of the card leaves for pages, beside weights, the largest step there can be, and decode graphs.
+
+    The share is gpu_memory_utilization of the whole card, or all that others leave of it. All is measured as the
+    driver sees it, so kernels, library workspaces and fragmentation are in it.
+    """
+    total = torch.cuda.mem_get_info(runner.device)[1]
+    share = min(total * runner.args.gpu_memory_utilization, runner.free_at_start - GPU_RESERVE_BYTES)
+    free_memory(runner)  # what loading has left behind
+    pages = profile_step(runner)
+    torch.cuda.synchronize(runner.device)
+    used = runner.free_at_start - torch.cuda.mem_get_info(runner.device)[0] - pages * runner.attention.page_bytes()
+    graphs = graph_bytes(runner)
+    runner.attention.allocate(0)
+    free_memory(runner)
+    return int(share - used - graphs)
+
+
+def graph_bytes(runner: ModelRunner) -> int:
+    """What decode graphs will take: the largest one's memory, and for each other as much as a second one adds."""
+    before = free_memory(runner)
+    record_graphs(runner, 1)  # libraries take what they then keep
+    free = []
+    for count in (1, 2):
+        graphs = record_graphs(runner, count)
+        free.append(free_memory(runner))
+        others = len(graphs.sizes) - 1 if graphs else 0
+        del graphs
+    return before - free[0] + others * max(free[0] - free[1], 0)
+
+
+@torch.inference_mode()
+def record_graphs(runner: ModelRunner, count: int | None = None) -> DecodeGraphs | None:
+    """Decode graphs of the `count` largest sizes (None: of all); None where there are none or one cannot be recorded."""
+    if runner.capture_stream is None:
+        return None
+    max_blocks = -(-runner.max_model_len // runner.args.block_size)
+    graphs = DecodeGraphs(
+        runner.max_num_seqs, max_blocks, runner.config.hidden_size, runner.dtype, runner.device, runner.capture_stream
+    )
+    for size in graphs.sizes[::-1][:count]:
+        failure = ""
+        try:
+            with runner.on_device():
+                graphs.record(
+                    size,
+                    lambda batch: runner.forward(batch, 1, runner.max_model_len),
+                    lambda hidden, batch: runner.next_tokens(runner.model.logits(hidden), batch),
+                )
+        except RuntimeError as err:
+            failure = str(err) or type(err).__name__
+        # All ranks replay or none does: padding makes their collectives differ.
+        if not runner.tp.minimum(not failure, runner.device):
+            reason = failure or "another rank failed"
+            logger.warning("decoding goes on without CUDA graphs, as one of %d sequences failed: %s", size, reason)
+            runner.capture_stream = None
+            return None
+    return graphs
+
+
+@torch.inference_mode()
+def profile_step(runner: ModelRunner) -> int:
+    """Runs the largest batch there can be, on pages of its own, for its peak of memory; returns how many pages."""
+    size, block_size = runner.max_num_batched_tokens, runner.args.block_size
+    count = min(runner.max_num_seqs, size)
+    length = min(-(-size // count), runner.max_model_len)
+    blocks = -(-length // block_size)
+    positions = np.tile(np.arange(length, dtype=np.int32), count)
+    zeros = np.zeros(count * length, np.int32)
+    batch = Batch(
+        sizes=np.array([length, length, -1, -1], np.int32),
+        token_ids=zeros,
+        positions=positions,
+        slot_mapping=positions,
+        token_rows=zeros,
+        query_start=np.arange(count + 1, dtype=np.int32) * length,
+        context_lens=np.full(count, length, np.int32),
+        block_tables=np.tile(np.arange(blocks, dtype=np.int32), (count, 1)),
+        sample_at=np.arange(1, count + 1, dtype=np.int32) * length - 1,
+        sample_rows=np.arange(count, dtype=np.int32),
+        random_at=np.arange(count, dtype=np.int32),
+        temperature=np.ones(count, np.float32),
+        uniform=np.zeros(count, np.float32),
+        filter_at=np.arange(count, dtype=np.int32),
+        top_k=np.full(count, runner.config.vocab_size, np.int32),
+        top_p=np.full(count, 0.9, np.float32),
+        min_p=np.zeros(count, np.float32),
+    )
+    runner.attention.allocate(blocks)
+    runner.launch(batch).collect()
+    return blocks
+
+
+@dataclass
+class Asleep:
+    """What is gone, and what brings the weights back: a copy on the host, or else the checkpoint."""
+
+    gone: set[str]
+    shapes: list[torch.Size]
+    backup: list[Tensor] | None
+
+
+def sleep(runner: ModelRunner, level: int) -> None:
+    """Frees the KV cache and the weights; level 1 keeps a copy of these in the host's memory."""
+    parameters = list(runner.model.parameters())
+    backup = [to_host(parameter.data) for parameter in parameters] if level == 1 else None
+    runner.asleep = Asleep({"weights", "kv_cache"}, [parameter.shape for parameter in parameters], backup)
+    runner.graphs = None  # they hold the addresses of both
+    runner.attention.allocate(0)
+    if runner.device.type == "cuda":
+        torch.cuda.synchronize(runner.device)
+    for parameter in parameters:
+        parameter.data = parameter.data.new_empty(0)
+    free_memory(runner)
+
+
+def wake_up(runner: ModelRunner, tag: str) -> None:
+    """Brings "weights" or "kv_cache" back; weights that were dropped are read from the checkpoint again."""
+    asleep = runner.asleep
+    assert asleep is not None
+    if tag == "kv_cache":
+        runner.attention.allocate(runner.num_blocks)
+    else:
+        for i, parameter in enumerate(runner.model.parameters()):
+            if asleep.backup is not None:
+                parameter.data = asleep.backup[i].to(runner.device)
+            else:
+                parameter.data = parameter.data.new_zeros(asleep.shapes[i])
+        if asleep.backup is None:
+            runner.load(runner.model)
+        asleep.backup = None
+    asleep.gone.discard(tag)
+    if not asleep.gone:
+        runner.asleep, runner.graphs = None, record_graphs(runner)
+
+
+def to_host(x: Tensor) -> Tensor:
+    """A copy into pinned memory that does not wait for the device."""
+    if not x.is_cuda:
+        return x.cpu()
+    return torch.empty_like(x, device="cpu", pin_memory=True).copy_(x, non_blocking=True)
