@@ -121,7 +121,7 @@ class Result:
     first_token: list[float] = field(default_factory=list)  # seconds, where the workload is one request
     startup: list[float] = field(default_factory=list)  # seconds from process start to a first token
     rss: int = 0  # bytes, after the last round
-    memory: dict[str, int] | None = None  # bytes of weights, of the KV cache, and of those of its pages ever written
+    memory: dict[str, int] | None = None  # bytes of weights and of the KV cache
     profile: dict[str, Any] | None = None
     limit: dict[str, float] | None = None
 
@@ -360,10 +360,10 @@ def report(results: list[Result], works: dict[str, Workload]) -> str:
     for result in ours.values():
         if result.memory is not None:
             mb = {name: size / 2**20 for name, size in {"resident": result.rss, **result.memory}.items()}
-            rest = mb["resident"] - mb["weights"] - mb["kv_used"]
+            rest = mb["resident"] - mb["weights"] - mb["kv_cache"]
             text += (
-                f"\nMemory, {result.workload}: {mb['resident']:.0f} MB resident = weights {mb['weights']:.0f} + KV pages "
-                f"used {mb['kv_used']:.0f} (of {mb['kv_cache']:.0f}) + {rest:.0f}"
+                f"\nMemory, {result.workload}: {mb['resident']:.0f} MB resident = weights {mb['weights']:.0f} + KV cache "
+                f"{mb['kv_cache']:.0f} + {rest:.0f}"
             )
     return text + "\n" + "".join(map(profile_report, ours.values()))
 

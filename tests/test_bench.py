@@ -82,7 +82,7 @@ def test_measure_profile_and_limit_of_a_tiny_model(tmp_path: Path, capsys: pytes
     assert len(result["seconds"]) == len(result["first_token"]) == len(found["probes"]) == 2
     assert result["output_tokens_per_second"] > 0
     assert result["share_of_limit"] > 0
-    assert result["memory"]["kv_used"] <= result["memory"]["kv_cache"] <= 20_000_000
+    assert 0 < result["memory"]["kv_cache"] <= 20_000_000
     assert result["rss"] > 0
     assert result["profile"]["steps"] == 128
     assert {"schedule", "prepare", "sample", "update", "detokenise"} < set(result["profile"]["parts"])

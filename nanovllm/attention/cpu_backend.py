@@ -38,9 +38,6 @@ class _Stack(ctypes.Structure):
     )
 
 
-FEW_TOKENS = 16  # up to here Python's share of a step shows: a fifth of it at one token
-
-
 class CpuAttention(AttentionBackend):
     """Pages are [num_layers, num_blocks, Hkv, 2 (K, V), block_size * head_dim]."""
 
@@ -109,10 +106,13 @@ class CpuAttention(AttentionBackend):
         return out
 
     def run_layers(self, layers: nn.ModuleList, x: Tensor) -> tuple[Tensor, Tensor] | None:
-        """One call for all layers of a small step; with one rank only, as it does not all-reduce."""
+        """All layers in one call: Python's calls were a fifth of a step of one token, and 7 % of one of 64.
+
+        With one rank only, as it does not all-reduce.
+        """
         first: Any = layers[0]
         run = cpu.kernel("decode", x.dtype)
-        if run is None or first.self_attn.o_proj.tp.size > 1 or len(x) > min(FEW_TOKENS, cpu.max_rows(x.dtype)):
+        if run is None or first.self_attn.o_proj.tp.size > 1 or len(x) > cpu.max_rows(x.dtype):
             return None
         if x.dtype is not self.spec.dtype:
             return None
