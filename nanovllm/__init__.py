@@ -5,6 +5,7 @@ from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.inputs import TextPrompt, TokensPrompt
 from nanovllm.llm import LLM
 from nanovllm.outputs import CompletionOutput, RequestOutput
+from nanovllm.runner.executor import EngineDeadError
 from nanovllm.sampling_params import BeamSearchParams, RequestOutputKind, SamplingParams
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "BeamSearchParams",
     "CompletionOutput",
     "EngineArgs",
+    "EngineDeadError",
     "LLMEngine",
     "RequestOutput",
     "RequestOutputKind",

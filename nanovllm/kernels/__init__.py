@@ -84,3 +84,12 @@ def draw(logits: Tensor, temperature: Tensor, u: Tensor, threshold: Tensor | Non
     mass = probs.cumsum(-1)
     beyond = (mass > u[:, None] * mass[:, -1:]) & (probs > 0)
     return torch.where(greedy, logits.argmax(-1), beyond.int().argmax(-1))
+
+
+def argmax(logits: Tensor) -> Tensor:
+    """[K, V] -> [K] int64: the id of the largest logit of each row, the first of several."""
+    if logits.is_cpu:
+        zeros = torch.zeros(len(logits))
+        if (ids := cpu.draw(logits, zeros, zeros)) is not None:
+            return ids
+    return logits.argmax(-1)

@@ -38,11 +38,11 @@ def sample(logits: Tensor, batch: Batch, last_tokens: Tensor) -> Tensor:
     if len(batch.allow_at) or len(batch.bias_at) or len(batch.penalty_at):
         logits = edit(logits.float(), batch, last_tokens)
     if not len(batch.random_at):
-        return logits.argmax(-1)
+        return kernels.argmax(logits)
     if len(batch.random_at) == len(logits):
         drawn, tokens = logits, None
     else:
-        drawn, tokens = logits[batch.random_at], logits.argmax(-1)
+        drawn, tokens = logits[batch.random_at], kernels.argmax(logits)
     threshold = None
     if len(batch.filter_at):
         at = batch.filter_at
