@@ -188,7 +188,7 @@ class Stream:
                         self._open.remove(output.request_id)
                         del mail[output.request_id]
                     return output
-                if lost := [request_id for request_id in self._open if not engine.has_request(request_id)]:
+                if lost := self._open - engine.processor.requests.keys():
                     raise RuntimeError(f"requests {', '.join(sorted(lost))} were aborted, or dropped by a failed step")
                 for output in engine.step():
                     if output.request_id in mail:

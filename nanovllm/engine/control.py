@@ -82,9 +82,7 @@ def sleep(engine: LLMEngine, level: int) -> None:
         count = engine.get_num_unfinished_requests()
         raise ValidationError(f"sleep: {count} requests are unfinished; finish or abort them")
     engine.reset()
-    if "weights" not in engine.asleep:  # a second time would lose the copy
-        engine.collective_rpc(sleep_rank, (level,))
-    engine.asleep = set(PARTS)
+    engine.collective_rpc(sleep_rank, (level,))
 
 
 def wake_up(engine: LLMEngine, tags: list[str] | None) -> None:
@@ -93,7 +91,6 @@ def wake_up(engine: LLMEngine, tags: list[str] | None) -> None:
         raise ValidationError(f"tags={tags!r} are not known; accepted are 'weights' and 'kv_cache'")
     for tag in sorted(wanted & engine.asleep, reverse=True):
         engine.collective_rpc(wake_up_rank, (tag,))
-        engine.asleep.discard(tag)
 
 
 def totals(engine: LLMEngine) -> dict[str, int]:

@@ -42,10 +42,14 @@ class LLMEngine:
         self.log_stats = not args.disable_log_stats
         self.num_requests = 0
         self.num_sequences = 0
-        self.asleep: set[str] = set()
         self.totals = dict.fromkeys(TOTALS, 0)  # of schedulers that a reset has replaced
         self.model_config, self.scheduler_config, self.model_executor = describe(self)
         self.reset()
+
+    @property
+    def asleep(self) -> set[str]:
+        """What `sleep` has freed and `wake_up` not yet brought back, of "weights" and "kv_cache"."""
+        return self.runner.asleep.gone if self.runner.asleep else set()
 
     @classmethod
     def from_engine_args(cls, args: EngineArgs) -> LLMEngine:

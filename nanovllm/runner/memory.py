@@ -160,15 +160,17 @@ class Asleep:
 
 def sleep(runner: ModelRunner, level: int) -> None:
     """Frees the KV cache and the weights; level 1 keeps a copy of these in the host's memory."""
-    parameters = list(runner.model.parameters())
-    backup = [to_host(parameter.data) for parameter in parameters] if level == 1 else None
-    runner.asleep = Asleep({"weights", "kv_cache"}, [parameter.shape for parameter in parameters], backup)
     runner.graphs = None  # they hold the addresses of both
     runner.attention.allocate(0)
-    if runner.device.type == "cuda":
-        torch.cuda.synchronize(runner.device)
-    for parameter in parameters:
-        parameter.data = parameter.data.new_empty(0)
+    if runner.asleep is None or "weights" not in runner.asleep.gone:  # a second time would lose the copy
+        parameters = list(runner.model.parameters())
+        backup = [to_host(parameter.data) for parameter in parameters] if level == 1 else None
+        runner.asleep = Asleep({"weights"}, [parameter.shape for parameter in parameters], backup)
+        if runner.device.type == "cuda":
+            torch.cuda.synchronize(runner.device)
+        for parameter in parameters:
+            parameter.data = parameter.data.new_empty(0)
+    runner.asleep.gone.add("kv_cache")
     free_memory(runner)
 
 
