@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import event, given, settings
 from hypothesis import strategies as st
 from tiny import greedy, make_llm, nothing_is_left, random_prompts, shared_model  # noqa: F401
 
@@ -25,7 +25,8 @@ from nanovllm.engine.batch import Batch, build_batch
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import Sequence
 from nanovllm.runner import memory
-from nanovllm.runner.cuda_graphs import DecodeGraphs, graph_size, graph_sizes, is_decode, is_plain, pad_batch
+from nanovllm.runner.cuda_graphs import DecodeGraphs, graph_size, graph_sizes, is_decode, is_plain
+from nanovllm.runner.decode_inputs import DecodeInputs
 
 
 def test_sizes_are_1_2_4_8_then_steps_of_16_up_to_the_most_sequences():
@@ -97,27 +98,90 @@ def test_only_temperatures_are_sampled_inside_a_graph(extra, plain):
     assert is_plain(batch) is plain
 
 
-def test_padding_keeps_the_batch_and_adds_sequences_that_write_nowhere():
+def check_rows(inputs: DecodeInputs, batch: Batch, size: int) -> None:
+    """A batch's rows are what it says, and those after it read one token and write nowhere."""
+    count, width = batch.block_tables.shape
+    for name in ("token_ids", "positions", "slot_mapping", "token_rows", "context_lens"):
+        np.testing.assert_array_equal(inputs.columns[name][:count], getattr(batch, name), err_msg=name)
+    np.testing.assert_array_equal(inputs.tables[:count, :width], batch.block_tables)
+    for name in ("temperature", "uniform"):
+        expected = np.zeros(size, np.float32)
+        expected[batch.random_at] = getattr(batch, name)
+        np.testing.assert_array_equal(inputs.columns[name][:size], expected, err_msg=name)
+    assert (inputs.columns["slot_mapping"][count:size] == -1).all()
+    assert (inputs.columns["context_lens"][count:size] == 1).all()
+    assert (inputs.columns["token_rows"][count:size] == len(inputs.tables)).all()
+    assert (inputs.columns["token_ids"][count:size] >= 0).all(), "a pending token would be read from the spare row"
+
+
+def inputs_of(max_num_seqs: int, max_blocks: int) -> DecodeInputs:
+    made = DecodeInputs(
+        np.empty(DecodeInputs.size(max_num_seqs, max_blocks), np.int32), max_num_seqs, max_blocks, np.float32
+    )
+    made.clear()
+    return made
+
+
+def test_greedy_rows_become_draws_at_temperature_0_and_padding_writes_nowhere():
     temperatures = [0.0, 0.7, 0.0, 1.3, 0.2]
     *_, batch = batches([SamplingParams(temperature=t) for t in temperatures])
-    padded = pad_batch(batch, 8, spare_row=16)
-    for name in ("token_ids", "positions", "slot_mapping", "token_rows", "context_lens", "block_tables"):
-        before, after = getattr(batch, name), getattr(padded, name)
-        np.testing.assert_array_equal(after[:5], before, err_msg=name)
-        assert after.dtype == before.dtype == np.int32
-        assert len(after) == 8
-    np.testing.assert_array_equal(padded.query_start, range(9))
-    np.testing.assert_array_equal(padded.sample_at, range(8))
-    np.testing.assert_array_equal(padded.sample_rows[:5], batch.sample_rows)
-    np.testing.assert_array_equal(padded.temperature, np.float32([*temperatures, 0, 0, 0]))
-    np.testing.assert_array_equal(padded.uniform[batch.random_at], batch.uniform)
-    assert (padded.slot_mapping[5:] == -1).all()
-    assert (padded.context_lens[5:] == 1).all()
-    assert (padded.token_rows[5:] == 16).all()
-    assert (padded.sample_rows[5:] == 16).all()
-    assert (padded.token_ids[5:] >= 0).all(), "a pending token would be read from the spare row"
-    assert not padded.block_tables[5:].any()
-    assert not padded.uniform[5:].any()
+    host = inputs_of(16, 8)
+    host.update(batch, 8)
+    check_rows(host, batch, 8)
+    np.testing.assert_array_equal(host.columns["temperature"][:8], np.float32([*temperatures, 0, 0, 0]))
+
+
+def test_of_a_step_like_the_one_before_only_new_blocks_travel():
+    """Blocks of 4, prompts of 5 and 6, all greedy: positions, contexts and slots are foreseen inside a block."""
+    host, sent = inputs_of(16, 8), []
+    for batch in batches([SamplingParams(temperature=0)] * 3, prompt_len=5, steps=12)[1:]:
+        places, _ = host.update(batch, 4)
+        host.advance(4)
+        sent.append(len(places))
+    # The host knows each token before it plans the next (no overlap here), so three token ids travel at first; all are 7.
+    # Positions 8, 12, ... begin a block: its table entry and slot travel, for each of three sequences.
+    assert sent[1:] == [6 if position % 4 == 0 else 0 for position in range(6, 16)]
+
+
+@given(st.data())
+@settings(max_examples=60, deadline=None)
+def test_a_device_that_gets_the_changes_alone_has_every_batch(data):
+    """Over arrivals, ends, preemptions, mixed steps that the device does not advance in, and graph sizes up and down."""
+    most, block_size, max_len = data.draw(st.sampled_from([3, 8, 21])), 4, 40
+    max_blocks = max_len // block_size
+    scheduler = Scheduler(
+        num_blocks=data.draw(st.sampled_from([12, 40, 200])),
+        block_size=block_size,
+        max_model_len=max_len,
+        max_num_seqs=most,
+        max_num_batched_tokens=32,
+    )
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
+    for i in range(data.draw(st.integers(1, 30))):
+        prompt = rng.integers(0, 50, rng.integers(1, 20)).astype(np.int32)
+        params = SamplingParams(temperature=float(rng.choice([0, 0.7])), max_tokens=20, seed=i)
+        scheduler.add(Sequence(i, params, prompt, end=int(len(prompt) + rng.integers(1, 20)), seed=i))
+    host, device, sizes, seen = inputs_of(most, max_blocks), inputs_of(most, max_blocks), graph_sizes(most), 0
+    overlap, in_flight = data.draw(st.booleans()), None
+    while scheduler.unfinished:
+        step = scheduler.schedule()
+        if step is not None:
+            batch = build_batch(scheduler.table, step, block_size, 50)
+            if is_decode(batch):
+                size = graph_size(len(batch.context_lens), sizes)
+                places, values = host.update(batch, size)
+                assert len(np.unique(places)) == len(places)
+                device.flat[places] = values
+                check_rows(device, batch, size)
+                device.advance(size)
+                host.advance(size)
+                np.testing.assert_array_equal(host.flat, device.flat)
+                seen += 1
+        for done in [in_flight, None if overlap else step]:
+            if done is not None:
+                scheduler.update(done, rng.integers(0, 50, len(done.sampled)))
+        in_flight = step if overlap else None
+    event(f"decode steps: {min(seen, 20)}")
 
 
 # -- the static path, unrecorded ---------------------------------------------------------------------------------------
@@ -130,9 +194,9 @@ class Replayed(DecodeGraphs):
         super().__init__(*args)
         self.sizes_replayed: list[int] = []
 
-    def _load(self, batch):
+    def _forward(self, batch):
         self.sizes_replayed.append(graph_size(len(batch.context_lens), self.sizes))
-        return super()._load(batch)
+        return super()._forward(batch)
 
     def next_tokens(self, batch):
         return super().next_tokens(batch).clone()
@@ -228,6 +292,26 @@ def test_any_sampling_gives_the_tokens_of_the_eager_path(overlap):
     assert [out.outputs[0].token_ids for out in found] == [out.outputs[0].token_ids for out in expected]
     assert found[4].outputs[0].logprobs == expected[4].outputs[0].logprobs
     assert len(graphs.sizes_replayed) > 20
+
+
+def test_a_step_that_ends_half_way_leaves_no_stale_inputs():
+    """The host can no longer know what the device has: the next step sends all."""
+    _, model = shared_model()
+    prompts = random_prompts([9, 20, 14])
+    params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+    llm = make_llm(max_num_seqs=4)
+    graphs = with_static_path(llm)
+    forward, head = graphs.graphs[4]
+
+    def failing() -> None:
+        forward()
+        raise KeyboardInterrupt
+
+    graphs.graphs[4] = failing, head
+    with pytest.raises(KeyboardInterrupt):
+        outputs(llm, prompts, params)
+    graphs.graphs[4] = forward, head
+    assert outputs(llm, prompts, params) == [greedy(model, prompt, 12) for prompt in prompts]
 
 
 # -- what the runner does around recording -----------------------------------------------------------------------------

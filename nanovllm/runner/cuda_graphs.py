@@ -1,8 +1,8 @@
 """Decode steps recorded as CUDA graphs: some hundred kernel launches become two.
 
 A graph repeats the same kernels on the same memory. So a few batch sizes have graphs of their own, a batch is padded to the
-next of them, and its arrays are copied to where the graphs read. This file knows neither the model nor the sampler: it
-records functions of a `Batch`.
+next of them, and its arrays stay where the graphs read (decode_inputs.py). This file knows neither the model nor the
+sampler: it records functions of a `Batch`.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from nanovllm.engine.batch import Batch
+from nanovllm.runner.decode_inputs import DecodeInputs
 
 Work = Callable[[], Any]
 
-INPUTS = ("token_ids", "positions", "slot_mapping", "token_rows", "context_lens", "temperature", "uniform")
 NEVER_ENDED: list[torch.cuda.CUDAGraph] = []  # torch's allocator still asks these whether they are being captured
 
 
@@ -43,37 +43,6 @@ def is_decode(batch: Batch) -> bool:
 def is_plain(batch: Batch) -> bool:
     """Whether the tokens depend on logits and temperatures alone, and no logprobs are wanted."""
     return not any(map(len, (batch.filter_at, batch.allow_at, batch.bias_at, batch.penalty_at, batch.logprob_at)))
-
-
-def pad_batch(batch: Batch, size: int, spare_row: int) -> Batch:
-    """A decode batch with sequences added up to `size` that read one token of page 0 and write nowhere.
-
-    Greedy rows become draws at temperature 0. Filters, edits and logprobs are left out.
-    """
-    count = len(batch.context_lens)
-
-    def padded(values: np.ndarray, filler: int) -> np.ndarray:
-        return np.concatenate((values, np.full((size - count, *values.shape[1:]), filler, values.dtype)))
-
-    each = np.arange(size + 1, dtype=np.int32)
-    rows = padded(batch.token_rows, spare_row)
-    temperature, uniform = np.zeros((2, size), np.float32)
-    temperature[batch.random_at], uniform[batch.random_at] = batch.temperature, batch.uniform
-    return Batch(
-        sizes=batch.sizes,
-        token_ids=padded(batch.token_ids, 0),
-        positions=padded(batch.positions, 0),
-        slot_mapping=padded(batch.slot_mapping, -1),
-        token_rows=rows,
-        query_start=each,
-        context_lens=padded(batch.context_lens, 1),
-        block_tables=padded(batch.block_tables, 0),
-        sample_at=each[:-1],
-        sample_rows=rows,
-        random_at=each[:-1],
-        temperature=temperature,
-        uniform=uniform,
-    )
 
 
 def capture(stream: torch.cuda.Stream, pool: Any, work: Work) -> Work:
@@ -122,22 +91,15 @@ class DecodeGraphs:
         device: torch.device,
         stream: torch.cuda.Stream | None = None,
     ) -> None:
-        def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
-            return torch.zeros(shape, dtype=dtype, device=device)
-
         self.sizes = graph_sizes(max_num_seqs)
-        self.spare_row = max_num_seqs
-        self.pitch = -(-max_num_seqs // 4) * 4  # every array begins at a multiple of 16 bytes, or kernels compile anew
-        self.inputs = zeros(len(INPUTS) * self.pitch + max_num_seqs * max_blocks)
-        self.rows = dict(zip(INPUTS, self.inputs[: len(INPUTS) * self.pitch].view(-1, self.pitch)))
-        for name in ("temperature", "uniform"):
-            self.rows[name] = self.rows[name].view(torch.float32)
-        for name, filler in (("slot_mapping", -1), ("token_rows", self.spare_row), ("context_lens", 1)):
-            self.rows[name].fill_(filler)
-        self.tables = zeros(max_num_seqs, max_blocks)
+        self.shape = max_num_seqs, max_blocks
+        flat = torch.empty(DecodeInputs.size(*self.shape), dtype=torch.int32, device=device)
+        self.inputs = DecodeInputs(flat, *self.shape, torch.float32)
+        self.inputs.clear()
+        self.host: DecodeInputs | None = None  # the same on the host; None where it is not known what the device has
         self.each = torch.arange(max_num_seqs + 1, dtype=torch.int32, device=device)
-        self.hidden = zeros(max_num_seqs, hidden_size, dtype=dtype)
-        self.tokens = zeros(max_num_seqs, dtype=torch.int64)
+        self.hidden = torch.zeros(max_num_seqs, hidden_size, dtype=dtype, device=device)
+        self.tokens = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
         self.graphs: dict[int, tuple[Work, Work]] = {}
         self.capture: Callable[[Work], Work] = lambda work: work  # a device without graphs runs what it is given
         if stream is not None:
@@ -145,47 +107,52 @@ class DecodeGraphs:
 
     def record(self, size: int, forward: Callable[[Batch], Tensor], head: Callable[[Tensor, Batch], Tensor]) -> None:
         """forward(batch) -> hidden states [size, hidden_size], head(hidden states, batch) -> tokens [size]."""
-        rows = {name: row[:size] for name, row in self.rows.items()}
+        columns = {name: column[:size] for name, column in self.inputs.columns.items() if name != "step"}
         batch = Batch(
             sizes=self.each[:0],  # never read
             query_start=self.each[: size + 1],
-            block_tables=self.tables[:size],
+            block_tables=self.inputs.tables[:size],
             sample_at=self.each[:size],
-            sample_rows=rows["token_rows"],
+            sample_rows=columns["token_rows"],
             random_at=self.each[:size],
-            **rows,
+            **columns,
         )
         hidden, tokens = self.hidden[:size], self.tokens[:size]
-        self.graphs[size] = (
-            self.capture(lambda: hidden.copy_(forward(batch))),
-            self.capture(lambda: tokens.copy_(head(hidden, batch))),
-        )
 
-    def _load(self, batch: Batch) -> tuple[Work, Work]:
-        """Copies a batch to where the graphs of its size read, and returns these."""
+        def step() -> None:
+            hidden.copy_(forward(batch))
+            self.inputs.advance(size)
+
+        self.graphs[size] = self.capture(step), self.capture(lambda: tokens.copy_(head(hidden, batch)))
+
+    def _forward(self, batch: Batch) -> Work:
+        """Replays the first graph of the batch's size, and returns the other."""
         size = graph_size(len(batch.context_lens), self.sizes)
-        padded = pad_batch(batch, size, self.spare_row)
-        width, start = padded.block_tables.shape[1], len(INPUTS) * self.pitch
-        used = start + size * width
-        # Torch keeps pinned blocks, and uses one again once the copies out of it are done; of one size, no more are made.
-        staging = torch.empty(len(self.inputs), dtype=torch.int32, pin_memory=self.inputs.is_cuda)
-        packed = staging.numpy()
-        for row, name in zip(packed[:start].reshape(-1, self.pitch), INPUTS):
-            row[:size] = getattr(padded, name).view(np.int32)
-        packed[start:used] = padded.block_tables.reshape(-1)
-        self.inputs[:used].copy_(staging[:used], non_blocking=True)
-        self.tables[:size, :width] = self.inputs[start:used].view(size, width)
-        return self.graphs[size]
+        forward, head = self.graphs[size]
+        host, self.host = self.host, None  # whatever ends this half-way: all is sent the next time
+        if host is None:
+            host = DecodeInputs(np.empty(len(self.inputs.flat), np.int32), *self.shape, np.float32)
+            host.clear()
+            self.inputs.clear()
+        places, values = host.update(batch, size)
+        if count := len(places):
+            # Torch keeps pinned blocks, and uses one again once the copies out of it are done.
+            staging = torch.empty(3 * count, dtype=torch.int32, pin_memory=self.hidden.is_cuda)
+            packed = staging.numpy()
+            packed[: 2 * count].view(np.int64)[:], packed[2 * count :] = places, values
+            changes = staging.to(self.hidden.device, non_blocking=True)
+            self.inputs.flat[changes[: 2 * count].view(torch.int64)] = changes[2 * count :]
+        forward()
+        host.advance(size)
+        self.host = host
+        return head
 
     def hidden_states(self, batch: Batch) -> Tensor:
         """The last layer's output [S, hidden_size] of a decode batch; it holds until the next step."""
-        forward, _ = self._load(batch)
-        forward()
+        self._forward(batch)
         return self.hidden[: len(batch.context_lens)]
 
     def next_tokens(self, batch: Batch) -> Tensor:
         """The tokens [S] int64 of a plain decode batch; they hold until the next step."""
-        forward, head = self._load(batch)
-        forward()
-        head()
+        self._forward(batch)()
         return self.tokens[: len(batch.context_lens)]
