@@ -131,14 +131,23 @@ class TestAttention:
             CpuAttention(spec)
 
 
+def packed_copy(weight: torch.Tensor) -> torch.Tensor:
+    copy = weight.clone()
+    assert cpu.pack(copy)
+    return copy
+
+
 @needs_library
 class TestLinear:
     @pytest.fixture(autouse=True)
-    def any_number_of_rows(self, monkeypatch):
-        monkeypatch.setattr(cpu, "max_rows", lambda dtype: sys.maxsize)
+    def pack_on_any_machine(self, monkeypatch):
+        monkeypatch.setattr(cpu, "cpu_features", lambda: "avx512f")
+        cpu.panel.cache_clear()
+        yield
+        cpu.panel.cache_clear()
 
     @pytest.mark.parametrize("dtype", DTYPES)
-    @pytest.mark.parametrize(("depth", "cols"), [(576, 192), (1536, 40), (33, 17), (1, 1), (9000, 5)])
+    @pytest.mark.parametrize(("depth", "cols"), [(576, 192), (1536, 40), (34, 17), (2, 1), (9000, 5), (256, 65)])
     @pytest.mark.parametrize("rows", [1, 2, 3, 5, 7, 8, 13, 64])
     def test_product_and_bias(self, dtype, depth, cols, rows):
         x, weight, bias = (
@@ -147,20 +156,56 @@ class TestLinear:
             normal(cols, dtype=dtype),
         )
         expected = x.double() @ weight.double().T
-        assert_close(cpu.linear(x, weight, None), expected, dtype, scale=depth**0.5)
-        assert_close(cpu.linear(x, weight, bias), expected + bias.double(), dtype, scale=depth**0.5)
+        turned = packed_copy(weight)
+        assert_close(cpu.linear(x, turned, None, True), expected, dtype, scale=depth**0.5)
+        assert_close(cpu.linear(x, turned, bias, True), expected + bias.double(), dtype, scale=depth**0.5)
+        few = x[:4]
+        assert_close(cpu.linear(few, weight, bias, False), expected[:4] + bias.double(), dtype, scale=depth**0.5)
+        assert cpu.linear(normal(5, depth, dtype=dtype), weight, None, False) is None, "torch's is faster"
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize(("cols", "depth"), [(192, 64), (40, 6), (17, 2), (65, 100)])
+    def test_a_packed_weight_has_the_same_rows_and_comes_back(self, dtype, cols, depth):
+        weight = normal(cols, depth, dtype=dtype)
+        turned = packed_copy(weight)
+        assert torch.equal(turned, weight) is (cols < cpu.panel(dtype)[0])
+        ids = torch.tensor([0, cols - 1, cols // 2, 0, 3])
+        assert torch.equal(kernels.embedding(ids, turned, True), weight[ids])
+        cpu.unpack(turned)
+        assert torch.equal(turned, weight)
+
+    def test_what_cannot_be_packed_is_left_alone(self):
+        odd = normal(64, 33, dtype=torch.bfloat16)
+        before = odd.clone()
+        assert cpu.pack(odd) is (cpu.panel(torch.bfloat16)[1] == 1)
+        assert cpu.panel(torch.bfloat16)[1] == 1 or torch.equal(odd, before)
+        assert not cpu.pack(normal(64, 32, dtype=torch.float64))
+        assert not cpu.pack(normal(64, 64, dtype=torch.float32).T)
+
+    @pytest.mark.parametrize("features", ["avx512f amx_tile", "avx2", ""])
+    def test_weights_stay_where_torchs_product_is_faster(self, features, monkeypatch):
+        monkeypatch.setattr(cpu, "cpu_features", lambda: features)
+        cpu.panel.cache_clear()
+        assert not cpu.pack(normal(64, 32, dtype=torch.float32))
 
     @pytest.mark.parametrize("dtype", DTYPES)
     def test_a_row_is_the_same_alone_and_in_company(self, dtype):
-        x, weight = normal(100, 5000, dtype=dtype), normal(50, 5000, dtype=dtype, seed=1)
-        together = cpu.linear(x, weight, None)
+        x, weight = normal(100, 5000, dtype=dtype), packed_copy(normal(50, 5000, dtype=dtype, seed=1))
+        together = cpu.linear(x, weight, None, True)
         for row in (0, 3, 57, 99):
-            assert torch.equal(bits(cpu.linear(x[row : row + 1], weight, None)[0]), bits(together[row]))
+            assert torch.equal(bits(cpu.linear(x[row : row + 1], weight, None, True)[0]), bits(together[row]))
 
     def test_rows_may_lie_apart_and_there_may_be_none(self):
-        x, weight = normal(10, 96, dtype=torch.float32), normal(8, 32, dtype=torch.float32)
-        assert_close(cpu.linear(x[::3, 32:64], weight, None), x[::3, 32:64] @ weight.T, torch.float32, scale=6)
-        assert cpu.linear(x[:0, :32], weight, None).shape == (0, 8)
+        x, weight = normal(10, 96, dtype=torch.float32), normal(40, 32, dtype=torch.float32)
+        turned, expected = packed_copy(weight), x[::3, 32:64] @ weight.T
+        assert_close(cpu.linear(x[::3, 32:64], turned, None, True), expected, torch.float32, scale=6)
+        assert cpu.linear(x[:0, :32], turned, None, True).shape == (0, 40)
+        assert_close(
+            cpu.linear(normal(32, 7, dtype=torch.float32).T, turned, None, True),
+            normal(32, 7, dtype=torch.float32).T @ weight.T,
+            torch.float32,
+            scale=6,
+        )
         assert_close(kernels.linear(x.T[:, ::2], weight[:, :5], None), x.T[:, ::2] @ weight[:, :5].T, torch.float32, 6)
 
 
@@ -264,7 +309,7 @@ def test_there_is_one_openmp_runtime_and_no_thread_beyond_torchs():
     x, weight = torch.ones(64, 576), torch.ones(576, 576)
     x @ weight
     before = len(os.listdir("/proc/self/task"))
-    cpu.linear(x, weight, None)
+    cpu.linear(x, weight, None, cpu.pack(weight))
     assert len(os.listdir("/proc/self/task")) == before
     with open("/proc/self/maps") as maps:
         assert len({line.split()[-1] for line in maps if "omp" in line.rsplit("/", 1)[-1]}) == 1
@@ -272,5 +317,5 @@ def test_there_is_one_openmp_runtime_and_no_thread_beyond_torchs():
 
 def test_a_dtype_without_kernels_is_left_to_torch():
     x = torch.ones(2, 3, dtype=torch.float64)
-    assert cpu.linear(x, x, None) is None
+    assert cpu.linear(x, x, None, False) is None
     assert torch.equal(kernels.linear(x, x, None), x @ x.T)

@@ -33,7 +33,7 @@ class _Step(ctypes.Structure):
 class _Stack(ctypes.Structure):
     _fields_ = (
         ("cos_sin", ctypes.c_void_p),
-        *((name, ctypes.c_int64) for name in ("layers", "hidden", "intermediate")),
+        *((name, ctypes.c_int64) for name in ("layers", "hidden", "intermediate", "packed")),
         ("eps", ctypes.c_float),
     )
 
@@ -112,9 +112,11 @@ class CpuAttention(AttentionBackend):
         """
         first: Any = layers[0]
         run = cpu.kernel("decode", x.dtype)
-        if run is None or first.self_attn.o_proj.tp.size > 1 or len(x) > cpu.max_rows(x.dtype):
+        attention, mlp = first.self_attn, first.mlp
+        packed = {m.packed for m in (attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj)}
+        if run is None or attention.o_proj.tp.size > 1 or x.dtype is not self.spec.dtype:
             return None
-        if x.dtype is not self.spec.dtype:
+        if packed != {True} and (len(x) > 4 or packed != {False}):
             return None
         if self._owner() is not layers:
             self._owner = weakref.ref(layers)
@@ -124,7 +126,7 @@ class CpuAttention(AttentionBackend):
         weights = (ctypes.c_void_p * len(pointers))(*pointers)
         inner = first.mlp.down_proj.weight.shape[1]
         cos_sin = first.self_attn.rope.cos_sin.data_ptr()
-        stack = _Stack(cos_sin, len(layers), x.shape[1], inner, first.input_layernorm.eps)
+        stack = _Stack(cos_sin, len(layers), x.shape[1], inner, True in packed, first.input_layernorm.eps)
         residual = torch.empty_like(x)
         arrays = (weights, self._all_layers, self._step, x.data_ptr(), residual.data_ptr())
         run(ctypes.byref(stack), *arrays)

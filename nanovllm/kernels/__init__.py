@@ -60,11 +60,17 @@ def silu_and_mul(x: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x [T, K] @ weight [N, K].T + bias [N] -> [T, N]."""
-    if x.is_cpu and (out := cpu.linear(x, weight, bias)) is not None:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, packed: bool = False) -> Tensor:
+    """x [T, K] @ weight [N, K].T + bias [N] -> [T, N]; `packed`: cpu.pack has turned the weight's panels."""
+    if x.is_cpu and (out := cpu.linear(x, weight, bias, packed)) is not None:
         return out
+    assert not packed, "a packed weight is for x of its own dtype"
     return F.linear(x, weight, bias)
+
+
+def embedding(ids: Tensor, weight: Tensor, packed: bool = False) -> Tensor:
+    """Rows ids [T] of weight [N, K] -> [T, K]."""
+    return cpu.rows_of(weight, ids) if packed else F.embedding(ids, weight)
 
 
 def draw(logits: Tensor, temperature: Tensor, u: Tensor, threshold: Tensor | None = None) -> Tensor:

@@ -158,20 +158,18 @@ template <class T, int M, int N, class A, class B> INLINE void multiply(Vec (&su
   }
 }
 
-// Calls f(first row, number of rows as a type) for blocks of at most BLOCK rows, as even as they come: only what is known at
-// compile time stays in registers. A block has four vectors of sums a row; AVX2 has 16 registers, AVX-512 and Arm have 32.
-constexpr int BLOCK = W == 8 ? 2 : 6;
-template <int M = BLOCK, class F> INLINE void with_rows(int m, F f) {
+// Calls f(first row, number of rows as a type) for one of the blocks of at most MOST rows, as even as they come: only what is
+// known at compile time stays in registers.
+template <int M, class F> INLINE void with_rows(int m, F f) {
   if (m == M) f(std::integral_constant<int, M>());
   else if constexpr (M > 1) with_rows<M - 1>(m, f);
 }
-template <class F> INLINE void for_rows(int rows, F f) {
-  const int blocks = (rows + BLOCK - 1) / BLOCK;
-  for (int b = 0, first = 0; b < blocks; b++) {
-    const int end = rows * (b + 1) / blocks;
-    with_rows(end - first, [&](auto m) { f(first, m); });
-    first = end;
-  }
+template <int MOST, class F> INLINE void for_block(int64_t rows, int64_t block, F f) {
+  const int64_t blocks = (rows + MOST - 1) / MOST, first = rows * block / blocks;
+  with_rows<MOST>(rows * (block + 1) / blocks - first, [&](auto m) { f(first, m); });
+}
+template <int MOST, class F> INLINE void for_rows(int64_t rows, F f) {
+  for (int64_t block = 0; block * MOST < rows; block++) for_block<MOST>(rows, block, f);
 }
 // The same for vectors, four at a time and then one.
 template <class F> INLINE void for_vectors(int n, F f) {
@@ -180,18 +178,12 @@ template <class F> INLINE void for_vectors(int n, F f) {
   for (; j < n; j++) f(j, std::integral_constant<int, 1>());
 }
 
-// Calls f(first, number) over this thread's share of n in blocks of at most `size`; shares are as even as multiples of 4 allow.
-template <class F> INLINE void for_share(int64_t n, int64_t size, F f) {
-  const int64_t fours = (n + 3) / 4, threads = omp_get_num_threads(), me = omp_get_thread_num();
-  const int64_t end = std::min(n, fours * (me + 1) / threads * 4);
-  for (int64_t i = fours * me / threads * 4; i < end; i += size) f(i, int(std::min(size, end - i)));
-}
-
 constexpr int64_t PARALLEL = 1 << 15;  // elements below which waking the other threads costs more than it brings
 
 // -------------------------------------------------------------------------------------------------------------- attention
 
 constexpr int ROWS = 24, TILE = 128, MAX_DIM = 256;  // query rows and keys of a tile; the largest head
+constexpr int BLOCK = W == 8 ? 2 : 6;  // rows with four vectors of sums each: AVX2 has 16 registers, AVX-512 and Arm have 32
 
 struct Layer {
   void* pages;  // [pages][kv_heads][K, V]
@@ -322,7 +314,7 @@ template <class T> struct Attention {
     const T *k[TILE / W], *v[TILE / W], *next_k[TILE / W];
     const int64_t k_stride = find_pages(item, first, keys, k, v, next_k);
 
-    for_rows(item.rows, [&](int r, auto m) {
+    for_rows<BLOCK>(item.rows, [&](int r, auto m) {
       for_vectors(chunks, [&](int c, auto n) {
         Vec sums[m()][n()] = {};
         const Element<T>* a = queries + r * dim;
@@ -358,7 +350,7 @@ template <class T> struct Attention {
       state.sum[r] = sum(total);
     }
 
-    for_rows(item.rows, [&](int r, auto m) {
+    for_rows<BLOCK>(item.rows, [&](int r, auto m) {
       for_vectors(dim / W, [&](int d, auto n) {
         Vec sums[m()][n()] = {};
         for (int c = 0; c < chunks; c++) {
@@ -465,70 +457,83 @@ template <class T> void attend(const Layer& layer, const Step& step, const T* q,
 
 // -------------------------------------------------------------------------------------------------------- matrix products
 
-// Sums across the lanes of four vectors at once.
-INLINE void sum4(const Vec* v, float* out) {
-#if defined(__AVX512F__)
-  const __m512 a = (__m512)v[0], b = (__m512)v[1], c = (__m512)v[2], d = (__m512)v[3];
-  const __m512 ab = _mm512_unpacklo_ps(a, b) + _mm512_unpackhi_ps(a, b);
-  const __m512 cd = _mm512_unpacklo_ps(c, d) + _mm512_unpackhi_ps(c, d);
-  const __m512 all = _mm512_shuffle_ps(ab, cd, 0x44) + _mm512_shuffle_ps(ab, cd, 0xEE);  // [a, b, c, d] four times
-  const __m256 half = _mm512_castps512_ps256(all) + (__m256)_mm512_extractf64x4_pd((__m512d)all, 1);
-  _mm_storeu_ps(out, _mm256_castps256_ps128(half) + _mm256_extractf128_ps(half, 1));
-#else
-  for (int i = 0; i < 4; i++) out[i] = sum(v[i]);
-#endif
+// x [rows, depth] @ w [cols, depth].T. Packed weights lie in panels of PANEL columns, [depth / P][PANEL][P] each: they are read
+// from one end to the other, and meet all rows of a block in registers. What fills no panel lies as checkpoints have it.
+constexpr int PANEL = 2 * W, PANEL_ROWS = W == 16 ? 12 : 6;
+
+template <class T>
+void linear(const T* x, int64_t x_stride, const T* w, bool packed, const T* bias, T* out, int64_t rows, int64_t cols,
+            int64_t depth) {
+  using D = Dot<T>;
+  constexpr int P = D::P, STEP = W * P;
+  const int64_t panels = packed ? cols / PANEL : 0, blocks = (rows + PANEL_ROWS - 1) / PANEL_ROWS;
+  // Rows a power of two apart would share few places in the cache, so they are copied, a vector further apart.
+  const int64_t stride = (depth + W - 1) / W * W + STEP;
+  const std::unique_ptr<Element<T>[]> copy(panels ? new Element<T>[rows * stride] : nullptr);
+#pragma omp parallel if (cols * depth > PARALLEL)
+  {
+#pragma omp for schedule(static)
+    for (int64_t r = 0; r < (panels ? rows : 0); r++)
+      for (int64_t d = 0; d < depth; d += W) store(&copy[r * stride + d], load(x + r * x_stride + d, depth - d));
+#pragma omp for schedule(static) nowait
+    for (int64_t unit = 0; unit < panels * blocks; unit++)
+      for_block<PANEL_ROWS>(rows, unit % blocks, [&](int64_t first, auto m) {
+        const int64_t col = unit / blocks * PANEL;
+        const Element<T>* a = &copy[first * stride];
+        const T* b = w + col * depth;
+        Vec sums[m()][2] = {};
+        for (int64_t d = 0; d < depth; d += P)
+          multiply<T>(
+              sums, [&](int i) { return D::splat(a + i * stride + d); },
+              [&](int j) {
+                const T* at = b + d * PANEL + j * STEP;
+                if (m > 4) __builtin_prefetch(at + 4096, 0, 2);  // with fewer rows memory alone sets the pace
+                return D::load_in(at);
+              });
+        for (int i = 0; i < m; i++)
+          for (int j = 0; j < 2; j++) {
+            const int64_t at = col + j * W;
+            store(out + (first + i) * cols + at, bias ? sums[i][j] + load(bias + at) : sums[i][j]);
+          }
+      });
+#pragma omp for schedule(static)
+    for (int64_t col = panels * PANEL; col < cols; col++)
+      for_rows<4>(rows, [&](int64_t first, auto m) {
+        const T *b = w + col * depth, *c = x + first * x_stride;
+        Vec sums[m()][1] = {};
+        int64_t d = 0;
+        for (; d + STEP <= depth; d += STEP)
+          multiply<T>(
+              sums, [&](int i) { return D::load_in(c + i * x_stride + d); }, [&](int) { return D::load_in(b + d); });
+        const auto rest = [&](const T* p) {
+          T padded[STEP] = {};
+          std::copy(p + d, p + depth, padded);
+          return D::load_in(padded);
+        };
+        if (d < depth)
+          multiply<T>(
+              sums, [&](int i) { return rest(c + i * x_stride); }, [&](int) { return rest(b); });
+        for (int i = 0; i < m; i++) {
+          const Vec y = Vec{} + (sum(sums[i][0]) + (bias ? load(bias + col, 1)[0] : 0));
+          store(out + (first + i) * cols + col, y, 1);
+        }
+      });
+  }
 }
 
-// x [rows, depth] @ w [cols, depth].T straight from the weights as checkpoints have them, no second copy: both are read along
-// their depth, a block of sums stays in registers, lanes are summed at the end.
-template <class T>
-void linear(const T* x, int64_t x_stride, const T* w, const T* bias, T* out, int64_t rows, int64_t cols, int64_t depth) {
-  using D = Dot<T>;
-  constexpr int COLS = 32, DEPTH = 3072 / sizeof(T), STEP = W * D::P;  // weights that the cache keeps for the next rows
-  // With rows for a few blocks only, memory brings the next four columns while all of them use these.
-  const int64_t size = rows > 8 && rows <= 24 && depth <= DEPTH ? 4 : COLS;
-#pragma omp parallel if (cols * depth > PARALLEL)
-  for_share(cols, size, [&](int64_t first_col, int wide) {
-    for_rows(rows, [&](int first_row, auto m) {
-      const T* a = x + first_row * x_stride;
-      float result[m()][COLS];
-      for (int64_t begin = 0; begin < depth; begin += DEPTH) {
-        const int64_t end = std::min(depth, begin + DEPTH), whole = begin + (end - begin) / STEP * STEP;
-        for (int col = 0; col < wide; col += 4) {
-          const T* b[4];
-          for (int j = 0; j < 4; j++) b[j] = w + (first_col + std::min(col + j, wide - 1)) * depth;
-          Vec sums[m()][4] = {};
-          for (int64_t at = begin; at < whole; at += STEP)
-            multiply<T>(
-                sums, [&](int i) { return D::load_in(a + i * x_stride + at); },
-                [&](int j) {
-                  __builtin_prefetch(b[j] + 4 * depth + at);  // the next four columns
-                  return D::load_in(b[j] + at);
-                });
-          const auto rest = [&](const T* p) {
-            T padded[STEP] = {};
-            std::copy(p + whole, p + end, padded);
-            return D::load_in(padded);
-          };
-          if (whole < end)
-            multiply<T>(
-                sums, [&](int i) { return rest(a + i * x_stride); }, [&](int j) { return rest(b[j]); });
-          for (int i = 0; i < m; i++) {
-            float four[4];
-            sum4(sums[i], four);
-            for (int j = 0; j < 4; j++) result[i][col + j] = begin ? result[i][col + j] + four[j] : four[j];
-          }
-        }
-      }
-      for (int i = 0; i < m; i++)
-        for (int j = 0; j < wide; j += W) {
-          const int64_t at = first_col + j, n = wide - j;
-          Vec y = load(result[i] + j);
-          if (bias) y += load(bias + at, n);
-          store(out + (first_row + i) * cols + at, y, n);
-        }
-    });
-  });
+// Transposes each of `panels` matrices [rows, cols] in place.
+template <class U> void turn(U* panel, int64_t panels, int64_t rows, int64_t cols) {
+#pragma omp parallel
+  {
+    const std::unique_ptr<U[]> copy(new U[rows * cols]);
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < panels; i++) {
+      U* to = panel + i * rows * cols;
+      std::copy(to, to + rows * cols, copy.get());
+      for (int64_t c = 0; c < cols; c++)
+        for (int64_t r = 0; r < rows; r++) to[c * rows + r] = copy[r * cols + c];
+    }
+  }
 }
 
 // ----------------------------------------------------------------------------------------------------- norms and activation
@@ -579,7 +584,7 @@ template <class T> struct Weights {
 };
 struct Stack {
   const float* cos_sin;
-  int64_t layers, hidden, intermediate;
+  int64_t layers, hidden, intermediate, packed;
   float eps;
 };
 
@@ -601,14 +606,14 @@ void decode(const Stack& stack, const Weights<T>* weights, const Layer* caches, 
       std::copy(x, x + rows * hidden, residual);
       rms_norm(residual, hidden, w.input_norm, stack.eps, x, rows, hidden);
     }
-    linear(x, hidden, w.qkv, w.qkv_bias, qkv, rows, qkv_size, hidden);
+    linear(x, hidden, w.qkv, stack.packed, w.qkv_bias, qkv, rows, qkv_size, hidden);
     write(caches[i], step, qkv, heads, stack.cos_sin, w.q_norm, w.k_norm, stack.eps, q);
     attend(caches[i], step, q, attended);
-    linear(attended, q_size, w.o, w.o_bias, x, rows, hidden, q_size);
+    linear(attended, q_size, w.o, stack.packed, w.o_bias, x, rows, hidden, q_size);
     add_rms_norm(x, residual, w.post_norm, stack.eps, rows, hidden);
-    linear(x, hidden, w.gate_up, w.gate_up_bias, gate_up, rows, 2 * inner, hidden);
+    linear(x, hidden, w.gate_up, stack.packed, w.gate_up_bias, gate_up, rows, 2 * inner, hidden);
     silu_and_mul(gate_up, 2 * inner, product, rows, inner);
-    linear(product, inner, w.down, w.down_bias, x, rows, hidden, inner);
+    linear(product, inner, w.down, stack.packed, w.down_bias, x, rows, hidden, inner);
   }
 }
 
@@ -671,14 +676,15 @@ void sample(const T* logits, int64_t stride, const float* temperature, const flo
 }  // namespace
 
 #define EXPORT(T)                                                                                                              \
+  extern "C" int64_t panel_depth_##T() { return Dot<T>::P; }                                                                   \
   extern "C" void write_##T(const Layer* layer, const Step* step, const T* qkv, int64_t heads, const float* cos_sin,           \
                             const T* q_norm, const T* k_norm, float eps, T* q) {                                               \
     write(*layer, *step, qkv, heads, cos_sin, q_norm, k_norm, eps, q);                                                         \
   }                                                                                                                            \
   extern "C" void attend_##T(const Layer* layer, const Step* step, const T* q, T* out) { attend(*layer, *step, q, out); }      \
-  extern "C" void linear_##T(const T* x, int64_t x_stride, const T* w, const T* bias, T* out, int64_t rows, int64_t cols,      \
-                             int64_t depth) {                                                                                  \
-    linear(x, x_stride, w, bias, out, rows, cols, depth);                                                                      \
+  extern "C" void linear_##T(const T* x, int64_t x_stride, const T* w, int64_t packed, const T* bias, T* out, int64_t rows,    \
+                             int64_t cols, int64_t depth) {                                                                    \
+    linear(x, x_stride, w, packed, bias, out, rows, cols, depth);                                                              \
   }                                                                                                                            \
   extern "C" void rms_norm_##T(const T* x, int64_t x_stride, const T* weight, float eps, T* out, int64_t rows, int64_t size) { \
     rms_norm(x, x_stride, weight, eps, out, rows, size);                                                                       \
@@ -697,6 +703,9 @@ void sample(const T* logits, int64_t stride, const float* temperature, const flo
                              int64_t rows, int64_t vocab) {                                                                    \
     sample(logits, stride, temperature, uniform, tokens, rows, vocab);                                                         \
   }
+extern "C" int64_t panel_columns() { return PANEL; }
+extern "C" void turn_16(uint16_t* panel, int64_t panels, int64_t rows, int64_t cols) { turn(panel, panels, rows, cols); }
+extern "C" void turn_32(uint32_t* panel, int64_t panels, int64_t rows, int64_t cols) { turn(panel, panels, rows, cols); }
 EXPORT(bf16)
 EXPORT(fp16)
 EXPORT(fp32)

@@ -15,7 +15,6 @@ import platform
 import shlex
 import shutil
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -33,7 +32,7 @@ _pointer, _int, _float = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 ARGUMENTS = {
     "write": [_pointer, _pointer, _pointer, _int, _pointer, _pointer, _pointer, _float, _pointer],
     "attend": [_pointer, _pointer, _pointer, _pointer],
-    "linear": [_pointer, _int, _pointer, _pointer, _pointer, _int, _int, _int],
+    "linear": [_pointer, _int, _pointer, _int, _pointer, _pointer, _int, _int, _int],
     "rms_norm": [_pointer, _int, _pointer, _float, _pointer, _int, _int],
     "add_rms_norm": [_pointer, _pointer, _pointer, _float, _int, _int],
     "silu_and_mul": [_pointer, _int, _pointer, _int, _int],
@@ -98,27 +97,71 @@ def kernel(name: str, dtype: torch.dtype) -> Callable[..., None] | None:
 
 
 @functools.cache
-def max_rows(dtype: torch.dtype) -> int:
-    """Rows up to which our product is no slower than torch's.
+def panel(dtype: torch.dtype) -> tuple[int, int] | None:
+    """(output features of a panel, neighbours in depth) of packed weights; None where weights stay as they are.
 
-    Measured on Zen 5 with all it has (always, within 15 % at 256 rows and more) and held down to AVX2. Where there is no
-    limit a row's result is the same in any company.
+    They do where torch's product is the faster one: with AMX, and without AVX-512 unless for 16 bits. Packed, a row's
+    result is the same in any company.
     """
-    features = set(cpu_features().split())
+    library, features = load() if dtype in DTYPES else None, set(cpu_features().split())
     enough = {"avx512f"} if dtype is torch.float32 else {"avx512f", "avx2"}
-    return sys.maxsize if features & enough and "amx_tile" not in features else 4
+    if library is None or "amx_tile" in features or not features & enough:
+        return None
+    return library.panel_columns(), getattr(library, f"panel_depth_{DTYPES[dtype]}")()
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+def panels(weight: Tensor) -> Tensor | None:
+    """The rows [N, K] that fill panels, as [panels, columns, K / neighbours] integers, one for so many neighbours."""
+    if (sizes := panel(weight.dtype)) is None or weight.shape[1] % sizes[1] or not weight.is_contiguous():
+        return None
+    columns, neighbours = sizes
+    units = weight.view(torch.int16 if weight.itemsize * neighbours == 2 else torch.int32)
+    return units[: len(units) // columns * columns].view(-1, columns, units.shape[1])
+
+
+def pack(weight: Tensor) -> bool:
+    """Turns each panel of a weight [N, K] in place, as cpu.cpp's `linear` reads it; False where it stays as it is."""
+    if (found := panels(weight)) is None:
+        return False
+    turn(found, *found.shape)
+    return True
+
+
+def unpack(weight: Tensor) -> None:
+    found = panels(weight)
+    assert found is not None
+    count, columns, units = found.shape
+    turn(found, count, units, columns)
+
+
+def turn(panels: Tensor, count: int, rows: int, columns: int) -> None:
+    library = load()
+    assert library is not None
+    function = library.turn_16 if panels.itemsize == 2 else library.turn_32
+    function(*map(ctypes.c_int64, (panels.data_ptr(), count, rows, columns)))
+
+
+def rows_of(weight: Tensor, ids: Tensor) -> Tensor:
+    """Rows [n, K] of a packed weight [N, K]."""
+    found = panels(weight)
+    assert found is not None
+    (count, columns, units), full = found.shape, found.shape[0] * found.shape[1]
+    if not full:
+        return weight[ids]
+    at = ids.clamp(max=full - 1)
+    rows = found.view(count, units, columns)[at // columns, :, at % columns].view(weight.dtype)
+    return rows if full == len(weight) else torch.where((ids < full)[:, None], rows, weight[ids])
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, packed: bool) -> Tensor | None:
     run = kernel("linear", x.dtype)
-    if run is None or weight.dtype is not x.dtype or x.stride(1) != 1 or not weight.is_contiguous():
+    if run is None or weight.dtype is not x.dtype or not weight.is_contiguous() or (len(x) > 4 and not packed):
         return None
+    x = x if x.stride(1) == 1 else x.contiguous()
     (rows, depth), cols = x.shape, weight.shape[0]
-    if rows > max_rows(x.dtype):
-        return None
     out = x.new_empty((rows, cols))
     at = None if bias is None else bias.data_ptr()
-    run(x.data_ptr(), x.stride(0), weight.data_ptr(), at, out.data_ptr(), rows, cols, depth)
+    run(x.data_ptr(), x.stride(0), weight.data_ptr(), packed, at, out.data_ptr(), rows, cols, depth)
     return out
 
 

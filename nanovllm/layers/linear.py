@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from nanovllm import kernels
+from nanovllm.kernels import cpu
 from nanovllm.layers.source import Source
 from nanovllm.parallel import TensorParallel
 
@@ -23,7 +24,23 @@ def span(part: range) -> slice:
     return slice(part.start, part.stop)
 
 
-class ColumnParallelLinear(nn.Module):
+class Matrix(nn.Module):
+    """A weight [out, in] as checkpoints have it, until `pack` puts it into the order that the CPU's product reads."""
+
+    weight: nn.Parameter
+    packed = False
+
+    def pack(self) -> None:
+        if not self.packed and self.weight.is_cpu:
+            self.packed = cpu.pack(self.weight.data)
+
+    def unpack(self) -> None:
+        if self.packed:
+            cpu.unpack(self.weight.data)
+        self.packed = False
+
+
+class ColumnParallelLinear(Matrix):
     """x [T, in] -> [T, out of this rank]: several checkpoint matrices side by side, as one product.
 
     `pieces` maps the checkpoint's names to (rows in the checkpoint, this rank's range of them).
@@ -48,10 +65,10 @@ class ColumnParallelLinear(nn.Module):
         return found
 
     def forward(self, x: Tensor) -> Tensor:
-        return kernels.linear(x, self.weight, self.bias)
+        return kernels.linear(x, self.weight, self.bias, self.packed)
 
 
-class RowParallelLinear(nn.Module):
+class RowParallelLinear(Matrix):
     """x [T, in of this rank] -> [T, out], summed over the ranks. The bias is added once, by rank 0."""
 
     def __init__(self, in_features: int, out_features: int, bias: bool, tp: TensorParallel) -> None:
@@ -69,10 +86,11 @@ class RowParallelLinear(nn.Module):
         return found
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.tp.all_reduce(kernels.linear(x, self.weight, self.bias if self.tp.rank == 0 else None))
+        bias = self.bias if self.tp.rank == 0 else None
+        return self.tp.all_reduce(kernels.linear(x, self.weight, bias, self.packed))
 
 
-class VocabParallelEmbedding(nn.Module):
+class VocabParallelEmbedding(Matrix):
     """Token embedding, and by `logits` the output head, each rank holding a run of ceil(vocabulary / ranks) rows."""
 
     def __init__(self, vocab_size: int, hidden_size: int, tp: TensorParallel) -> None:
@@ -89,13 +107,13 @@ class VocabParallelEmbedding(nn.Module):
     def forward(self, token_ids: Tensor) -> Tensor:
         """[T] -> [T, hidden]."""
         if self.tp.size == 1:
-            return nn.functional.embedding(token_ids, self.weight)
+            return kernels.embedding(token_ids, self.weight, self.packed)
         local = token_ids - self.part.start
         mine = (local >= 0) & (local < len(self.part))
-        rows = nn.functional.embedding(local.clamp(0, len(self.weight) - 1), self.weight)
+        rows = kernels.embedding(local.clamp(0, len(self.weight) - 1), self.weight, self.packed)
         return self.tp.all_reduce(rows * mine[:, None])
 
     def logits(self, x: Tensor) -> Tensor:
         """[K, hidden] -> [K, vocabulary], on every rank."""
         # Contiguous even where ranks hold padding: samplers read whole rows.
-        return self.tp.gather(kernels.linear(x, self.weight, None))[:, : self.vocab_size].contiguous()
+        return self.tp.gather(kernels.linear(x, self.weight, None, self.packed))[:, : self.vocab_size].contiguous()

@@ -6,13 +6,14 @@ The model knows tokens, positions and an attention backend; it knows neither seq
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 from torch import Tensor, nn
 
 from nanovllm import kernels
 from nanovllm.attention import AttentionBackend
-from nanovllm.layers.linear import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
+from nanovllm.layers.linear import ColumnParallelLinear, Matrix, RowParallelLinear, VocabParallelEmbedding
 from nanovllm.layers.norm import RMSNorm
 from nanovllm.layers.rotary import QKNormRope
 from nanovllm.layers.source import fill
@@ -116,7 +117,26 @@ class CausalLM(nn.Module):
 
         Reset the prefix cache after it. Raises ValueError for a name or a shape that the model does not have.
         """
-        return fill(self, weights)
+        with self.unpacked():
+            return fill(self, weights)
+
+    def pack(self) -> None:
+        """Puts the weights, once they are there, into the order that the CPU's products read."""
+        for module in self.modules():
+            if isinstance(module, Matrix):
+                module.pack()
+
+    @contextmanager
+    def unpacked(self) -> Iterator[None]:
+        """Weights are as checkpoints have them meanwhile, to be read or written."""
+        packed = [module for module in self.modules() if isinstance(module, Matrix) and module.packed]
+        for module in packed:
+            module.unpack()
+        try:
+            yield
+        finally:
+            for module in packed:
+                module.pack()
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[K, hidden] -> [K, vocabulary]."""

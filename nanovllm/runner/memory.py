@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from nanovllm.attention import zeroed
 from nanovllm.engine.batch import Batch
 from nanovllm.runner.cuda_graphs import DecodeGraphs
 
@@ -45,6 +46,18 @@ def num_blocks(runner: ModelRunner) -> int:
             f"({max(available, 0) * args.block_size} tokens): raise {source} or lower max_model_len"
         )
     return available
+
+
+def lay_out(model: nn.Module) -> None:
+    """Moves a CPU's weights, before they are there, into one piece of memory.
+
+    Numpy's is on huge pages: with small ones, translating addresses took a fifth of a token's time.
+    """
+    parameters = [parameter for parameter in model.parameters() if parameter.is_cpu]
+    sizes = [-(-parameter.nbytes // 64) * 64 for parameter in parameters]
+    pieces = zeroed((sum(sizes),), torch.uint8, torch.device("cpu")).split(sizes)
+    for parameter, piece in zip(parameters, pieces):
+        parameter.data = piece[: parameter.nbytes].view(parameter.dtype).view(parameter.shape)
 
 
 def free_memory(runner: ModelRunner) -> int:

@@ -112,17 +112,20 @@ class ModelRunner:
                 model = CausalLM(self.config, cos_sin.to(self.device), self.tp).eval()
         finally:
             torch.set_default_dtype(default)
+        memory.lay_out(model)
         self.load(model)
+        model.pack()
         return model
 
     def load(self, model: CausalLM) -> None:
         if self.weights is None:
             generator = torch.Generator(self.device).manual_seed(self.args.seed + self.tp.rank)
-            for parameter in model.parameters():
-                if parameter.dim() > 1:
-                    parameter.data.normal_(0, 0.02, generator=generator)
-                else:
-                    parameter.data.fill_(1)
+            with model.unpacked():
+                for parameter in model.parameters():
+                    if parameter.dim() > 1:
+                        parameter.data.normal_(0, 0.02, generator=generator)
+                    else:
+                        parameter.data.fill_(1)
             return
         missing = set(all_sources(model)) - model.load_weights(self.weights())
         if missing:
