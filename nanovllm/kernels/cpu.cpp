@@ -459,7 +459,25 @@ template <class T> void attend(const Layer& layer, const Step& step, const T* q,
 
 // x [rows, depth] @ w [cols, depth].T. Packed weights lie in panels of PANEL columns, [depth / P][PANEL][P] each: they are read
 // from one end to the other, and meet all rows of a block in registers. What fills no panel lies as checkpoints have it.
-constexpr int PANEL = 2 * W, PANEL_ROWS = W == 16 ? 12 : 6;
+constexpr int PANEL = 2 * W, PANEL_ROWS = W == 16 ? 11 : 6;
+
+// M rows times one panel. A function of its own, as with what its caller has alive the row pointers do not fit the registers.
+template <class T, int M>
+__attribute__((noinline)) void times_panel(const Element<T>* x, int64_t stride, const T* panel, int64_t depth, const T* bias,
+                                           T* out, int64_t out_stride) {
+  using D = Dot<T>;
+  Vec sums[M][2] = {};
+  for (int64_t d = 0; d < depth; d += D::P)
+    multiply<T>(
+        sums, [&](int i) { return D::splat(x + i * stride + d); },
+        [&](int j) {
+          const T* at = panel + d * PANEL + j * W * D::P;
+          if (M > 4) __builtin_prefetch(at + 4096, 0, 2);  // with fewer rows memory alone sets the pace
+          return D::load_in(at);
+        });
+  for (int i = 0; i < M; i++)
+    for (int j = 0; j < 2; j++) store(out + i * out_stride + j * W, bias ? sums[i][j] + load(bias + j * W) : sums[i][j]);
+}
 
 template <class T>
 void linear(const T* x, int64_t x_stride, const T* w, bool packed, const T* bias, T* out, int64_t rows, int64_t cols,
@@ -467,36 +485,29 @@ void linear(const T* x, int64_t x_stride, const T* w, bool packed, const T* bias
   using D = Dot<T>;
   constexpr int P = D::P, STEP = W * P;
   const int64_t panels = packed ? cols / PANEL : 0, blocks = (rows + PANEL_ROWS - 1) / PANEL_ROWS;
-  // Rows a power of two apart would share few places in the cache, so they are copied, a vector further apart.
-  const int64_t stride = (depth + W - 1) / W * W + STEP;
-  const std::unique_ptr<Element<T>[]> copy(panels ? new Element<T>[rows * stride] : nullptr);
+  // Many rows a power of two apart would share few places in the cache, so they are copied, a vector further apart.
+  constexpr bool same = std::is_same_v<T, Element<T>>;
+  const bool copied = panels && (!same || rows > 4);
+  const int64_t stride = copied ? (depth + W - 1) / W * W + STEP : x_stride;
+  const std::unique_ptr<Element<T>[]> copy(copied ? new Element<T>[rows * stride] : nullptr);
 #pragma omp parallel if (cols * depth > PARALLEL)
   {
+    const Element<T>* all = copy.get();
+    if constexpr (same)
+      if (!copied) all = x;
+    if (copied) {
 #pragma omp for schedule(static)
-    for (int64_t r = 0; r < (panels ? rows : 0); r++)
-      for (int64_t d = 0; d < depth; d += W) store(&copy[r * stride + d], load(x + r * x_stride + d, depth - d));
+      for (int64_t r = 0; r < rows; r++)
+        for (int64_t d = 0; d < depth; d += W) store(&copy[r * stride + d], load(x + r * x_stride + d, depth - d));
+    }
 #pragma omp for schedule(static) nowait
     for (int64_t unit = 0; unit < panels * blocks; unit++)
       for_block<PANEL_ROWS>(rows, unit % blocks, [&](int64_t first, auto m) {
         const int64_t col = unit / blocks * PANEL;
-        const Element<T>* a = &copy[first * stride];
-        const T* b = w + col * depth;
-        Vec sums[m()][2] = {};
-        for (int64_t d = 0; d < depth; d += P)
-          multiply<T>(
-              sums, [&](int i) { return D::splat(a + i * stride + d); },
-              [&](int j) {
-                const T* at = b + d * PANEL + j * STEP;
-                if (m > 4) __builtin_prefetch(at + 4096, 0, 2);  // with fewer rows memory alone sets the pace
-                return D::load_in(at);
-              });
-        for (int i = 0; i < m; i++)
-          for (int j = 0; j < 2; j++) {
-            const int64_t at = col + j * W;
-            store(out + (first + i) * cols + at, bias ? sums[i][j] + load(bias + at) : sums[i][j]);
-          }
+        const T* panel_bias = bias ? bias + col : nullptr;
+        times_panel<T, m()>(all + first * stride, stride, w + col * depth, depth, panel_bias, out + first * cols + col, cols);
       });
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
     for (int64_t col = panels * PANEL; col < cols; col++)
       for_rows<4>(rows, [&](int64_t first, auto m) {
         const T *b = w + col * depth, *c = x + first * x_stride;
