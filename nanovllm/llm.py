@@ -52,7 +52,10 @@ class LLM:
             raise ValidationError(f"priority={priority!r} is not supported; accepted is None: first come, first served")
         batch = pair(as_prompts(prompts, prompt_token_ids), sampling_params, self.get_default_sampling_params)
         outputs: dict[str, RequestOutput] = {}
+        alone = not self.llm_engine.has_unfinished_requests()
         stream = Stream(self, [(p, final_only(params)) for p, params in batch], use_tqdm)
+        if alone:
+            self.llm_engine.scheduler.longest_first()
         with closing(stream), ProgressBar(len(batch), use_tqdm) as bar:
             for output in stream:
                 outputs[output.request_id] = output

@@ -73,7 +73,13 @@ class Batch:
     def pack(self) -> tuple[np.ndarray, list[int]]:
         """All fields in one int32 buffer, and the length of each."""
         arrays = [getattr(self, f.name) for f in fields(self)]
-        return np.concatenate([a.reshape(-1).view(np.int32) for a in arrays]), [a.size for a in arrays]
+        lengths, at = [array.size for array in arrays], 0
+        buffer = np.empty(sum(map(room, lengths)), np.int32)
+        for array, length in zip(arrays, lengths):
+            if length:
+                buffer[at : at + length] = array.reshape(-1).view(np.int32)
+                at += room(length)
+        return buffer, lengths
 
     @classmethod
     def unpack(cls, lengths: list[int], buffer: Any, float32: Any) -> Batch:
@@ -82,10 +88,15 @@ class Batch:
         for f, length in zip(fields(cls), lengths):
             piece = buffer[at : at + length]
             arrays[f.name] = piece.view(float32) if f.name in FLOAT_FIELDS else piece
-            at += length
+            at += room(length)
         num_seqs = len(arrays["context_lens"])
         arrays["block_tables"] = arrays["block_tables"].reshape(num_seqs, -1)
         return cls(**arrays)
+
+
+def room(length: int) -> int:
+    """Every field begins at a multiple of 16 bytes, or Triton compiles its kernels anew."""
+    return -(-length // 4) * 4
 
 
 FLOAT_FIELDS = {"temperature", "uniform", "top_p", "min_p", "bias_values", "presence", "frequency", "repetition"}

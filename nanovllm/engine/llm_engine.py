@@ -103,7 +103,6 @@ class LLMEngine:
         room = self.max_model_len - len(tokens)
         end = len(tokens) + min(params.max_tokens or room, room)
         stops = frozenset(params.stop_token_ids or ())
-        eos = frozenset() if params.ignore_eos else self.eos_token_ids
         bad_words = tuple(self._bad_word_ids(params.bad_words or []))
         number, seqs = self.num_requests, []
         for index in range(params.n):
@@ -115,7 +114,7 @@ class LLMEngine:
                 request_number=number,
                 seed=self._seed(params.seed, number, index),
                 stop_token_ids=stops,
-                ban_until_min_tokens=tuple(stops | eos) if params.min_tokens else (),
+                ban_until_min_tokens=tuple(stops | self.eos_token_ids) if params.min_tokens else (),
                 bad_words=bad_words,
                 prompt_logprobs=params.prompt_logprobs if index == 0 else None,
                 reads_cache=params.reads_prefix_cache or index > 0,

@@ -29,9 +29,9 @@ class Step:
 
 
 class Scheduler:
-    """Invariant: `order` holds the running rows in order of arrival, and every waiting sequence arrived after them all.
+    """Invariant: `order` holds the running rows as they stood in the queue, and every waiting sequence stood behind them.
 
-    The oldest sequence is therefore never preempted while another runs, so it always makes progress and nobody starves.
+    The first sequence is therefore never preempted while another runs, so it always makes progress and nobody starves.
     """
 
     def __init__(
@@ -63,6 +63,13 @@ class Scheduler:
     def add(self, seq: Sequence) -> None:
         self.unfinished[seq.seq_id] = seq
         self.waiting.append(seq)
+
+    def longest_first(self) -> None:
+        """Lets those that wait in by the most tokens they may generate, where all came at once and nobody watches.
+
+        If there are more of them than fit, the last steps are then not of a few long ones alone.
+        """
+        self.waiting = deque(sorted(self.waiting, key=lambda seq: seq.prompt_len - seq.end))
 
     def needs_known_tokens(self) -> bool:
         """Whether the next step's sampling must know the tokens that are in flight."""

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from nanovllm.attention import AttentionMetadata, AttentionSpec
 from nanovllm.attention.select import select_backend
 from nanovllm.attention.torch_backend import TorchAttention
 from nanovllm.config import EngineArgs
-from nanovllm.engine.batch import FLOAT_FIELDS, Batch
+from nanovllm.engine.batch import Batch
 from nanovllm.layers.sampler import Logprobs, logprobs, sample
 from nanovllm.layers.source import all_sources, listing
 from nanovllm.models.config import ModelConfig, rope_table
@@ -182,20 +182,12 @@ class ModelRunner:
         return tokens
 
     def _to_device(self, batch: Batch) -> Batch:
-        """The same batch as tensors: one buffer, one copy. Fields begin at multiples of 16 bytes, or kernels compile anew."""
-        arrays = {f.name: getattr(batch, f.name) for f in fields(batch)}
-        ends = np.cumsum([-(-array.size // 4) * 4 for array in arrays.values()]).tolist()
-        # Pinned blocks are kept by torch and used again once the copies out of them are done.
-        staging = torch.empty(ends[-1], dtype=torch.int32, pin_memory=self.device.type == "cuda")
-        packed, starts = staging.numpy(), [0, *ends]
-        for start, array in zip(starts, arrays.values()):
-            packed[start : start + array.size] = array.reshape(-1).view(np.int32)
-        buffer = staging.to(self.device, non_blocking=True)
-        tensors = {}
-        for start, (name, array) in zip(starts, arrays.items()):
-            piece = buffer[start : start + array.size].view(array.shape)
-            tensors[name] = piece.view(torch.float32) if name in FLOAT_FIELDS else piece
-        return Batch(**tensors)
+        """The same batch as tensors: one buffer, one copy."""
+        packed, lengths = batch.pack()
+        buffer = torch.from_numpy(packed)
+        if self.device.type == "cuda":  # torch uses a pinned block again once the copies out of it are done
+            buffer = buffer.pin_memory().to(self.device, non_blocking=True)
+        return Batch.unpack(lengths, buffer, torch.float32)
 
     def _prompt_logprobs(self, hidden: Tensor, batch: Batch, k: int) -> Logprobs:
         parts = [
