@@ -8,6 +8,7 @@ import math
 import pickle
 import shutil
 import sys
+import unicodedata
 import weakref
 from pathlib import Path
 from typing import Any
@@ -654,6 +655,8 @@ def test_gguf_tokenizer_is_that_of_transformers(tmp_path: Path, byte_level: Any,
     @settings(max_examples=150, deadline=None)
     @given(st.text() | st.text("ab AB'tdD12é東\n\t.,!<|end|>"))
     def agree(text: str) -> None:
+        # Qwen2's own tokenizer composes characters first; transformers, reading a GGUF file, does not.
+        text = unicodedata.normalize("NFC", text) if pre == "qwen2" else text
         assert ours(text).input_ids == theirs(text).input_ids
         ids = ours(text, add_special_tokens=False).input_ids
         assert ours.decode(ids) == theirs.decode(ids, clean_up_tokenization_spaces=False)
@@ -664,6 +667,7 @@ def test_gguf_tokenizer_is_that_of_transformers(tmp_path: Path, byte_level: Any,
     for name in ("bos_token_id", "eos_token_id", "chat_template", "all_special_ids"):
         assert getattr(ours, name) == getattr(theirs, name)
     assert len(ours) == len(byte_level[0]) + 3
+    assert (ours("e\u0301").input_ids == ours("\u00e9").input_ids) is (pre == "qwen2")
 
 
 def test_gguf_tokenizer_special_tokens_and_flags(tmp_path: Path, byte_level: Any) -> None:
