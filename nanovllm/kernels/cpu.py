@@ -100,7 +100,7 @@ def kernel(name: str, dtype: torch.dtype) -> Callable[..., None] | None:
 def panel(dtype: torch.dtype) -> tuple[int, int] | None:
     """(output features of a panel, neighbours in depth) of packed weights; None where weights stay as they are.
 
-    They do where torch's product is the faster one: with AMX, and without AVX-512 unless for 16 bits. Packed, a row's
+    They do where torch's product is the faster one: with AMX, and without AVX-512 unless for 16 bits. In panels a row's
     result is the same in any company.
     """
     library, features = load() if dtype in DTYPES else None, set(cpu_features().split())
