@@ -147,7 +147,9 @@ class TestLinear:
         cpu.panel.cache_clear()
 
     @pytest.mark.parametrize("dtype", DTYPES)
-    @pytest.mark.parametrize(("depth", "cols"), [(576, 192), (1536, 40), (34, 17), (2, 1), (9000, 5), (256, 65)])
+    @pytest.mark.parametrize(
+        ("depth", "cols"), [(576, 192), (1536, 40), (33, 17), (1, 1), (34, 17), (9000, 5), (256, 65)]
+    )
     @pytest.mark.parametrize("rows", [1, 2, 3, 5, 7, 8, 13, 64])
     def test_product_and_bias(self, dtype, depth, cols, rows):
         x, weight, bias = (
@@ -156,9 +158,11 @@ class TestLinear:
             normal(cols, dtype=dtype),
         )
         expected = x.double() @ weight.double().T
-        turned, scale = packed_copy(weight), 2 * depth**0.5
-        assert_close(cpu.linear(x, turned, None, True), expected, dtype, scale=scale)
-        assert_close(cpu.linear(x, turned, bias, True), expected + bias.double(), dtype, scale=scale)
+        turned, scale = weight.clone(), depth**0.5
+        packed = cpu.pack(turned)
+        assert packed or depth % 2, "where two neighbours meet in one step, an odd depth cannot be packed"
+        assert_close(kernels.linear(x, turned, None, packed), expected, dtype, scale=scale)
+        assert_close(kernels.linear(x, turned, bias, packed), expected + bias.double(), dtype, scale=scale)
         few = x[:4]
         assert_close(cpu.linear(few, weight, bias, False), expected[:4] + bias.double(), dtype, scale=scale)
         assert cpu.linear(normal(5, depth, dtype=dtype), weight, None, False) is None, "torch's is faster"
@@ -190,7 +194,7 @@ class TestLinear:
 
     @pytest.mark.parametrize("dtype", DTYPES)
     def test_a_row_is_the_same_alone_and_in_company(self, dtype):
-        x, weight = normal(100, 5000, dtype=dtype), packed_copy(normal(64, 5000, dtype=dtype, seed=1))
+        x, weight = normal(100, 5000, dtype=dtype), packed_copy(normal(50, 5000, dtype=dtype, seed=1))
         together = cpu.linear(x, weight, None, True)
         for row in (0, 3, 57, 99):
             assert torch.equal(bits(cpu.linear(x[row : row + 1], weight, None, True)[0]), bits(together[row]))

@@ -132,7 +132,7 @@ def test_greedy_rows_become_draws_at_temperature_0_and_padding_writes_nowhere():
 
 
 def test_of_a_step_like_the_one_before_only_new_blocks_travel():
-    """Blocks of 4, prompts of 5 and 6, all greedy: positions, contexts and slots are foreseen inside a block."""
+    """Blocks of 4, prompts of 5, all greedy: positions, contexts and slots are foreseen inside a block."""
     host, sent = inputs_of(16, 8), []
     for batch in batches([SamplingParams(temperature=0)] * 3, prompt_len=5, steps=12)[1:]:
         places, _ = host.update(batch, 4)

@@ -113,10 +113,10 @@ class CpuAttention(AttentionBackend):
         first: Any = layers[0]
         run = cpu.kernel("decode", x.dtype)
         attention, mlp = first.self_attn, first.mlp
-        packed = {m.packed for m in (attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj)}
+        packed = [m.packed for m in (attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj)]
         if run is None or attention.o_proj.tp.size > 1 or x.dtype is not self.spec.dtype:
             return None
-        if packed != {True} and (len(x) > 4 or packed != {False}):
+        if any(packed) != all(packed) or (len(x) > cpu.FEW_ROWS and not all(packed)):
             return None
         if self._owner() is not layers:
             self._owner = weakref.ref(layers)
@@ -126,7 +126,7 @@ class CpuAttention(AttentionBackend):
         weights = (ctypes.c_void_p * len(pointers))(*pointers)
         inner = first.mlp.down_proj.weight.shape[1]
         cos_sin = first.self_attn.rope.cos_sin.data_ptr()
-        stack = _Stack(cos_sin, len(layers), x.shape[1], inner, True in packed, first.input_layernorm.eps)
+        stack = _Stack(cos_sin, len(layers), x.shape[1], inner, all(packed), first.input_layernorm.eps)
         residual = torch.empty_like(x)
         arrays = (weights, self._all_layers, self._step, x.data_ptr(), residual.data_ptr())
         run(ctypes.byref(stack), *arrays)

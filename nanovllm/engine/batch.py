@@ -95,7 +95,7 @@ class Batch:
 
 
 def room(length: int) -> int:
-    """Every field begins at a multiple of 16 bytes, or Triton compiles its kernels anew."""
+    """What so many items take: each array begins at a multiple of 16 bytes, or Triton compiles its kernels anew."""
     return -(-length // 4) * 4
 
 

@@ -125,6 +125,18 @@ INLINE Vec exp2(Vec x) {
 }
 constexpr float LOG2E = 1.44269504f;
 
+// sum + a * b, rounded once wherever the machine can: compilers choose between that and two roundings loop by loop, and a row's
+// result would depend on how many rows there are.
+INLINE Vec multiply_add(Vec a, Vec b, Vec sum) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)sum);
+#elif defined(__AVX__) && defined(__FMA__)
+  return (Vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)sum);
+#else
+  return sum + a * b;
+#endif
+}
+
 // One step of a dot product: P neighbouring elements of each operand go into each of W float32 sums.
 template <class T> struct Dot {
   static constexpr int P = 1;
@@ -133,7 +145,7 @@ template <class T> struct Dot {
   static INLINE In load_in(const T* p) { return load(p); }
   static INLINE In splat(const Element* p) { return Vec{} + *p; }
   static INLINE In first_of_pair(In v) { return v; }
-  static INLINE Vec step(Vec sum, In a, In b) { return sum + a * b; }
+  static INLINE Vec step(Vec sum, In a, In b) { return multiply_add(a, b, sum); }
 };
 #if defined(__AVX512BF16__)
 template <> struct Dot<bf16> {
@@ -483,7 +495,7 @@ template <class T>
 void linear(const T* x, int64_t x_stride, const T* w, bool packed, const T* bias, T* out, int64_t rows, int64_t cols,
             int64_t depth) {
   using D = Dot<T>;
-  constexpr int P = D::P, STEP = W * P;
+  constexpr int STEP = W * D::P, SPAN = 1024;  // the shorter a span that is summed at once, the smaller its rounding errors
   const int64_t panels = packed ? cols / PANEL : 0, blocks = (rows + PANEL_ROWS - 1) / PANEL_ROWS;
   // Many rows a power of two apart would share few places in the cache, so they are copied, a vector further apart.
   constexpr bool same = std::is_same_v<T, Element<T>>;
@@ -511,23 +523,26 @@ void linear(const T* x, int64_t x_stride, const T* w, bool packed, const T* bias
     for (int64_t col = panels * PANEL; col < cols; col++)
       for_rows<4>(rows, [&](int64_t first, auto m) {
         const T *b = w + col * depth, *c = x + first * x_stride;
-        Vec sums[m()][1] = {};
-        int64_t d = 0;
-        for (; d + STEP <= depth; d += STEP)
-          multiply<T>(
-              sums, [&](int i) { return D::load_in(c + i * x_stride + d); }, [&](int) { return D::load_in(b + d); });
-        const auto rest = [&](const T* p) {
-          T padded[STEP] = {};
-          std::copy(p + d, p + depth, padded);
-          return D::load_in(padded);
-        };
-        if (d < depth)
-          multiply<T>(
-              sums, [&](int i) { return rest(c + i * x_stride); }, [&](int) { return rest(b); });
-        for (int i = 0; i < m; i++) {
-          const Vec y = Vec{} + (sum(sums[i][0]) + (bias ? load(bias + col, 1)[0] : 0));
-          store(out + (first + i) * cols + col, y, 1);
+        float total[m()] = {};
+        for (int64_t d = 0; d < depth;) {
+          Vec sums[m()][1] = {};
+          for (const int64_t end = std::min(depth, d + SPAN) - STEP; d <= end; d += STEP)
+            multiply<T>(
+                sums, [&](int i) { return D::load_in(c + i * x_stride + d); }, [&](int) { return D::load_in(b + d); });
+          if (depth - d < STEP) {
+            const auto rest = [&](const T* p) {
+              T padded[STEP] = {};
+              std::copy(p + d, p + depth, padded);
+              return D::load_in(padded);
+            };
+            multiply<T>(
+                sums, [&](int i) { return rest(c + i * x_stride); }, [&](int) { return rest(b); });
+            d = depth;
+          }
+          for (int i = 0; i < m; i++) total[i] += sum(sums[i][0]);
         }
+        for (int i = 0; i < m; i++)
+          store(out + (first + i) * cols + col, Vec{} + (total[i] + (bias ? load(bias + col, 1)[0] : 0)), 1);
       });
   }
 }

@@ -26,6 +26,7 @@ logger = logging.getLogger("nanovllm")
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 FLAGS = ["-O3", "-march=native", "-std=c++17", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"]
+FEW_ROWS = 4  # up to so many our product is the faster one wherever it builds, of weights that are not packed too
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 _pointer, _int, _float = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
@@ -155,7 +156,7 @@ def rows_of(weight: Tensor, ids: Tensor) -> Tensor:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, packed: bool) -> Tensor | None:
     run = kernel("linear", x.dtype)
-    if run is None or weight.dtype is not x.dtype or not weight.is_contiguous() or (len(x) > 4 and not packed):
+    if run is None or weight.dtype is not x.dtype or not weight.is_contiguous() or (len(x) > FEW_ROWS and not packed):
         return None
     x = x if x.stride(1) == 1 else x.contiguous()
     (rows, depth), cols = x.shape, weight.shape[0]

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from nanovllm.engine.batch import Array, Batch
+from nanovllm.engine.batch import Array, Batch, room
 
 COUNTERS = ("positions", "context_lens", "slot_mapping")
 COLUMNS = (*COUNTERS, "step", "token_ids", "token_rows", "temperature", "uniform")  # `step` is added to the counters
@@ -25,7 +25,7 @@ class DecodeInputs:
     """
 
     def __init__(self, flat: Array, max_num_seqs: int, max_blocks: int, float32: Any) -> None:
-        pitch = -(-max_num_seqs // 4) * 4  # every column begins at a multiple of 16 bytes, or kernels compile anew
+        pitch = room(max_num_seqs)
         self.flat, self.pitch, self.max_blocks, self.start = flat, pitch, max_blocks, len(COLUMNS) * pitch
         self.rows = flat[: self.start].reshape(len(COLUMNS), pitch)
         self.columns = {name: row[:max_num_seqs] for name, row in zip(COLUMNS, self.rows)}
@@ -36,7 +36,7 @@ class DecodeInputs:
 
     @staticmethod
     def size(max_num_seqs: int, max_blocks: int) -> int:
-        return len(COLUMNS) * (-(-max_num_seqs // 4) * 4) + max_num_seqs * max_blocks
+        return len(COLUMNS) * room(max_num_seqs) + max_num_seqs * max_blocks
 
     def clear(self) -> None:
         """Leaves no sequence."""

@@ -51,9 +51,9 @@ def num_blocks(runner: ModelRunner) -> int:
 def lay_out(model: nn.Module) -> None:
     """Moves a CPU's weights, before they are there, into one piece of memory.
 
-    Numpy's is on huge pages: with small ones, translating addresses took a fifth of a token's time.
+    Numpy's is on huge pages: with small ones, translating addresses took a fifth of the time of products of one row.
     """
-    parameters = [parameter for parameter in model.parameters() if parameter.is_cpu]
+    parameters = list(model.parameters())
     sizes = [-(-parameter.nbytes // 64) * 64 for parameter in parameters]
     pieces = zeroed((sum(sizes),), torch.uint8, torch.device("cpu")).split(sizes)
     for parameter, piece in zip(parameters, pieces):

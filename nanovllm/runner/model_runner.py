@@ -112,7 +112,8 @@ class ModelRunner:
                 model = CausalLM(self.config, cos_sin.to(self.device), self.tp).eval()
         finally:
             torch.set_default_dtype(default)
-        memory.lay_out(model)
+        if self.device.type == "cpu":
+            memory.lay_out(model)
         self.load(model)
         model.pack()
         return model
