@@ -50,7 +50,7 @@ class EngineArgs:
     max_model_len: int | None = None
     max_num_seqs: int | None = None
     max_num_batched_tokens: int | None = None
-    block_size: int = 16
+    block_size: int | None = None
     kv_cache_dtype: str = "auto"
     gpu_memory_utilization: float = 0.92
     num_gpu_blocks_override: int | None = None
@@ -103,8 +103,8 @@ class EngineArgs:
         )
         for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "num_gpu_blocks_override"):
             positive(name, getattr(self, name), optional=True)
-        positive("kv_cache_memory_bytes", self.kv_cache_memory_bytes, optional=True)
-        positive("block_size", self.block_size)
+        for name in ("kv_cache_memory_bytes", "block_size"):
+            positive(name, getattr(self, name), optional=True)
         positive("tensor_parallel_size", self.tensor_parallel_size)
         if not 0 < self.gpu_memory_utilization <= 1:
             raise ValueError(f"gpu_memory_utilization={self.gpu_memory_utilization} must be above 0 and at most 1")

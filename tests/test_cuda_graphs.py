@@ -204,7 +204,7 @@ class Replayed(DecodeGraphs):
 
 def with_static_path(llm: LLM) -> Replayed:
     runner = llm.llm_engine.runner
-    max_blocks = -(-runner.max_model_len // runner.args.block_size)
+    max_blocks = -(-runner.max_model_len // runner.attention.spec.block_size)
     graphs = Replayed(runner.max_num_seqs, max_blocks, runner.config.hidden_size, runner.dtype, runner.device)
     with torch.inference_mode():
         for size in graphs.sizes:

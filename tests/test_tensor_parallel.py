@@ -291,7 +291,7 @@ def script_env() -> dict[str, str]:
 def test_a_script_needs_no_main_guard(qwen3):
     done = run_script("no_guard.py", qwen3[0])
     assert done.returncode == 0, done.stderr
-    tokens, answer = done.stdout.splitlines()
+    tokens, answer = done.stdout.splitlines()[-2:]  # torch 2.8's gloo prints too
     assert json.loads(tokens) == greedy(qwen3[1], [5, 6, 7], 8)
     # Only a function in such a script cannot reach the ranks, and the error says what to add.
     assert "if __name__ == '__main__':" in answer
@@ -456,14 +456,16 @@ def endless(qwen3):
         env=script_env(),
         start_new_session=True,
     )
-    # A function of a guarded script reaches the ranks.
-    assert process.stdout.readline() == "[2, 2]\n"
-    ranks = children(process.pid)
-    assert len(ranks) == 1
-    time.sleep(0.2)
-    yield process, ranks
-    process.kill()
-    process.communicate()
+    try:
+        # A function of a guarded script reaches the ranks.
+        assert "[2, 2]\n" in process.stdout
+        ranks = children(process.pid)
+        assert len(ranks) == 1
+        time.sleep(0.2)
+        yield process, ranks
+    finally:
+        process.kill()
+        process.communicate()
 
 
 def test_ranks_end_when_the_users_process_is_killed(endless):

@@ -93,6 +93,10 @@ SHAPES = [  # heads, head_dim, block_size, window, dtype, kv_cache_dtype
     ((32, 32), 80, 64, None, torch.float16, "auto"),  # Phi-2
     ((16, 8), 128, 64, None, torch.float32, "auto"),
     ((16, 8), 128, 64, None, torch.bfloat16, "fp8"),
+    ((32, 8), 128, 16, None, torch.bfloat16, "fp8"),
+    ((9, 3), 64, 64, None, torch.bfloat16, "fp8"),
+    ((9, 3), 64, 16, None, torch.float16, "fp8"),
+    ((8, 4), 256, 64, 512, torch.bfloat16, "fp8"),
 ]
 
 

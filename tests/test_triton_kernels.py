@@ -173,14 +173,15 @@ def test_plan_deals_equal_shares_of_one_line_of_tiles(lens, heads, window, progr
 
 @runs
 def test_decode_launch_fills_the_card_once():
-    def programs(dim, dtype, cache=None, sms=132, shared=228 * 1024):
-        shape = decode_shape(dim, dtype, cache or dtype)
+    def programs(dim, dtype, cache=None, page=64, sms=132, shared=228 * 1024):
+        shape = decode_shape(dim, dtype, cache or dtype, page)
         return decode_programs(sms, shared, shape, dim, cache or dtype)
 
     assert programs(128, torch.bfloat16) == 3 * 132  # H200
     assert programs(64, torch.bfloat16) == 4 * 132
     assert programs(256, torch.bfloat16) == 2 * 132
-    assert programs(128, torch.bfloat16, torch.float8_e4m3fn) == 2 * 132
+    assert programs(128, torch.bfloat16, torch.float8_e4m3fn) == 3 * 132
+    assert programs(128, torch.bfloat16, torch.float8_e4m3fn, page=16) == 2 * 132
     assert programs(128, torch.bfloat16, sms=108, shared=164 * 1024) == 2 * 108  # A100
     assert programs(128, torch.bfloat16, sms=20, shared=64 * 1024) == 20
 

@@ -273,20 +273,15 @@ def prefill_shape(head_dim: int, dtype: torch.dtype, capability: tuple[int, int]
     return {"BLOCK_M": 128, "TILE": 64 if capability >= (9, 0) else 32, "num_warps": 8, "num_stages": 3}
 
 
-def decode_shape(head_dim: int, dtype: torch.dtype, cache_dtype: torch.dtype) -> dict[str, int]:
+def decode_shape(head_dim: int, dtype: torch.dtype, cache_dtype: torch.dtype, page: int) -> dict[str, int]:
     """The same for decoding, and the registers of a thread, which bound the programs that run at once."""
     if dtype == torch.float32:
         return {"BLOCK_M": 16, "TILE": 16, "num_warps": 4, "num_stages": 2, "maxnreg": 128}
+    tile = 64 if head_dim <= 128 else 32
     registers = 128 if head_dim <= 64 else 168 if head_dim <= 128 else 240
-    if cache_dtype != dtype:  # the conversion to `dtype` passes through them
+    if cache_dtype != dtype and page % tile:  # the conversion and the addresses of many pages pass through them
         registers = 240
-    return {
-        "BLOCK_M": 16,
-        "TILE": 64 if head_dim <= 128 else 32,
-        "num_warps": 4,
-        "num_stages": 3,
-        "maxnreg": registers,
-    }
+    return {"BLOCK_M": 16, "TILE": tile, "num_warps": 4, "num_stages": 3, "maxnreg": registers}
 
 
 def decode_programs(
@@ -305,7 +300,8 @@ class TritonAttention(AttentionBackend):
     """Pages are [num_blocks, Hkv, block_size, D], K and V apart: one head of one page is one run of memory.
 
     With kv_cache_dtype "fp8" they hold float8 e4m3 with a scale of 1, which has the range of any trained model's K and
-    V (448) and 3 bits of mantissa.
+    V (448) and 3 bits of mantissa. Products then run in float16: it holds float8 exactly, bfloat16's q to all of its bits,
+    and cards convert to it in one instruction, to bfloat16 in four.
     """
 
     @staticmethod
@@ -326,9 +322,10 @@ class TritonAttention(AttentionBackend):
         if kv_cache_dtype == "fp8" and capability < (8, 9):
             raise ValueError("kv_cache_dtype='fp8' needs a GPU of compute capability 8.9 or higher (Ada, Hopper)")
         self.cache_dtype = torch.float8_e4m3fn if kv_cache_dtype == "fp8" else spec.dtype
+        self.compute = torch.float16 if kv_cache_dtype == "fp8" and spec.dtype == torch.bfloat16 else spec.dtype
         rows = triton.next_power_of_2(spec.num_heads // spec.num_kv_heads)
         self.prefill = prefill_shape(spec.head_dim, spec.dtype, capability)
-        self.decode = decode_shape(spec.head_dim, spec.dtype, self.cache_dtype)
+        self.decode = decode_shape(spec.head_dim, spec.dtype, self.cache_dtype, spec.block_size)
         for shape in (self.prefill, self.decode):
             shape["BLOCK_M"] = max(shape["BLOCK_M"], rows)
         self.programs = decode_programs(multiprocessors, shared_memory, self.decode, spec.head_dim, self.cache_dtype)
@@ -372,7 +369,7 @@ class TritonAttention(AttentionBackend):
             "DIM": triton.next_power_of_2(spec.head_dim),
             "PAGE": spec.block_size,
             "WINDOW": window or 0,
-            "COMPUTE": compute_type(spec.dtype),
+            "COMPUTE": compute_type(self.compute),
         }
         _decode_kernel[(self.programs,)](
             q,

@@ -62,7 +62,7 @@ class LLMEngine:
             self.totals = totals(self)
         self.scheduler = Scheduler(
             num_blocks=self.executor.num_blocks,
-            block_size=args.block_size,
+            block_size=setup.block_size,
             max_model_len=self.max_model_len,
             max_num_seqs=setup.max_num_seqs,
             max_num_batched_tokens=setup.max_num_batched_tokens,

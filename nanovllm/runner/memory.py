@@ -28,8 +28,8 @@ GPU_RESERVE_BYTES = 256 << 20  # for kernels loaded and buffers made later, wher
 
 def num_blocks(runner: ModelRunner) -> int:
     """How many pages there are. Raises ValueError where they cannot hold one sequence of max_model_len."""
-    args, page = runner.args, runner.attention.page_bytes()
-    needed = -(-runner.max_model_len // args.block_size)
+    args, page, block_size = runner.args, runner.attention.page_bytes(), runner.attention.spec.block_size
+    needed = -(-runner.max_model_len // block_size)
     if args.num_gpu_blocks_override is not None:
         available, source = args.num_gpu_blocks_override, "num_gpu_blocks_override"
     elif args.kv_cache_memory_bytes is not None:
@@ -41,9 +41,9 @@ def num_blocks(runner: ModelRunner) -> int:
         available, source = min(max(CPU_CACHE_BYTES, needed * page), half) // page, "kv_cache_memory_bytes"
     if available < needed:
         raise ValueError(
-            f"max_model_len={runner.max_model_len} needs {needed} KV cache blocks of {args.block_size} tokens "
+            f"max_model_len={runner.max_model_len} needs {needed} KV cache blocks of {block_size} tokens "
             f"({needed * page / 2**20:.0f} MiB), and there is room for {max(available, 0)} "
-            f"({max(available, 0) * args.block_size} tokens): raise {source} or lower max_model_len"
+            f"({max(available, 0) * block_size} tokens): raise {source} or lower max_model_len"
         )
     return available
 
@@ -105,7 +105,7 @@ def record_graphs(runner: ModelRunner, count: int | None = None) -> DecodeGraphs
     """Decode graphs of the `count` largest sizes (None: of all); None where there are none or one cannot be recorded."""
     if runner.capture_stream is None:
         return None
-    max_blocks = -(-runner.max_model_len // runner.args.block_size)
+    max_blocks = -(-runner.max_model_len // runner.attention.spec.block_size)
     graphs = DecodeGraphs(
         runner.max_num_seqs, max_blocks, runner.config.hidden_size, runner.dtype, runner.device, runner.capture_stream
     )
@@ -132,7 +132,7 @@ def record_graphs(runner: ModelRunner, count: int | None = None) -> DecodeGraphs
 @torch.inference_mode()
 def profile_step(runner: ModelRunner) -> int:
     """Runs the largest batch there can be, on pages of its own, for its peak of memory; returns how many pages."""
-    size, block_size = runner.max_num_batched_tokens, runner.args.block_size
+    size, block_size = runner.max_num_batched_tokens, runner.attention.spec.block_size
     count = min(runner.max_num_seqs, size)
     length = min(-(-size // count), runner.max_model_len)
     blocks = -(-length // block_size)

@@ -68,6 +68,7 @@ class ModelRunner:
         *,
         dtype: torch.dtype,
         device: torch.device,
+        block_size: int,
         max_model_len: int,
         max_num_seqs: int,
         max_num_batched_tokens: int,
@@ -86,7 +87,7 @@ class ModelRunner:
             head_dim=config.head_dim,
             scale=config.head_dim**-0.5,
             sliding_windows=config.sliding_windows,
-            block_size=args.block_size,
+            block_size=block_size,
             dtype=dtype,
             device=device,
         )

@@ -15,7 +15,8 @@ from collections.abc import Callable
 import torch
 
 from nanovllm.attention import AttentionMetadata, AttentionSpec
-from nanovllm.attention.triton_backend import TritonAttention
+from nanovllm.attention.triton_backend import TritonAttention, decode_programs
+from nanovllm.kernels.triton_ops import card
 
 BATCHES, CONTEXTS, PAGES = (1, 8, 32, 128, 256), (256, 1024, 4096), (16, 64, 256)
 
@@ -62,10 +63,12 @@ def decode_bandwidth(
     device: str = "cuda",
     kv_cache_dtype: str = "auto",
     total: int = 1 << 30,
+    shape: dict[str, int] | None = None,
 ) -> float:
     """Bytes of K and V a second that decode attention of `batch` sequences of `context` tokens reads (Qwen3-0.6B).
 
     As many layers are run as hold `total` bytes together. The step's plan is part of the time, once, as in a model.
+    `shape` changes what `decode_shape` chose: TILE, num_warps, num_stages, maxnreg.
     """
     where = torch.device(device)
     pages = -(-context // page)
@@ -74,6 +77,9 @@ def decode_bandwidth(
     layers = max(1, min(64, total // layer_bytes))
     spec = AttentionSpec(layers, *heads, head_dim, head_dim**-0.5, (None,) * layers, page, dtype, where)
     backend = TritonAttention(spec, kv_cache_dtype)
+    if shape:
+        backend.decode |= shape
+        backend.programs = decode_programs(*card(where)[1:], backend.decode, head_dim, backend.cache_dtype)
     backend.allocate(batch * pages)
     for layer in backend.cache:
         layer.copy_(torch.randn(layer.shape, dtype=dtype, device=where))

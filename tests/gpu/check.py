@@ -95,7 +95,7 @@ def attention(tiny: bool) -> Result:
 
     copy = copy_bandwidth(torch.device("cuda"))
     cases = [("auto", *case) for case in itertools.product(BATCHES, CONTEXTS, PAGES)]
-    cases += [("fp8", batch, context, 16) for batch, context in itertools.product((8, 128), CONTEXTS)]
+    cases += [("fp8", *case) for case in itertools.product((8, 128), CONTEXTS, (16, 64))]
     rows = []
     for kind, batch, context, page in cases:
         try:
@@ -108,8 +108,42 @@ def attention(tiny: bool) -> Result:
             f"{kind:4} {batch:4} x {context:5}, page {page:3}: {rate / 1e12:.2f} TB/s = {rate / copy:.0%}", flush=True
         )
     of = {(r["cache"], r["batch"], r["context"], r["page"]): r["bytes_per_second"] for r in rows}
-    text = f"128 x 1024: {of['auto', 128, 1024, 16] / copy:.0%} of the copy's {copy / 1e12:.2f} TB/s with pages of 16"
+    text = f"128 x 1024: {of['auto', 128, 1024, 64] / copy:.0%} of the copy's {copy / 1e12:.2f} TB/s with pages of 64"
     return {"summary": text, "ok": all(of.values()), "copy_bytes_per_second": copy, "rows": rows}
+
+
+SHAPES: list[dict[str, int]] = [
+    {},
+    {"num_stages": 2},
+    {"num_stages": 4},
+    {"maxnreg": 128},
+    {"maxnreg": 240},
+    {"TILE": 32},
+    {"TILE": 128, "maxnreg": 240},
+    {"num_warps": 8, "maxnreg": 128},
+]
+
+
+def decode_shapes(tiny: bool) -> Result:
+    """Whether another tile, depth of pipeline, number of warps or of registers would read K and V faster."""
+    from gpu.attention_bandwidth import decode_bandwidth
+
+    rows = []
+    for kind, shape in itertools.product(("auto", "fp8"), SHAPES):
+        try:
+            rate = decode_bandwidth(256, 700, 64, kv_cache_dtype=kind, shape=shape, total=4 << 30)
+        except Exception as err:  # more registers or shared memory than there are
+            print(f"{kind} {shape}: {err!r}", flush=True)
+            rate = 0.0
+        rows.append({"cache": kind, "shape": shape, "bytes_per_second": rate})
+        print(f"{kind:4} {rate / 1e12:.2f} TB/s with {shape or 'what is chosen'}", flush=True)
+    texts = []
+    for kind in ("auto", "fp8"):
+        chosen, *others = (row for row in rows if row["cache"] == kind)
+        best = max(others, key=lambda row: row["bytes_per_second"])
+        rates = [row["bytes_per_second"] / 1e12 for row in (chosen, best)]
+        texts.append(f"{kind} {rates[0]:.2f} TB/s as chosen, {rates[1]:.2f} with {best['shape']}")
+    return {"summary": "; ".join(texts), "ok": all(r["bytes_per_second"] for r in rows if not r["shape"]), "rows": rows}
 
 
 def make_llm(shape: str, **engine_args: Any) -> Any:
@@ -259,12 +293,13 @@ PARTS: dict[str, tuple[int, Callable[..., Result]]] = {
     "bench-0.6b": (120, partial(bench, shape="0.6b", repeats=3)),
     "trace": (90, trace),
     "attention": (120, attention),
+    "decode-shapes": (60, decode_shapes),
     "kernel-tests": (150, partial(tests_of, "tests", "--ignore=tests/gpu")),
     "bench-8b": (150, partial(bench, shape="8b")),
     "graphs-off": (90, partial(bench, shape="0.6b", enforce_eager=True)),
     "overlap-off": (60, partial(bench, shape="0.6b", async_scheduling=False)),
     "fp8-cache": (60, partial(bench, shape="0.6b", kv_cache_dtype="fp8")),
-    "page-64": (60, partial(bench, shape="0.6b", block_size=64)),
+    "page-16": (60, partial(bench, shape="0.6b", block_size=16)),
     "page-256": (60, partial(bench, shape="0.6b", block_size=256)),
     "trace-1": (60, partial(trace, count=1)),
     "one-sequence": (60, partial(bench, shape="0.6b", workload="B")),

@@ -41,6 +41,7 @@ def make_llm(folder: str, *, graphs: bool = True, **kwargs: Any) -> LLM:
         "dtype": "float32",
         "max_num_batched_tokens": 64,
         "max_num_seqs": 20,
+        "block_size": 16,
         "num_gpu_blocks_override": 80,
         "enforce_eager": not graphs,
     }
