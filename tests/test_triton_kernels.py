@@ -102,6 +102,28 @@ def test_any_number_of_splits_gives_the_same_attention(programs, window):
     torch.testing.assert_close(out, expected, atol=2e-6, rtol=1e-5)
 
 
+@pytest.mark.skipif(not INTERPRETED, reason="only the interpreter runs programs one after another")
+@pytest.mark.parametrize("window", [None, 60])
+def test_whoever_comes_last_gives_the_same_bits(monkeypatch, window):
+    """A card runs programs in any order, so any of those that share a sequence may be the one that combines."""
+    from triton.runtime.interpreter import interpreter_builder
+
+    programs, orders = 9, [list(range(9))]
+    orders += [orders[0][::-1], *(torch.randperm(9, generator=torch.manual_seed(i)).tolist() for i in range(4))]
+    outs, set_index = [], interpreter_builder.set_grid_idx
+    for order in orders:
+
+        def set_other(x, y, z, order=order):
+            set_index(order[x] if interpreter_builder.grid_dim[0] == programs else x, y, z)
+
+        monkeypatch.setattr(interpreter_builder, "set_grid_idx", set_other)
+        backend, out, expected = attend([1, 1, 1], [3, 130, 77], programs, heads=(2, 2), head_dim=32, windows=(window,))
+        outs.append(out)
+        assert not backend.arrived.any()
+    torch.testing.assert_close(outs[0], expected, atol=2e-6, rtol=1e-5)
+    assert all(torch.equal(out, outs[0]) for out in outs)
+
+
 @runs
 def test_scores_of_any_size():
     """The running maximum keeps exp in range, also when the largest score comes last."""
