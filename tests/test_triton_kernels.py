@@ -76,6 +76,7 @@ RAGGED = [
         ((2, 2), 128, 32, None, torch.bfloat16),
         ((5, 1), 96, 256, 7, torch.bfloat16),
         ((2, 1), 256, 16, None, torch.float16),
+        ((2, 1), 8, 16, None, torch.bfloat16),
     ],
 )
 def test_attention(query_lens, context_lens, heads, dim, page, window, dtype):

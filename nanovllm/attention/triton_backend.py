@@ -231,8 +231,7 @@ def _decode_kernel(
             low // TILE + begin, low // TILE + stop, low, context, SCALE, HKV, D, PAGE, TILE, WINDOW, True,
         )  # fmt: skip
 
-        complete = stop - begin == count
-        if not complete:
+        if stop - begin < count:
             # Of a program's segments only the first can have begun in another program and only the last go on in one.
             share = tl.load(share_ptr)
             leader = segment // share
@@ -242,26 +241,42 @@ def _decode_kernel(
             tl.store(partial + STATS + row, m, mask=row < GROUP)
             tl.store(partial + STATS + GROUP + row, mass, mask=row < GROUP)
             tl.debug_barrier()  # all threads have stored before one announces it
-            complete = tl.atomic_add(arrived_ptr + leader, 1, sem="acq_rel") == last - leader
-            if complete:
+            if tl.atomic_add(arrived_ptr + leader, 1, sem="acq_rel") == last - leader:
                 tl.store(arrived_ptr + leader, 0)  # for the next launch
-                m = tl.full([BLOCK_M], -1e30, tl.float32)
-                mass = tl.zeros([BLOCK_M], tl.float32)
-                acc = tl.zeros([BLOCK_M, DIM], tl.float32)
-                for other in range(leader, last + 1):
-                    partial = partial_ptr + (2 * other + (other == leader).to(tl.int32)) * PARTIAL
-                    # .cg: from L2, where other multiprocessors' stores are seen; L1 is not coherent with them
-                    m_i = tl.load(partial + STATS + row, mask=row < GROUP, other=-1e30, cache_modifier=".cg")
-                    mass_i = tl.load(partial + STATS + GROUP + row, mask=row < GROUP, other=0.0, cache_modifier=".cg")
-                    acc_i = tl.load(partial + inner, mask=inside, other=0.0, cache_modifier=".cg")
-                    m_new = tl.maximum(m, m_i)
-                    mass = mass * tl.exp2(m - m_new) + mass_i * tl.exp2(m_i - m_new)
-                    acc = acc * tl.exp2(m - m_new)[:, None] + acc_i * tl.exp2(m_i - m_new)[:, None]
-                    m = m_new
-        if complete:
+                _combine(partial_ptr, leader, last, out_ptr + offset, GROUP, D, DIM)
+        else:
             tl.store(out_ptr + offset + inner, acc / tl.maximum(mass, 1e-30)[:, None], mask=inside)
         tile = segment + stop
         index += (tile == base + count * HKV).to(tl.int32)
+
+
+@triton.jit
+def _combine(partial_ptr, leader, last, out_ptr, GROUP: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr):
+    """Makes the output [GROUP, D] of the partial results of programs leader..last, eight of them on their way at once."""
+    ROWS: tl.constexpr = triton.next_power_of_2(GROUP)
+    STATS: tl.constexpr = GROUP * D
+    # The sum is 0, which the compiler does not know: else it would make all this before the loop over keys, and spill.
+    row = tl.arange(0, ROWS) + tl.minimum(leader, 0)
+    dim = tl.arange(0, DIM)
+    inside = (row < GROUP)[:, None] & (dim < D)[None, :]
+    inner = row[:, None] * D + dim[None, :]
+    m = tl.full([ROWS], -1e30, tl.float32)
+    mass = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, DIM], tl.float32)
+    for eight in range(leader, last + 1, 8):
+        for i in tl.static_range(8):
+            program = eight + i
+            partial = partial_ptr + (2 * program + (program == leader).to(tl.int32)) * (GROUP * (D + 2))
+            some = (row < GROUP) & (program <= last)
+            # .cg: from L2, where other multiprocessors' stores are seen; L1 is not coherent with them
+            m_i = tl.load(partial + STATS + row, mask=some, other=-1e30, cache_modifier=".cg")
+            mass_i = tl.load(partial + STATS + GROUP + row, mask=some, other=0.0, cache_modifier=".cg")
+            acc_i = tl.load(partial + inner, mask=inside & (program <= last), other=0.0, cache_modifier=".cg")
+            m_new = tl.maximum(m, m_i)
+            mass = mass * tl.exp2(m - m_new) + mass_i * tl.exp2(m_i - m_new)
+            acc = acc * tl.exp2(m - m_new)[:, None] + acc_i * tl.exp2(m_i - m_new)[:, None]
+            m = m_new
+    tl.store(out_ptr + inner, acc / tl.maximum(mass, 1e-30)[:, None], mask=inside)
 
 
 def prefill_shape(head_dim: int, dtype: torch.dtype, capability: tuple[int, int]) -> dict[str, int]:
@@ -366,7 +381,7 @@ class TritonAttention(AttentionBackend):
             "HKV": spec.num_kv_heads,
             "GROUP": group,
             "D": spec.head_dim,
-            "DIM": triton.next_power_of_2(spec.head_dim),
+            "DIM": max(triton.next_power_of_2(spec.head_dim), 16),  # what matrix instructions take at least
             "PAGE": spec.block_size,
             "WINDOW": window or 0,
             "COMPUTE": compute_type(self.compute),

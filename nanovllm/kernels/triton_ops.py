@@ -252,7 +252,7 @@ def _draw_kernel(
         tile = tl.min(tl.where(tile_max == maximum, tile_index, PADDED - 1))
         x = _load_logits(logits_ptr, stride, threshold_ptr, row, tile, V, TILE, FILTER)
         at = tl.min(tl.where(x == maximum, tl.arange(0, TILE), TILE - 1))
-    tl.store(token_ptr + row, (tile * TILE + at).to(tl.int64))
+    tl.store(token_ptr + row, tl.minimum(tile * TILE + at, V - 1).to(tl.int64))  # no other id, whatever NaN does
 
 
 def draw(logits: Tensor, temperature: Tensor, u: Tensor, threshold: Tensor | None = None) -> Tensor:
@@ -264,16 +264,17 @@ def draw(logits: Tensor, temperature: Tensor, u: Tensor, threshold: Tensor | Non
     rows, vocab_size = logits.shape
     tokens = torch.empty(rows, dtype=torch.int64, device=logits.device)
     num_tiles = triton.cdiv(vocab_size, SAMPLE_TILE)
-    stats = torch.empty(2, rows, num_tiles, dtype=torch.float32, device=logits.device)
+    # Two tensors, as the second half of one would be aligned for some numbers of rows only: kernels would be compiled twice.
+    maxima, masses = (torch.empty(rows, num_tiles, dtype=torch.float32, device=logits.device) for _ in range(2))
     filtered = threshold is not None
     threshold = temperature if threshold is None else threshold
     if rows:
         _tile_mass_kernel[(rows, num_tiles)](
-            logits, logits.stride(0), temperature, threshold, stats[0], stats[1], vocab_size,
+            logits, logits.stride(0), temperature, threshold, maxima, masses, vocab_size,
             SAMPLE_TILE, num_tiles, filtered, num_warps=8,
         )  # fmt: skip
         _draw_kernel[(rows,)](
-            logits, logits.stride(0), temperature, u, threshold, stats[0], stats[1], tokens, vocab_size, num_tiles,
+            logits, logits.stride(0), temperature, u, threshold, maxima, masses, tokens, vocab_size, num_tiles,
             SAMPLE_TILE, num_tiles, triton.next_power_of_2(num_tiles), filtered, num_warps=8,
         )  # fmt: skip
     return tokens

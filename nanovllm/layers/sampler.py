@@ -60,7 +60,8 @@ def edit(logits: Tensor, batch: Batch, last_tokens: Tensor) -> Tensor:
     vocab_size = logits.shape[1]
     if len(batch.allow_at):
         banned = torch.ones(len(batch.allow_at), vocab_size, dtype=torch.bool, device=logits.device)
-        banned[owners(batch.allow_start, len(batch.allow_ids)), batch.allow_ids] = False
+        allowed = (owners(batch.allow_start, len(batch.allow_ids)), batch.allow_ids)
+        banned[allowed] = banned.new_zeros(())  # a Python False would be copied to the device, and waited for
         logits[batch.allow_at] = logits[batch.allow_at].masked_fill(banned, float("-inf"))
     if len(batch.bias_at):
         logits.index_put_((batch.bias_at, batch.bias_ids), batch.bias_values, accumulate=True)

@@ -22,7 +22,11 @@ from nanovllm.runner.decode_inputs import DecodeInputs
 
 Work = Callable[[], Any]
 
-NEVER_ENDED: list[torch.cuda.CUDAGraph] = []  # torch's allocator still asks these whether they are being captured
+NEVER_ENDED: list[torch.cuda.CUDAGraph] = []  # torch's allocators still ask these whether they are being captured
+
+
+class CaptureError(RuntimeError):
+    """What ran well by itself could not be recorded."""
 
 
 def graph_sizes(max_num_seqs: int) -> list[int]:
@@ -45,10 +49,10 @@ def is_plain(batch: Batch) -> bool:
     return not any(map(len, (batch.filter_at, batch.allow_at, batch.bias_at, batch.penalty_at, batch.logprob_at)))
 
 
-def capture(stream: torch.cuda.Stream, pool: Any, work: Work) -> Work:
-    """Records `work` as a graph and returns what replays it.
+def capture(stream: torch.cuda.Stream, pool: Any, work: Work, first: bool) -> Work:
+    """Records `work` as a graph, the `first` of its pool or a smaller one, and returns what replays it.
 
-    If that fails, raises RuntimeError with streams, allocator and random generator as they were.
+    If that fails, raises CaptureError with streams, allocator and random generator as they were.
     """
     graph = torch.cuda.CUDAGraph()
     generator = torch.cuda.default_generators[stream.device_index]
@@ -56,22 +60,28 @@ def capture(stream: torch.cuda.Stream, pool: Any, work: Work) -> Work:
     with torch.cuda.stream(stream):
         work()  # once before: kernels are compiled, libraries take the memory that they keep
         stream.synchronize()
-        torch.cuda.empty_cache()  # while it records, torch would rather fail than give back what it keeps
+        # A graph's workspace must lie in its pool: the library's own may be freed, by torch.compile for one.
+        torch._C._cuda_clearCublasWorkspaces()
+        if first:
+            torch.cuda.empty_cache()  # while it records, torch would rather fail than give back what it keeps
         state = generator.clone_state()
         try:
             # torch.cuda.graph would stay on this stream after a failure, and collects garbage before each graph.
-            graph.capture_begin(pool, capture_error_mode="thread_local")
+            with torch.inference_mode(False):  # in torch 2.8 the generator keeps tensors that are made here
+                graph.capture_begin(pool, capture_error_mode="thread_local")
             try:
                 work()
             finally:
                 graph.capture_end()
-        except RuntimeError:
+        except RuntimeError as err:
             generator.graphsafe_set_state(state)  # its own still believes that it is being captured
             with suppress(RuntimeError):  # raised where capture_end came as far as this itself
                 torch._C._cuda_endAllocateToPool(stream.device_index, pool)
                 torch._C._cuda_releasePool(stream.device_index, pool)
                 NEVER_ENDED.append(graph)
-            raise
+            raise CaptureError(str(err) or type(err).__name__) from err
+        finally:
+            torch._C._cuda_clearCublasWorkspaces()
     return graph.replay
 
 
@@ -101,7 +111,7 @@ class DecodeGraphs:
         self.hidden = torch.zeros(max_num_seqs, hidden_size, dtype=dtype, device=device)
         self.tokens = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
         self.graphs: dict[int, tuple[Work, Work]] = {}
-        self.capture: Callable[[Work], Work] = lambda work: work  # a device without graphs runs what it is given
+        self.capture: Callable[[Work, bool], Work] = lambda work, first: work  # a device without graphs just runs it
         if stream is not None:
             self.capture = partial(capture, stream, torch.cuda.graph_pool_handle())
 
@@ -123,7 +133,8 @@ class DecodeGraphs:
             hidden.copy_(forward(batch))
             self.inputs.advance(size)
 
-        self.graphs[size] = self.capture(step), self.capture(lambda: tokens.copy_(head(hidden, batch)))
+        first = not self.graphs
+        self.graphs[size] = self.capture(step, first), self.capture(lambda: tokens.copy_(head(hidden, batch)), first)
 
     def _forward(self, batch: Batch) -> Work:
         """Replays the first graph of the batch's size, and returns the other."""

@@ -5,8 +5,11 @@ Nothing here runs in a step.
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,7 +19,7 @@ from torch import Tensor, nn
 
 from nanovllm.attention import zeroed
 from nanovllm.engine.batch import Batch
-from nanovllm.runner.cuda_graphs import DecodeGraphs
+from nanovllm.runner.cuda_graphs import CaptureError, DecodeGraphs
 
 if TYPE_CHECKING:
     from nanovllm.runner.model_runner import ModelRunner
@@ -112,13 +115,15 @@ def record_graphs(runner: ModelRunner, count: int | None = None) -> DecodeGraphs
     for size in graphs.sizes[::-1][:count]:
         failure = ""
         try:
-            with runner.on_device():
+            with runner.on_device(), no_garbage_collection():
                 graphs.record(
                     size,
                     lambda batch: runner.forward(batch, 1, runner.max_model_len),
                     lambda hidden, batch: runner.next_tokens(runner.model.logits(hidden), batch),
                 )
         except RuntimeError as err:
+            if runner.tp.size > 1 and not isinstance(err, CaptureError):
+                raise  # the other ranks are inside this step's collectives, and would not come to agree on anything
             failure = str(err) or type(err).__name__
         # All ranks replay or none does: padding makes their collectives differ.
         if not runner.tp.minimum(not failure, runner.device):
@@ -127,6 +132,18 @@ def record_graphs(runner: ModelRunner, count: int | None = None) -> DecodeGraphs
             runner.capture_stream = None
             return None
     return graphs
+
+
+@contextmanager
+def no_garbage_collection() -> Iterator[None]:
+    """An older engine's graphs that die while one is recorded would spoil it."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 @torch.inference_mode()
