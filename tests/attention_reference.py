@@ -38,6 +38,7 @@ class Case:
             context_lens=torch.tensor(ends, dtype=torch.int32, device=device),
             block_tables=self.block_tables,
             max_query_len=max(lengths),
+            num_prefills=sum(length > 1 for length in lengths),
             max_context_len=max(ends),
         )
 

@@ -210,7 +210,7 @@ def with_static_path(llm: LLM) -> Replayed:
         for size in graphs.sizes:
             graphs.record(
                 size,
-                lambda batch: runner.forward(batch, 1, runner.max_model_len),
+                lambda batch: runner.forward(batch, 1, 0, runner.max_model_len),
                 lambda hidden, batch: runner.next_tokens(runner.model.logits(hidden), batch),
             )
     runner.graphs = graphs

@@ -87,7 +87,10 @@ def test_attention(query_lens, context_lens, heads, dim, page, window, dtype):
 
 
 @runs
-@pytest.mark.parametrize(("query_lens", "context_lens"), RAGGED)
+@pytest.mark.parametrize(
+    ("query_lens", "context_lens"),
+    [*RAGGED, ([1] * 130 + [2, 1, 17, 1, 40], [1 + i % 9 for i in range(130)] + [2, 30, 60, 5, 40])],
+)
 @pytest.mark.parametrize("window", [None, 50])
 def test_attention_in_float32_is_exact(query_lens, context_lens, window):
     backend, out, expected = attend(query_lens, context_lens, windows=(window,))
@@ -153,7 +156,7 @@ def test_padding_rows_and_stale_pages_harm_nobody():
     wide = torch.zeros(4, 64, dtype=torch.int32, device=DEVICE)  # rows are slices of a larger buffer
     wide[:2, : case.block_tables.shape[1]] = case.block_tables
     meta = AttentionMetadata(
-        int32(19, 32, 0, 0), int32(-1, -1, -1, -1), int32(0, 1, 2, 3, 4), int32(20, 33, 0, 0), wide[:, :9], 1, 33
+        int32(19, 32, 0, 0), int32(-1, -1, -1, -1), int32(0, 1, 2, 3, 4), int32(20, 33, 0, 0), wide[:, :9], 1, 0, 33
     )
     backend.begin(meta)
     before = backend.cache.clone()
@@ -178,7 +181,7 @@ def test_plan_deals_equal_shares_of_one_line_of_tiles(lens, heads, window, progr
     starts = torch.cat((torch.zeros(1), counts.cumsum(0))).int().to(DEVICE)
     contexts = torch.tensor([c for _, c in lens], dtype=torch.int32, device=DEVICE)
     unused = torch.empty(0, device=DEVICE)
-    meta = AttentionMetadata(unused, unused, starts, contexts, unused, 5, 300)
+    meta = AttentionMetadata(unused, unused, starts, contexts, unused, 5, 1, 300)
     share, first, start, sequence = (x.tolist() for x in decode_plan(meta, heads, 16, window, programs))
 
     line = []  # the sequence that each tile belongs to

@@ -46,6 +46,7 @@ class AttentionMetadata:
     context_lens: Tensor  # [S] tokens of K/V to attend to, those of this step included
     block_tables: Tensor  # [S, max_blocks]
     max_query_len: int
+    num_prefills: int  # sequences of more than one token
     max_context_len: int
 
 

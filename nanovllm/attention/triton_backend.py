@@ -99,17 +99,23 @@ def _prefill_kernel(
     BLOCK_Q: tl.constexpr = BLOCK_M // GROUP
     index = tl.num_programs(0) - 1 - tl.program_id(0)  # late tiles see the most keys: start with them
     head = tl.program_id(1)
-    # Sequence i has its tiles from query_start[i] // BLOCK_Q + i on: room enough, and no host has to count.
-    sequence = -1
+    sequence = 0  # that of this program: so many have their tiles before it
+    first = 0  # the tiles of these
+    tiles_before = 0
     for i in range(0, num_sequences, 128):
         at = i + tl.arange(0, 128)
-        first = tl.load(query_start + at, mask=at < num_sequences, other=0) // BLOCK_Q + at
-        sequence += tl.sum(((first <= index) & (at < num_sequences)).to(tl.int32))
+        inside = at < num_sequences
+        length = tl.load(query_start + at + 1, mask=inside, other=0) - tl.load(query_start + at, mask=inside, other=0)
+        tiles = tl.where(length > 1, tl.cdiv(length, BLOCK_Q), 0)
+        before = inside & (tiles_before + tl.cumsum(tiles) <= index)
+        sequence += tl.sum(before.to(tl.int32))
+        first += tl.sum(tl.where(before, tiles, 0))
+        tiles_before += tl.sum(tiles)
+    if sequence == num_sequences:
+        return
     start = tl.load(query_start + sequence)
     count = tl.load(query_start + sequence + 1) - start
-    begin = (index - start // BLOCK_Q - sequence) * BLOCK_Q
-    if (count <= 1) | (begin >= count):
-        return
+    begin = (index - first) * BLOCK_Q
     context = tl.load(context_lens + sequence)
     past = context - count
 
@@ -279,12 +285,14 @@ def _combine(partial_ptr, leader, last, out_ptr, GROUP: tl.constexpr, D: tl.cons
     tl.store(out_ptr + inner, acc / tl.maximum(mass, 1e-30)[:, None], mask=inside)
 
 
-def prefill_shape(head_dim: int, dtype: torch.dtype, capability: tuple[int, int]) -> dict[str, int]:
+def prefill_shape(
+    head_dim: int, dtype: torch.dtype, cache_dtype: torch.dtype, capability: tuple[int, int]
+) -> dict[str, int]:
     """Rows of a query tile, keys of a key tile, warps, pipeline stages: what compiles without spilling registers."""
     if dtype == torch.float32:  # no tensor cores, as TF32 would not be float32
         return {"BLOCK_M": 16, "TILE": 16, "num_warps": 4, "num_stages": 2}
     if head_dim > 128:
-        return {"BLOCK_M": 64, "TILE": 32, "num_warps": 8, "num_stages": 2}
+        return {"BLOCK_M": 64 if cache_dtype == dtype else 32, "TILE": 32, "num_warps": 8, "num_stages": 2}
     return {"BLOCK_M": 128, "TILE": 64 if capability >= (9, 0) else 32, "num_warps": 8, "num_stages": 3}
 
 
@@ -296,7 +304,8 @@ def decode_shape(head_dim: int, dtype: torch.dtype, cache_dtype: torch.dtype, pa
     registers = 128 if head_dim <= 64 else 168 if head_dim <= 128 else 240
     if cache_dtype != dtype and page % tile:  # the conversion and the addresses of many pages pass through them
         registers = 240
-    return {"BLOCK_M": 16, "TILE": tile, "num_warps": 4, "num_stages": 3, "maxnreg": registers}
+    stages = 3 if cache_dtype == dtype else 4  # tiles of half the bytes
+    return {"BLOCK_M": 16, "TILE": tile, "num_warps": 4, "num_stages": stages, "maxnreg": registers}
 
 
 def decode_programs(
@@ -339,7 +348,7 @@ class TritonAttention(AttentionBackend):
         self.cache_dtype = torch.float8_e4m3fn if kv_cache_dtype == "fp8" else spec.dtype
         self.compute = torch.float16 if kv_cache_dtype == "fp8" and spec.dtype == torch.bfloat16 else spec.dtype
         rows = triton.next_power_of_2(spec.num_heads // spec.num_kv_heads)
-        self.prefill = prefill_shape(spec.head_dim, spec.dtype, capability)
+        self.prefill = prefill_shape(spec.head_dim, spec.dtype, self.cache_dtype, capability)
         self.decode = decode_shape(spec.head_dim, spec.dtype, self.cache_dtype, spec.block_size)
         for shape in (self.prefill, self.decode):
             shape["BLOCK_M"] = max(shape["BLOCK_M"], rows)
@@ -397,11 +406,12 @@ class TritonAttention(AttentionBackend):
             **constants,
             **self.decode,
         )
-        if meta.max_query_len > 1:
-            num_sequences = len(meta.context_lens)
-            # the sum of ceil(query_len / block) over the sequences is at most this
-            grid = (len(q) // (self.prefill["BLOCK_M"] // group) + num_sequences, spec.num_kv_heads)
-            _prefill_kernel[grid](q, out, *self.cache[layer], *tables, num_sequences, **constants, **self.prefill)
+        if meta.num_prefills:
+            # the sum of ceil(query_len / block) over these sequences is at most this
+            grid = (len(q) // (self.prefill["BLOCK_M"] // group) + meta.num_prefills, spec.num_kv_heads)
+            _prefill_kernel[grid](
+                q, out, *self.cache[layer], *tables, len(meta.context_lens), **constants, **self.prefill
+            )
         return out.flatten(1)
 
 

@@ -36,7 +36,7 @@ class Batch:
     that draw at random (draws), as said.
     """
 
-    sizes: Array  # [4] max_query_len, max_context_len, most logprobs and most prompt logprobs wanted
+    sizes: Array  # [5] those of AttentionMetadata, in its order; most logprobs and most prompt logprobs wanted
     token_ids: Array  # [T]
     positions: Array  # [T]
     slot_mapping: Array  # [T] where K/V go: block * block_size + offset, or -1
@@ -118,7 +118,7 @@ def build_batch(table: SequenceTable, step: Step, block_size: int, vocab_size: i
     sample_rows = rows[step.sampled]
     max_blocks = -(-int(ends.max()) // block_size)
     batch = Batch(
-        sizes=np.array([counts.max(), ends.max(), -1, -1], np.int32),
+        sizes=np.array([counts.max(), np.count_nonzero(counts > 1), ends.max(), -1, -1], np.int32),
         token_ids=table.token_ids[token_rows, positions],
         positions=positions,
         slot_mapping=slots.astype(np.int32, copy=False),
@@ -149,7 +149,7 @@ def add_sampling(batch: Batch, table: SequenceTable, rows: np.ndarray, lengths: 
         batch.top_k = np.where(table.top_k[filtered] > 0, table.top_k[filtered], vocab_size).astype(np.int32)
         batch.top_p, batch.min_p = table.top_p[filtered], table.min_p[filtered]
     batch.logprob_at = np.flatnonzero(table.num_logprobs[rows] >= 0).astype(np.int32)
-    batch.sizes[2] = table.num_logprobs[rows].max(initial=-1)
+    batch.sizes[3] = table.num_logprobs[rows].max(initial=-1)
     edited = np.flatnonzero(table.edits[rows])
     if len(edited):
         add_edits(batch, table, rows, lengths, edited)

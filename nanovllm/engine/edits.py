@@ -74,7 +74,7 @@ def add_prompt_logprobs(batch: Batch, table: SequenceTable, step: Step) -> list[
             asked.append((seq, start + 1, stop - start))
             at.append(np.arange(stop - start, dtype=np.int32) + batch.query_start[i])
             targets.append(table.token_ids[row, start + 1 : stop + 1])
-            batch.sizes[3] = max(batch.sizes[3], table.num_prompt_logprobs[row])
+            batch.sizes[4] = max(batch.sizes[4], table.num_prompt_logprobs[row])
     if asked:
         batch.prompt_at, batch.prompt_targets = np.concatenate(at), np.concatenate(targets)
     return asked

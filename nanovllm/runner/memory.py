@@ -118,7 +118,7 @@ def record_graphs(runner: ModelRunner, count: int | None = None) -> DecodeGraphs
             with runner.on_device(), no_garbage_collection():
                 graphs.record(
                     size,
-                    lambda batch: runner.forward(batch, 1, runner.max_model_len),
+                    lambda batch: runner.forward(batch, 1, 0, runner.max_model_len),
                     lambda hidden, batch: runner.next_tokens(runner.model.logits(hidden), batch),
                 )
         except RuntimeError as err:
@@ -156,7 +156,7 @@ def profile_step(runner: ModelRunner) -> int:
     positions = np.tile(np.arange(length, dtype=np.int32), count)
     zeros = np.zeros(count * length, np.int32)
     batch = Batch(
-        sizes=np.array([length, length, -1, -1], np.int32),
+        sizes=np.array([length, count, length, -1, -1], np.int32),
         token_ids=zeros,
         positions=positions,
         slot_mapping=positions,

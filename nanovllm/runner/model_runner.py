@@ -146,21 +146,21 @@ class ModelRunner:
                 hidden, batch = self.graphs.hidden_states(host_batch), self._to_device(host_batch)
             else:
                 batch = self._to_device(host_batch)
-                hidden = self.forward(batch, int(host_batch.sizes[0]), int(host_batch.sizes[1]))
+                hidden = self.forward(batch, *map(int, host_batch.sizes[:3]))
                 if len(batch.prompt_at):
-                    prompt = self._prompt_logprobs(hidden, batch, int(host_batch.sizes[3]))
+                    prompt = self._prompt_logprobs(hidden, batch, int(host_batch.sizes[4]))
                 hidden = hidden[batch.sample_at]
             logits = self.model.logits(hidden)
             raw = logits[batch.logprob_at] if len(batch.logprob_at) else None
             tokens = self.next_tokens(logits, batch)
-            sampled = None if raw is None else logprobs(raw, tokens[batch.logprob_at], int(host_batch.sizes[2]))
+            sampled = None if raw is None else logprobs(raw, tokens[batch.logprob_at], int(host_batch.sizes[3]))
             return Launch(tokens, sampled, prompt)
 
     def on_device(self) -> torch.cuda.device:
         """Triton launches on the current device, which is the user's to choose; -1 leaves it alone."""
         return torch.cuda.device(self.device.index if self.device.type == "cuda" else -1)
 
-    def forward(self, batch: Batch, max_query_len: int, max_context_len: int) -> Tensor:
+    def forward(self, batch: Batch, max_query_len: int, num_prefills: int, max_context_len: int) -> Tensor:
         """The last layer's output [T, hidden_size]."""
         token_ids = torch.where(batch.token_ids < 0, self.last_tokens[batch.token_rows], batch.token_ids)
         self.attention.begin(
@@ -171,6 +171,7 @@ class ModelRunner:
                 context_lens=batch.context_lens,
                 block_tables=batch.block_tables,
                 max_query_len=max_query_len,
+                num_prefills=num_prefills,
                 max_context_len=max_context_len,
             )
         )

@@ -91,6 +91,7 @@ def decode_bandwidth(
         context_lens=torch.full_like(tokens, context),
         block_tables=torch.randperm(batch * pages, device=where).int().view(batch, pages),
         max_query_len=1,
+        num_prefills=0,
         max_context_len=context,
     )
     q = torch.randn(batch, heads[0], head_dim, dtype=dtype, device=where)

@@ -293,7 +293,7 @@ PARTS: dict[str, tuple[int, Callable[..., Result]]] = {
     "bench-0.6b": (120, partial(bench, shape="0.6b", repeats=3)),
     "trace": (90, trace),
     "attention": (120, attention),
-    "decode-shapes": (60, decode_shapes),
+    "decode-shapes": (100, decode_shapes),
     "kernel-tests": (150, partial(tests_of, "tests", "--ignore=tests/gpu")),
     "bench-8b": (150, partial(bench, shape="8b")),
     "graphs-off": (90, partial(bench, shape="0.6b", enforce_eager=True)),
