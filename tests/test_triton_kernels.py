@@ -370,15 +370,15 @@ def kept_by_sorting(logits, temperature, top_k, top_p, min_p):
 def test_filters_keep_what_sorting_keeps(dtype):
     generator = torch.Generator().manual_seed(1)
     asked = [
-        *itertools.product([0, 1, 2, 50, 2999], [1.0], [0.0]),
+        *itertools.product([0, 1, 2, 5, 50, 8999], [1.0], [0.0]),
         *itertools.product([0], [0.001, 0.5, 0.9, 0.999], [0.0]),
         *itertools.product([0, 40], [1.0, 0.8], [0.05, 1.0]),
-        (3000, 1.0, 0.0),
+        (9000, 1.0, 0.0),
         (-1, 0.95, 0.0),
         (50, 0.9, 0.0),
     ]
     top_k, top_p, min_p = zip(*asked)
-    logits = (torch.randn(len(asked), 3000, generator=generator) * 4).to(dtype)
+    logits = (torch.randn(len(asked), 9000, generator=generator) * 4).to(dtype)
     logits[:, :10] = float("-inf")
     temperature = torch.rand(len(asked), generator=generator) + 0.4
     threshold = triton_ops.filter_threshold(

@@ -263,25 +263,35 @@ def draw(logits: Tensor, temperature: Tensor, u: Tensor, threshold: Tensor | Non
     """
     rows, vocab_size = logits.shape
     tokens = torch.empty(rows, dtype=torch.int64, device=logits.device)
-    num_tiles = triton.cdiv(vocab_size, SAMPLE_TILE)
-    # Two tensors, as the second half of one would be aligned for some numbers of rows only: kernels would be compiled twice.
-    maxima, masses = (torch.empty(rows, num_tiles, dtype=torch.float32, device=logits.device) for _ in range(2))
-    filtered = threshold is not None
-    threshold = temperature if threshold is None else threshold
     if rows:
-        _tile_mass_kernel[(rows, num_tiles)](
-            logits, logits.stride(0), temperature, threshold, maxima, masses, vocab_size,
-            SAMPLE_TILE, num_tiles, filtered, num_warps=8,
-        )  # fmt: skip
+        maxima, masses = _tile_masses(logits, temperature, threshold, SAMPLE_TILE)
+        num_tiles = maxima.shape[1]
         _draw_kernel[(rows,)](
-            logits, logits.stride(0), temperature, u, threshold, maxima, masses, tokens, vocab_size, num_tiles,
-            SAMPLE_TILE, num_tiles, triton.next_power_of_2(num_tiles), filtered, num_warps=8,
+            logits, logits.stride(0), temperature, u, temperature if threshold is None else threshold, maxima, masses,
+            tokens, vocab_size, num_tiles,
+            SAMPLE_TILE, num_tiles, triton.next_power_of_2(num_tiles), threshold is not None, num_warps=8,
         )  # fmt: skip
     return tokens
 
 
+def _tile_masses(logits: Tensor, temperature: Tensor, threshold: Tensor | None, tile: int) -> tuple[Tensor, Tensor]:
+    """The maximum of each tile of each row [K, tiles], and the sum of exp((x - maximum) / temperature) over it."""
+    rows, vocab_size = logits.shape
+    num_tiles = triton.cdiv(vocab_size, tile)
+    # Not halves of one tensor: the second would be aligned for some numbers of rows only, and kernels be compiled twice.
+    maxima, masses = (torch.empty(rows, num_tiles, dtype=torch.float32, device=logits.device) for _ in range(2))
+    _tile_mass_kernel[(rows, num_tiles)](
+        logits, logits.stride(0), temperature, temperature if threshold is None else threshold, maxima, masses,
+        vocab_size, tile, num_tiles, threshold is not None, num_warps=max(tile // 512, 1),
+    )  # fmt: skip
+    return maxima, masses
+
+
 # Filters. min-p, top-k and top-p all keep "the logits of at least t", so a row's filter is one number and needs no sort:
-# t is searched for over the bit patterns of floats, which sort like the numbers, reading the row once a step.
+# t is searched for over the bit patterns of floats, which sort like the numbers, reading once a step those tiles of the
+# row that have a logit in the interval.
+
+FILTER_TILE = 1024
 
 
 @triton.jit
@@ -299,15 +309,18 @@ def _value(key, SHIFT: tl.constexpr):
 
 
 @triton.jit
-def _search(row_ptr, V, floor, need, maximum, temperature, MASS: tl.constexpr, TILE: tl.constexpr, SHIFT: tl.constexpr):
+def _search(
+    row_ptr, max_ptr, V, floor, bound, need, maximum, temperature,
+    MASS: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr, SHIFT: tl.constexpr,
+):  # fmt: skip
     """The largest t >= floor such that the logits >= t reach `need`, in number or in mass; `floor` if none does.
 
-    Each read tries WAYS points and keeps the interval low <= t < high between two of them. It ends when no two logits
-    are left in the interval to be told apart.
+    It is known to be at least `bound`. Each read tries WAYS points and keeps the interval low <= t < high between two of
+    them. It ends when no two logits are left in the interval to be told apart.
     """
     WAYS: tl.constexpr = 4
     way = tl.arange(0, WAYS)
-    low = _key(floor, SHIFT)
+    low = _key(tl.maximum(floor, bound), SHIFT)
     high = _key(maximum, SHIFT) + 1
     above = 0  # logits >= high
     left = V  # logits in low:high
@@ -317,13 +330,15 @@ def _search(row_ptr, V, floor, need, maximum, temperature, MASS: tl.constexpr, T
         point = tl.where(point > floor, point, floor)[:, None]  # a key of -inf may give the bits of a NaN
         count = tl.zeros([WAYS, TILE], tl.int32)
         mass = tl.zeros([WAYS, TILE], tl.float32)
-        for start in range(0, V, TILE):
-            i = start + tl.arange(0, TILE)
-            x = tl.load(row_ptr + i, mask=i < V, other=float("-inf")).to(tl.float32)[None, :]
-            taken = (x >= point) & (i < V)[None, :]
-            count += taken.to(tl.int32)
-            if MASS:
-                mass += tl.where(taken, tl.exp((x - maximum) / temperature), 0.0)
+        least = tl.min(point)
+        for tile in range(TILES):
+            if tl.load(max_ptr + tile) >= least:
+                i = tile * TILE + tl.arange(0, TILE)
+                x = tl.load(row_ptr + i, mask=i < V, other=float("-inf")).to(tl.float32)[None, :]
+                taken = (x >= point) & (i < V)[None, :]
+                count += taken.to(tl.int32)
+                if MASS:
+                    mass += tl.where(taken, tl.exp((x - maximum) / temperature), 0.0)
         counts = tl.sum(count, 1)
         enough = tl.sum(mass, 1) >= need if MASS else counts >= need
         best = tl.max(tl.where(enough, way, 0))
@@ -337,31 +352,40 @@ def _search(row_ptr, V, floor, need, maximum, temperature, MASS: tl.constexpr, T
 
 @triton.jit
 def _threshold_kernel(
-    logits_ptr, stride, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, threshold_ptr, V,
-    TILE: tl.constexpr, SHIFT: tl.constexpr,
+    logits_ptr, stride, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, max_ptr, threshold_ptr, V,
+    TILE: tl.constexpr, TILES: tl.constexpr, PADDED: tl.constexpr, SHIFT: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     row_ptr = logits_ptr + row.to(tl.int64) * stride
+    max_ptr += row * TILES
     temperature = tl.load(temperature_ptr + row)
     top_k = tl.load(top_k_ptr + row)
     top_p = tl.load(top_p_ptr + row)
 
-    maxima = tl.full([TILE], float("-inf"), tl.float32)
-    for start in range(0, V, TILE):
-        i = start + tl.arange(0, TILE)
-        maxima = tl.maximum(maxima, tl.load(row_ptr + i, mask=i < V, other=float("-inf")).to(tl.float32))
-    maximum = tl.max(maxima)
+    tile_index = tl.arange(0, PADDED)
+    tile_max = tl.load(max_ptr + tile_index, mask=tile_index < TILES, other=float("-inf"))
+    maximum = tl.max(tile_max)
     floor = maximum + temperature * tl.log(tl.load(min_p_ptr + row))
     if (top_k > 0) & (top_k < V):
-        floor = _search(row_ptr, V, floor, top_k, maximum, temperature, False, TILE, SHIFT)
+        # The k largest of the tiles' maxima are k logits: the k-th largest logit is no less than the least of them.
+        kth = tl.sum(tl.where(tile_index == top_k - 1, tl.sort(tile_max, descending=True), 0.0))
+        kth = tl.where(top_k <= TILES, kth, float("-inf"))
+        floor = _search(
+            row_ptr, max_ptr, V, floor, kth, top_k, maximum, temperature, False, TILE, TILES, SHIFT
+        )  # fmt: skip
     if top_p < 1:
         mass = tl.zeros([TILE], tl.float32)
-        for start in range(0, V, TILE):
-            i = start + tl.arange(0, TILE)
-            x = tl.load(row_ptr + i, mask=i < V, other=float("-inf")).to(tl.float32)
-            mass += tl.where(x >= floor, tl.exp((x - maximum) / temperature), 0.0)
+        for tile in range(TILES):
+            if tl.load(max_ptr + tile) >= floor:
+                i = tile * TILE + tl.arange(0, TILE)
+                x = tl.load(row_ptr + i, mask=i < V, other=float("-inf")).to(tl.float32)
+                mass += tl.where(x >= floor, tl.exp((x - maximum) / temperature), 0.0)
         need = top_p * tl.sum(mass)
-        floor = _search(row_ptr, V, floor, need, maximum, temperature, True, TILE, SHIFT)
+        # All logits below this have together less mass, e^-17, than float32 can tell from 0 beside the largest one's, 1.
+        bound = maximum - temperature * (tl.log(V.to(tl.float32)) + 17.0)
+        floor = _search(
+            row_ptr, max_ptr, V, floor, bound, need, maximum, temperature, True, TILE, TILES, SHIFT
+        )  # fmt: skip
     tl.store(threshold_ptr + row, floor)
 
 
@@ -374,17 +398,10 @@ def filter_threshold(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: 
     shift = {torch.bfloat16: 16, torch.float16: 13}.get(logits.dtype, 0)
     threshold = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
     if len(logits):
+        maxima, _ = _tile_masses(logits, temperature, None, FILTER_TILE)
+        num_tiles = maxima.shape[1]
         _threshold_kernel[(len(logits),)](
-            logits,
-            logits.stride(0),
-            temperature,
-            top_k,
-            top_p,
-            min_p,
-            threshold,
-            logits.shape[1],
-            2048,
-            shift,
-            num_warps=8,
-        )
+            logits, logits.stride(0), temperature, top_k, top_p, min_p, maxima, threshold, logits.shape[1],
+            FILTER_TILE, num_tiles, triton.next_power_of_2(num_tiles), shift, num_warps=4, maxnreg=160,
+        )  # fmt: skip
     return threshold
