@@ -1,4 +1,4 @@
-"""Every kernel, exactly as its caller launches it, compiled ahead of time for A100 and H100: no spills, 16-byte accesses.
+"""Every kernel, as its caller launches it, compiled ahead of time for A100, H100 and MI300: no spills, 16-byte accesses.
 
 No GPU takes part. A driver without a device stands in for CUDA's, and launches stop after the compilation.
 """
@@ -49,16 +49,25 @@ class NoDevice:
         return GPUTarget("cuda", self.capability, 32)
 
 
-@pytest.fixture(params=[80, 90])
-def compiled(request, monkeypatch):
+class NoInstinct(NoDevice):
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("hip", "gfx942", 64)
+
+
+def compile_launches(monkeypatch, device: NoDevice) -> list:
     """A list to which every launch adds its compiled kernel."""
     kernels = []
     run = triton.JITFunction.run
-    monkeypatch.setattr(driver, "_active", NoDevice(request.param))
+    monkeypatch.setattr(driver, "_active", device)
     monkeypatch.setattr(
         triton.JITFunction, "run", lambda *args, warmup, **kwargs: kernels.append(run(*args, warmup=True, **kwargs))
     )
     return kernels
+
+
+@pytest.fixture(params=[80, 90])
+def compiled(request, monkeypatch):
+    return compile_launches(monkeypatch, NoDevice(request.param))
 
 
 def check(kernel, tmp_path) -> str:
@@ -156,3 +165,28 @@ def test_sampling(compiled, tmp_path, dtype):
     assert len(compiled) == 6
     for kernel in compiled:
         assert_wide(check(kernel, tmp_path))
+
+
+def test_every_kernel_compiles_for_an_mi300_too(monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    kernels = compile_launches(monkeypatch, NoInstinct(942))
+    for heads, dim, page, window, dtype, cache in SHAPES:
+        if cache == "auto":
+            case = make_case(
+                [3, 1], [70, 80], heads=heads, head_dim=dim, block_size=page, windows=(window,), dtype=dtype
+            )
+            backend = TritonAttention(case.spec)
+            backend.allocate(case.num_blocks)
+            backend.begin(case.metadata([67, 79], [70, 80]))
+            backend.attend(0, torch.cat(case.q))
+    x, row, k = torch.zeros(2, 2048, dtype=torch.bfloat16), torch.zeros(2), torch.zeros(2, dtype=torch.int32)
+    triton_ops.add_rms_norm(x, x.clone(), x[0], 1e-6)
+    triton_ops.silu_and_mul(x)
+    triton_ops.draw(x, row, row, triton_ops.filter_threshold(x, row, k, row, row))
+    rope = QKNormRope(16, 8, 64, torch.zeros(64, 64), 1e-6).to(torch.bfloat16)
+    triton_ops.write_qkv(x, k, k, rope, *torch.zeros(2, 4, 8, 64, 64, dtype=torch.bfloat16))
+    for kernel in kernels:
+        assert re.findall(r"\.vgpr_spill_count: +(\d+)", kernel.asm["amdgcn"]) == ["0"], kernel.metadata.name
+        assert kernel.metadata.shared <= 64 * 1024
+    names = {kernel.metadata.name for kernel in kernels}
+    assert len(names) == 9, names

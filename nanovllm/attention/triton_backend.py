@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nanovllm.attention import AttentionBackend, AttentionMetadata, AttentionSpec
-from nanovllm.kernels.triton_ops import INTERPRETED, card, compute_type, write_kv, write_qkv
+from nanovllm.kernels.triton_ops import INTERPRETED, card, compute_type, registers, write_kv, write_qkv
 from nanovllm.layers.rotary import QKNormRope
 
 LOG2E = 1.4426950408889634
@@ -343,7 +343,7 @@ class TritonAttention(AttentionBackend):
         if kv_cache_dtype not in ("auto", "fp8"):
             raise ValueError(f"kv_cache_dtype={kv_cache_dtype!r} is not known; accepted are 'auto' and 'fp8'")
         capability, multiprocessors, shared_memory = card(spec.device)
-        if kv_cache_dtype == "fp8" and capability < (8, 9):
+        if kv_cache_dtype == "fp8" and (capability < (8, 9) or torch.version.hip):
             raise ValueError("kv_cache_dtype='fp8' needs a GPU of compute capability 8.9 or higher (Ada, Hopper)")
         self.cache_dtype = torch.float8_e4m3fn if kv_cache_dtype == "fp8" else spec.dtype
         self.compute = torch.float16 if kv_cache_dtype == "fp8" and spec.dtype == torch.bfloat16 else spec.dtype
@@ -352,6 +352,8 @@ class TritonAttention(AttentionBackend):
         self.decode = decode_shape(spec.head_dim, spec.dtype, self.cache_dtype, spec.block_size)
         for shape in (self.prefill, self.decode):
             shape["BLOCK_M"] = max(shape["BLOCK_M"], rows)
+            if torch.version.hip:  # AMD's cards have 64 KB of shared memory
+                shape |= {"TILE": min(shape["TILE"], 32), "num_stages": 2}
         self.programs = decode_programs(multiprocessors, shared_memory, self.decode, spec.head_dim, self.cache_dtype)
 
     def page_bytes(self) -> int:
@@ -395,17 +397,11 @@ class TritonAttention(AttentionBackend):
             "WINDOW": window or 0,
             "COMPUTE": compute_type(self.compute),
         }
+        decode = {name: value for name, value in self.decode.items() if name != "maxnreg"}
         _decode_kernel[(self.programs,)](
-            q,
-            out,
-            *self.cache[layer],
-            *tables,
-            *self.plans[window],
-            self.partial,
-            self.arrived,
-            **constants,
-            **self.decode,
-        )
+            q, out, *self.cache[layer], *tables, *self.plans[window], self.partial, self.arrived,
+            **constants, **decode, **registers(self.decode["maxnreg"]),
+        )  # fmt: skip
         if meta.num_prefills:
             # the sum of ceil(query_len / block) over these sequences is at most this
             grid = (len(q) // (self.prefill["BLOCK_M"] // group) + meta.num_prefills, spec.num_kv_heads)

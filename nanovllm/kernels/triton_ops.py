@@ -27,7 +27,15 @@ def card(device: torch.device) -> tuple[tuple[int, int], int, int]:
     if device.type != "cuda":
         return (9, 0), 2, 228 * 1024
     card = torch.cuda.get_device_properties(device)
-    return (card.major, card.minor), card.multi_processor_count, card.shared_memory_per_multiprocessor
+    shared_memory = getattr(
+        card, "shared_memory_per_multiprocessor", 64 * 1024
+    )  # AMD's have 64 KB, and torch no word of it
+    return (card.major, card.minor), card.multi_processor_count, shared_memory
+
+
+def registers(count: int) -> dict[str, int]:
+    """The launch option that bounds a thread's registers; Triton knows it for NVIDIA's cards only."""
+    return {} if torch.version.hip else {"maxnreg": count}
 
 
 def compute_type(dtype: torch.dtype) -> tl.dtype:
@@ -402,6 +410,6 @@ def filter_threshold(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: 
         num_tiles = maxima.shape[1]
         _threshold_kernel[(len(logits),)](
             logits, logits.stride(0), temperature, top_k, top_p, min_p, maxima, threshold, logits.shape[1],
-            FILTER_TILE, num_tiles, triton.next_power_of_2(num_tiles), shift, num_warps=4, maxnreg=160,
+            FILTER_TILE, num_tiles, triton.next_power_of_2(num_tiles), shift, num_warps=4, **registers(160),
         )  # fmt: skip
     return threshold
