@@ -409,8 +409,9 @@ def test_the_bandwidth_measurement_runs():
     from gpu.attention_bandwidth import decode_bandwidth
 
     dtype = torch.float32 if INTERPRETED else torch.bfloat16
-    shape = {"heads": (2, 1), "head_dim": 32, "dtype": dtype, "device": DEVICE}
-    assert decode_bandwidth(2, 40, 16, total=0, **shape) > 0
+    spec = {"heads": (2, 1), "head_dim": 32, "dtype": dtype, "device": DEVICE}
+    assert decode_bandwidth(2, 40, 16, total=0, **spec) > 0
+    assert decode_bandwidth(2, 40, 16, total=0, **spec, shape={"TILE": 32, "num_stages": 2}) > 0
 
 
 def attend_as_flash_attn_says(q, k_cache, v_cache, starts, lens, table, softmax_scale, causal, window_size):
