@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nanovllm.attention import AttentionBackend, AttentionMetadata, AttentionSpec
-from nanovllm.kernels.triton_ops import INTERPRETED, card, compute_type, registers, write_kv, write_qkv
+from nanovllm.kernels.triton_ops import INTERPRETED, card, compute_type, power_of_2, registers, write_kv, write_qkv
 from nanovllm.layers.rotary import QKNormRope
 
 LOG2E = 1.4426950408889634
@@ -299,13 +299,13 @@ def prefill_shape(
 def decode_shape(head_dim: int, dtype: torch.dtype, cache_dtype: torch.dtype, page: int) -> dict[str, int]:
     """The same for decoding, and the registers of a thread, which bound the programs that run at once."""
     if dtype == torch.float32:
-        return {"BLOCK_M": 16, "TILE": 16, "num_warps": 4, "num_stages": 2, "maxnreg": 128}
+        return {"BLOCK_M": 16, "TILE": 16, "num_warps": 4, "num_stages": 2, **registers(128)}
     tile = 64 if head_dim <= 128 else 32
-    registers = 128 if head_dim <= 64 else 168 if head_dim <= 128 else 240
+    count = 128 if head_dim <= 64 else 168 if head_dim <= 128 else 240
     if cache_dtype != dtype and page % tile:  # the conversion and the addresses of many pages pass through them
-        registers = 240
+        count = 240
     stages = 3 if cache_dtype == dtype else 4  # tiles of half the bytes
-    return {"BLOCK_M": 16, "TILE": tile, "num_warps": 4, "num_stages": stages, "maxnreg": registers}
+    return {"BLOCK_M": 16, "TILE": tile, "num_warps": 4, "num_stages": stages, **registers(count)}
 
 
 def decode_programs(
@@ -315,8 +315,8 @@ def decode_programs(
 
     `shared_memory` is that of a multiprocessor in bytes; each has 65536 registers.
     """
-    buffers = 2 * (shape["num_stages"] - 1) * shape["TILE"] * triton.next_power_of_2(head_dim) * cache_dtype.itemsize
-    by_registers = 65536 // (shape["maxnreg"] * 32 * shape["num_warps"])
+    buffers = 2 * (shape["num_stages"] - 1) * shape["TILE"] * power_of_2(head_dim) * cache_dtype.itemsize
+    by_registers = 65536 // (shape.get("maxnreg", 255) * 32 * shape["num_warps"])
     return multiprocessors * max(1, min(by_registers, shared_memory // (buffers + 11 * 1024)))
 
 
@@ -346,8 +346,8 @@ class TritonAttention(AttentionBackend):
         if kv_cache_dtype == "fp8" and (capability < (8, 9) or torch.version.hip):
             raise ValueError("kv_cache_dtype='fp8' needs a GPU of compute capability 8.9 or higher (Ada, Hopper)")
         self.cache_dtype = torch.float8_e4m3fn if kv_cache_dtype == "fp8" else spec.dtype
-        self.compute = torch.float16 if kv_cache_dtype == "fp8" and spec.dtype == torch.bfloat16 else spec.dtype
-        rows = triton.next_power_of_2(spec.num_heads // spec.num_kv_heads)
+        compute = torch.float16 if kv_cache_dtype == "fp8" and spec.dtype == torch.bfloat16 else spec.dtype
+        rows = power_of_2(spec.num_heads // spec.num_kv_heads)
         self.prefill = prefill_shape(spec.head_dim, spec.dtype, self.cache_dtype, capability)
         self.decode = decode_shape(spec.head_dim, spec.dtype, self.cache_dtype, spec.block_size)
         for shape in (self.prefill, self.decode):
@@ -355,6 +355,15 @@ class TritonAttention(AttentionBackend):
             if torch.version.hip:  # AMD's cards have 64 KB of shared memory
                 shape |= {"TILE": min(shape["TILE"], 32), "num_stages": 2}
         self.programs = decode_programs(multiprocessors, shared_memory, self.decode, spec.head_dim, self.cache_dtype)
+        self.constants = {
+            "SCALE": spec.scale * LOG2E,
+            "HKV": spec.num_kv_heads,
+            "GROUP": spec.num_heads // spec.num_kv_heads,
+            "D": spec.head_dim,
+            "DIM": max(power_of_2(spec.head_dim), 16),  # what matrix instructions take at least
+            "PAGE": spec.block_size,
+            "COMPUTE": compute_type(compute),
+        }
 
     def page_bytes(self) -> int:
         return super().page_bytes() // self.spec.dtype.itemsize * self.cache_dtype.itemsize
@@ -363,6 +372,7 @@ class TritonAttention(AttentionBackend):
         spec = self.spec
         shape = (spec.num_layers, 2, num_blocks, spec.num_kv_heads, spec.block_size, spec.head_dim)
         self.cache = torch.zeros(shape, dtype=self.cache_dtype, device=spec.device)
+        self.pages = [tuple(layer) for layer in self.cache]  # K and V; made once, as views cost the host 2 us each
         group = spec.num_heads // spec.num_kv_heads
         self.partial = torch.empty(2 * self.programs, group * (spec.head_dim + 2), device=spec.device)
         self.arrived = torch.zeros(self.programs, dtype=torch.int32, device=spec.device)
@@ -376,38 +386,28 @@ class TritonAttention(AttentionBackend):
         }
 
     def write(self, layer: int, qkv: Tensor, rope: QKNormRope) -> Tensor:
-        return write_qkv(qkv, self.meta.positions, self.meta.slot_mapping, rope, *self.cache[layer])
+        return write_qkv(qkv, self.meta.positions, self.meta.slot_mapping, rope, *self.pages[layer])
 
     def store(self, layer: int, k: Tensor, v: Tensor) -> None:
-        write_kv(k, v, self.meta.slot_mapping, *self.cache[layer])
+        write_kv(k, v, self.meta.slot_mapping, *self.pages[layer])
 
     def attend(self, layer: int, q: Tensor) -> Tensor:
         spec, meta = self.spec, self.meta
         out = torch.empty_like(q)
         window = spec.sliding_windows[layer]
-        group = spec.num_heads // spec.num_kv_heads
         tables = (meta.block_tables, meta.block_tables.stride(0), meta.context_lens, meta.query_start)
-        constants = {
-            "SCALE": spec.scale * LOG2E,
-            "HKV": spec.num_kv_heads,
-            "GROUP": group,
-            "D": spec.head_dim,
-            "DIM": max(triton.next_power_of_2(spec.head_dim), 16),  # what matrix instructions take at least
-            "PAGE": spec.block_size,
-            "WINDOW": window or 0,
-            "COMPUTE": compute_type(self.compute),
-        }
-        decode = {name: value for name, value in self.decode.items() if name != "maxnreg"}
         _decode_kernel[(self.programs,)](
-            q, out, *self.cache[layer], *tables, *self.plans[window], self.partial, self.arrived,
-            **constants, **decode, **registers(self.decode["maxnreg"]),
+            q, out, *self.pages[layer], *tables, *self.plans[window], self.partial, self.arrived,
+            WINDOW=window or 0, **self.constants, **self.decode,
         )  # fmt: skip
         if meta.num_prefills:
             # the sum of ceil(query_len / block) over these sequences is at most this
-            grid = (len(q) // (self.prefill["BLOCK_M"] // group) + meta.num_prefills, spec.num_kv_heads)
+            block = self.prefill["BLOCK_M"] // self.constants["GROUP"]
+            grid = (len(q) // block + meta.num_prefills, spec.num_kv_heads)
             _prefill_kernel[grid](
-                q, out, *self.cache[layer], *tables, len(meta.context_lens), **constants, **self.prefill
-            )
+                q, out, *self.pages[layer], *tables, len(meta.context_lens),
+                WINDOW=window or 0, **self.constants, **self.prefill,
+            )  # fmt: skip
         return out.flatten(1)
 
 
@@ -427,7 +427,7 @@ def decode_plan(
     share, first, start, sequence = (
         torch.empty(size, dtype=torch.int32, device=device) for size in (2, programs, num_sequences + 1, num_sequences)
     )
-    _plan_kernel[(triton.cdiv(programs, 64),)](
+    _plan_kernel[(-(-programs // 64),)](
         meta.context_lens, meta.query_start, num_sequences, share, first, start, sequence,
         num_kv_heads, tile, window or 0, programs, 64, num_warps=4,
     )  # fmt: skip

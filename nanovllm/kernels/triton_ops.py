@@ -38,6 +38,11 @@ def registers(count: int) -> dict[str, int]:
     return {} if torch.version.hip else {"maxnreg": count}
 
 
+def power_of_2(n: int) -> int:
+    """The least that is not below n. Triton's own takes a microsecond: it could also be called inside a kernel."""
+    return 1 << (n - 1).bit_length()
+
+
 def compute_type(dtype: torch.dtype) -> tl.dtype:
     """What matrix products inside a kernel run in: the tensors' own type, but float32 under the interpreter."""
     return tl.float32 if INTERPRETED else getattr(tl, str(dtype).removeprefix("torch."))
@@ -74,7 +79,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """weight * x / sqrt(mean(x^2) + eps) over the last dimension; one program a row."""
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     out = torch.empty_like(rows)
-    block = triton.next_power_of_2(rows.shape[1])
+    block = power_of_2(rows.shape[1])
     if len(rows):
         _rms_norm_kernel[(len(rows),)](
             rows, rows, weight, out, eps, rows.shape[1], block, False, num_warps=_warps(block)
@@ -84,7 +89,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """(rms_norm(residual + x), residual + x), both [T, H] contiguous; overwrites both inputs with its results."""
-    block = triton.next_power_of_2(x.shape[1])
+    block = power_of_2(x.shape[1])
     if len(x):
         _rms_norm_kernel[(len(x),)](x, residual, weight, x, eps, x.shape[1], block, True, num_warps=_warps(block))
     return x, residual
@@ -105,7 +110,7 @@ def silu_and_mul(x: Tensor) -> Tensor:
     size = x.shape[1] // 2
     out = x.new_empty(len(x), size)
     if len(x):
-        _silu_and_mul_kernel[(len(x), triton.cdiv(size, 1024))](x, out, size, 1024, num_warps=4)
+        _silu_and_mul_kernel[(len(x), -(-size // 1024))](x, out, size, 1024, num_warps=4)
     return out
 
 
@@ -193,9 +198,9 @@ def _launch_write(
     eps: float, num_heads: int, rotated: int, k_cache: Tensor, v_cache: Tensor,
 ) -> None:  # fmt: skip
     _, num_kv_heads, page, dim = k_cache.shape
-    half = triton.next_power_of_2(dim // 2)
-    heads = min(triton.next_power_of_2(num_heads + 2 * num_kv_heads), max(2048 // half, 1))
-    grid = (len(qkv), triton.cdiv(num_heads + 2 * num_kv_heads, heads))
+    half = power_of_2(dim // 2)
+    heads = min(power_of_2(num_heads + 2 * num_kv_heads), max(2048 // half, 1))
+    grid = (len(qkv), -(-(num_heads + 2 * num_kv_heads) // heads))
     if len(qkv):
         _write_kernel[grid](
             qkv, q, k_cache, v_cache, slots, positions, cos_sin, q_weight, k_weight,
@@ -277,7 +282,7 @@ def draw(logits: Tensor, temperature: Tensor, u: Tensor, threshold: Tensor | Non
         _draw_kernel[(rows,)](
             logits, logits.stride(0), temperature, u, temperature if threshold is None else threshold, maxima, masses,
             tokens, vocab_size, num_tiles,
-            SAMPLE_TILE, num_tiles, triton.next_power_of_2(num_tiles), threshold is not None, num_warps=8,
+            SAMPLE_TILE, num_tiles, power_of_2(num_tiles), threshold is not None, num_warps=8,
         )  # fmt: skip
     return tokens
 
@@ -285,7 +290,7 @@ def draw(logits: Tensor, temperature: Tensor, u: Tensor, threshold: Tensor | Non
 def _tile_masses(logits: Tensor, temperature: Tensor, threshold: Tensor | None, tile: int) -> tuple[Tensor, Tensor]:
     """The maximum of each tile of each row [K, tiles], and the sum of exp((x - maximum) / temperature) over it."""
     rows, vocab_size = logits.shape
-    num_tiles = triton.cdiv(vocab_size, tile)
+    num_tiles = -(-vocab_size // tile)
     # Not halves of one tensor: the second would be aligned for some numbers of rows only, and kernels be compiled twice.
     maxima, masses = (torch.empty(rows, num_tiles, dtype=torch.float32, device=logits.device) for _ in range(2))
     _tile_mass_kernel[(rows, num_tiles)](
@@ -410,6 +415,6 @@ def filter_threshold(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: 
         num_tiles = maxima.shape[1]
         _threshold_kernel[(len(logits),)](
             logits, logits.stride(0), temperature, top_k, top_p, min_p, maxima, threshold, logits.shape[1],
-            FILTER_TILE, num_tiles, triton.next_power_of_2(num_tiles), shift, num_warps=4, **registers(160),
+            FILTER_TILE, num_tiles, power_of_2(num_tiles), shift, num_warps=4, **registers(160),
         )  # fmt: skip
     return threshold
