@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
@@ -24,8 +26,18 @@ from nanovllm import LLM, SamplingParams
 from nanovllm.engine.batch import Batch, build_batch
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import Sequence
+from nanovllm.parallel import TensorParallel
 from nanovllm.runner import memory
-from nanovllm.runner.cuda_graphs import DecodeGraphs, graph_size, graph_sizes, is_decode, is_plain
+from nanovllm.runner.cuda_graphs import (
+    NEVER_ENDED,
+    CaptureError,
+    DecodeGraphs,
+    capture,
+    graph_size,
+    graph_sizes,
+    is_decode,
+    is_plain,
+)
 from nanovllm.runner.decode_inputs import DecodeInputs
 
 
@@ -314,6 +326,97 @@ def test_a_step_that_ends_half_way_leaves_no_stale_inputs():
     assert outputs(llm, prompts, params) == [greedy(model, prompt, 12) for prompt in prompts]
 
 
+# -- recording, with what stands for torch.cuda ------------------------------------------------------------------------
+
+
+class PretendedCuda:
+    """Notes what `capture` asks of torch; the names and arguments are those of torch 2.8 to 2.13."""
+
+    device_index, device = 0, torch.device("cuda", 0)  # of the stream, which is this object too
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, end_fails: bool = False) -> None:
+        self.did: list[str] = []
+        self.inference = False
+        self.end_fails = end_fails
+        for owner, name, function in [
+            (torch.cuda, "CUDAGraph", lambda: self),
+            (torch.cuda, "default_generators", (self,)),
+            (torch.cuda, "stream", self.on),
+            (torch.cuda, "synchronize", lambda device: self.did.append("synchronize")),
+            (torch.cuda, "empty_cache", lambda: self.did.append("empty cache")),
+            (torch._C, "_cuda_clearCublasWorkspaces", lambda: self.did.append("clear workspaces")),
+            (torch._C, "_cuda_endAllocateToPool", lambda device, pool: self.did.append(f"end {pool}")),
+            (torch._C, "_cuda_releasePool", lambda device, pool: self.did.append(f"release {pool}")),
+        ]:
+            monkeypatch.setattr(owner, name, function, raising=False)
+
+    @contextmanager
+    def on(self, stream: object) -> Iterator[None]:
+        assert stream is self
+        yield
+
+    def synchronize(self) -> None:
+        self.did.append("stream ready")
+
+    def clone_state(self) -> str:
+        return "state"
+
+    def graphsafe_set_state(self, state: str) -> None:
+        self.did.append(f"set {state}")
+
+    def capture_begin(self, pool: str, capture_error_mode: str) -> None:
+        self.did.append(f"begin {pool}, {capture_error_mode}, {torch.is_inference_mode_enabled()}")
+
+    def capture_end(self) -> None:
+        self.did.append("end")
+        if self.end_fails:
+            raise RuntimeError("the capture is invalid")
+
+    def replay(self) -> None:
+        self.did.append("replay")
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_graph_is_recorded_once_its_work_has_run(monkeypatch, first):
+    cuda = PretendedCuda(monkeypatch)
+    with torch.inference_mode():
+        replay = capture(cuda, "pool", lambda: cuda.did.append("work"), first)
+    emptied = ["empty cache"] if first else []
+    assert cuda.did == [
+        "synchronize", "work", "stream ready", "clear workspaces", *emptied,
+        "begin pool, thread_local, False", "work", "end", "clear workspaces",
+    ]  # fmt: skip
+    replay()
+    assert cuda.did[-1] == "replay"
+
+
+@pytest.mark.parametrize("end_fails", [True, False])
+def test_a_failed_recording_says_so_and_gives_everything_back(monkeypatch, end_fails):
+    cuda, kept = PretendedCuda(monkeypatch, end_fails), len(NEVER_ENDED)
+
+    def work() -> None:
+        cuda.did.append("work")
+        if cuda.did.count("work") == 2:
+            raise torch.OutOfMemoryError("no memory")
+
+    with pytest.raises(CaptureError, match="the capture is invalid" if end_fails else "no memory"):
+        capture(cuda, "pool", work, False)
+    assert cuda.did[-6:] == ["work", "end", "set state", "end pool", "release pool", "clear workspaces"]
+    assert NEVER_ENDED[kept:] == [cuda]
+    NEVER_ENDED.pop()
+
+
+def test_what_fails_by_itself_is_no_failed_recording(monkeypatch):
+    cuda = PretendedCuda(monkeypatch)
+
+    def work() -> None:
+        raise torch.OutOfMemoryError("no memory")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        capture(cuda, "pool", work, True)
+    assert "begin" not in " ".join(cuda.did)
+
+
 # -- what the runner does around recording -----------------------------------------------------------------------------
 
 
@@ -377,6 +480,20 @@ def test_an_engine_whose_recording_fails_goes_on_eagerly(pretended_stream, monke
     (prompt,) = random_prompts([9])
     params = SamplingParams(temperature=0, max_tokens=10, ignore_eos=True)
     assert outputs(llm, [prompt], params) == [greedy(model, prompt, 10)]
+
+
+def test_one_of_several_ranks_does_not_wait_for_those_that_wait_for_it(pretended_stream, monkeypatch):
+    """What fails before it is recorded leaves the others inside its collectives."""
+
+    def failing(self: Unrecorded, *args: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Unrecorded, "record", failing)
+    runner = make_llm(max_num_seqs=4).llm_engine.runner
+    runner.capture_stream = pretended_stream
+    monkeypatch.setattr(runner, "tp", TensorParallel(0, 2))
+    with pytest.raises(torch.OutOfMemoryError):
+        memory.record_graphs(runner)
 
 
 @dataclass
