@@ -512,6 +512,11 @@ def test_dtype_in_torchs_own_words_and_nano_vllms_names():
     assert EngineArgs(Path("m")).model == "m"
 
 
+@pytest.mark.parametrize(("asked", "size"), [(None, 16), (32, 32)])
+def test_pages_on_a_cpu_hold_16_tokens_where_nobody_says(asked, size):
+    assert make_llm(block_size=asked).llm_engine.scheduler.block_size == size
+
+
 # -- the engine's state ------------------------------------------------------------------------------------------------
 
 

@@ -376,12 +376,12 @@ class PretendedCuda:
         self.did.append("replay")
 
 
-@pytest.mark.parametrize("first", [True, False])
-def test_a_graph_is_recorded_once_its_work_has_run(monkeypatch, first):
+@pytest.mark.parametrize("largest", [True, False])
+def test_a_graph_is_recorded_once_its_work_has_run(monkeypatch, largest):
     cuda = PretendedCuda(monkeypatch)
     with torch.inference_mode():
-        replay = capture(cuda, "pool", lambda: cuda.did.append("work"), first)
-    emptied = ["empty cache"] if first else []
+        replay = capture(cuda, "pool", lambda: cuda.did.append("work"), largest)
+    emptied = ["empty cache"] if largest else []
     assert cuda.did == [
         "synchronize", "work", "stream ready", "clear workspaces", *emptied,
         "begin pool, thread_local, False", "work", "end", "clear workspaces",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import json
 import os
 import random
@@ -458,7 +459,7 @@ def endless(qwen3):
     )
     try:
         # A function of a guarded script reaches the ranks.
-        assert "[2, 2]\n" in process.stdout
+        assert "[2, 2]\n" in itertools.islice(process.stdout, 20)  # torch 2.8's gloo prints too
         ranks = children(process.pid)
         assert len(ranks) == 1
         time.sleep(0.2)

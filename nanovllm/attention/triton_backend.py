@@ -31,6 +31,14 @@ def _pages(table, t, high, PAGE: tl.constexpr, TILE: tl.constexpr):
 
 
 @triton.jit
+def _query(q, dtype: tl.constexpr):
+    """q in the type of the products; what float16 cannot hold becomes its largest number."""
+    if dtype == tl.float16:
+        q = tl.minimum(tl.maximum(q.to(tl.float32), -65504.0), 65504.0)
+    return q.to(dtype)
+
+
+@triton.jit
 def _fold_tiles(
     m, mass, acc, q, q_position, k_cache, v_cache, table, head, tile, end, low, high,
     SCALE: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr,
@@ -126,7 +134,7 @@ def _prefill_kernel(
     q_head = head * GROUP + row % GROUP
     offset = ((start + token).to(tl.int64) * (HKV * GROUP * D) + q_head * D)[:, None] + dim[None, :]
     inside = ((row < BLOCK_Q * GROUP) & (token < count))[:, None] & (dim < D)[None, :]
-    q = tl.load(q_ptr + offset, mask=inside, other=0.0).to(COMPUTE)
+    q = _query(tl.load(q_ptr + offset, mask=inside, other=0.0), COMPUTE)
 
     low = tl.maximum(past + begin - WINDOW + 1, 0) if WINDOW > 0 else 0
     high = tl.minimum(context, past + begin + BLOCK_Q)
@@ -227,7 +235,7 @@ def _decode_kernel(
         stop = tl.minimum(count, end - segment)
         low = tl.maximum(context - WINDOW, 0) if WINDOW > 0 else 0
         offset = (tl.load(query_start + sequence).to(tl.int64) * HKV + head) * (GROUP * D)
-        q = tl.load(q_ptr + offset + inner, mask=inside, other=0.0).to(COMPUTE)
+        q = _query(tl.load(q_ptr + offset + inner, mask=inside, other=0.0), COMPUTE)
         m = tl.full([BLOCK_M], -1e30, tl.float32)
         mass = tl.zeros([BLOCK_M], tl.float32)
         acc = tl.zeros([BLOCK_M, DIM], tl.float32)
@@ -261,7 +269,7 @@ def _combine(partial_ptr, leader, last, out_ptr, GROUP: tl.constexpr, D: tl.cons
     """Makes the output [GROUP, D] of the partial results of programs leader..last, eight of them on their way at once."""
     ROWS: tl.constexpr = triton.next_power_of_2(GROUP)
     STATS: tl.constexpr = GROUP * D
-    # The sum is 0, which the compiler does not know: else it would make all this before the loop over keys, and spill.
+    # What is added is 0, which the compiler does not know: else it would make all this before the loop over keys, and spill.
     row = tl.arange(0, ROWS) + tl.minimum(leader, 0)
     dim = tl.arange(0, DIM)
     inside = (row < GROUP)[:, None] & (dim < D)[None, :]
@@ -269,9 +277,9 @@ def _combine(partial_ptr, leader, last, out_ptr, GROUP: tl.constexpr, D: tl.cons
     m = tl.full([ROWS], -1e30, tl.float32)
     mass = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, DIM], tl.float32)
-    for eight in range(leader, last + 1, 8):
+    for base in range(leader, last + 1, 8):
         for i in tl.static_range(8):
-            program = eight + i
+            program = base + i
             partial = partial_ptr + (2 * program + (program == leader).to(tl.int32)) * (GROUP * (D + 2))
             some = (row < GROUP) & (program <= last)
             # .cg: from L2, where other multiprocessors' stores are seen; L1 is not coherent with them
@@ -324,8 +332,8 @@ class TritonAttention(AttentionBackend):
     """Pages are [num_blocks, Hkv, block_size, D], K and V apart: one head of one page is one run of memory.
 
     With kv_cache_dtype "fp8" they hold float8 e4m3 with a scale of 1, which has the range of any trained model's K and
-    V (448) and 3 bits of mantissa. Products then run in float16: it holds float8 exactly, bfloat16's q to all of its bits,
-    and cards convert to it in one instruction, to bfloat16 in four.
+    V (448) and 3 bits of mantissa. Products then run in float16: it holds float8 exactly, bfloat16's q exactly from 6e-5
+    to 65504, where larger ones are cut off, and cards convert to it in one instruction, to bfloat16 in four.
     """
 
     @staticmethod
@@ -344,7 +352,9 @@ class TritonAttention(AttentionBackend):
             raise ValueError(f"kv_cache_dtype={kv_cache_dtype!r} is not known; accepted are 'auto' and 'fp8'")
         capability, multiprocessors, shared_memory = card(spec.device)
         if kv_cache_dtype == "fp8" and (capability < (8, 9) or torch.version.hip):
-            raise ValueError("kv_cache_dtype='fp8' needs a GPU of compute capability 8.9 or higher (Ada, Hopper)")
+            raise ValueError(
+                "kv_cache_dtype='fp8' needs an NVIDIA GPU of compute capability 8.9 or higher (Ada, Hopper)"
+            )
         self.cache_dtype = torch.float8_e4m3fn if kv_cache_dtype == "fp8" else spec.dtype
         compute = torch.float16 if kv_cache_dtype == "fp8" and spec.dtype == torch.bfloat16 else spec.dtype
         rows = power_of_2(spec.num_heads // spec.num_kv_heads)
@@ -352,7 +362,7 @@ class TritonAttention(AttentionBackend):
         self.decode = decode_shape(spec.head_dim, spec.dtype, self.cache_dtype, spec.block_size)
         for shape in (self.prefill, self.decode):
             shape["BLOCK_M"] = max(shape["BLOCK_M"], rows)
-            if torch.version.hip:  # AMD's cards have 64 KB of shared memory
+            if torch.version.hip:  # an MI300 has 64 KB of shared memory
                 shape |= {"TILE": min(shape["TILE"], 32), "num_stages": 2}
         self.programs = decode_programs(multiprocessors, shared_memory, self.decode, spec.head_dim, self.cache_dtype)
         self.constants = {

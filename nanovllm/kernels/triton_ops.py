@@ -328,7 +328,7 @@ def _search(
 ):  # fmt: skip
     """The largest t >= floor such that the logits >= t reach `need`, in number or in mass; `floor` if none does.
 
-    It is known to be at least `bound`. Each read tries WAYS points and keeps the interval low <= t < high between two of
+    Where it exists it is known to be at least `bound`. Each read tries WAYS points and keeps the interval low <= t < high between two of
     them. It ends when no two logits are left in the interval to be told apart.
     """
     WAYS: tl.constexpr = 4
@@ -393,7 +393,7 @@ def _threshold_kernel(
                 i = tile * TILE + tl.arange(0, TILE)
                 x = tl.load(row_ptr + i, mask=i < V, other=float("-inf")).to(tl.float32)
                 mass += tl.where(x >= floor, tl.exp((x - maximum) / temperature), 0.0)
-        need = top_p * tl.sum(mass)
+        need = tl.maximum(top_p, 1e-30) * tl.sum(mass)  # the largest logit always stays
         # All logits below this have together less mass, e^-17, than float32 can tell from 0 beside the largest one's, 1.
         bound = maximum - temperature * (tl.log(V.to(tl.float32)) + 17.0)
         floor = _search(
@@ -415,6 +415,6 @@ def filter_threshold(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: 
         num_tiles = maxima.shape[1]
         _threshold_kernel[(len(logits),)](
             logits, logits.stride(0), temperature, top_k, top_p, min_p, maxima, threshold, logits.shape[1],
-            FILTER_TILE, num_tiles, power_of_2(num_tiles), shift, num_warps=4, **registers(160),
+            FILTER_TILE, num_tiles, max(power_of_2(num_tiles), 2), shift, num_warps=4, **registers(160),
         )  # fmt: skip
     return threshold

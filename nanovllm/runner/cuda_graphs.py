@@ -49,8 +49,8 @@ def is_plain(batch: Batch) -> bool:
     return not any(map(len, (batch.filter_at, batch.allow_at, batch.bias_at, batch.penalty_at, batch.logprob_at)))
 
 
-def capture(stream: torch.cuda.Stream, pool: Any, work: Work, first: bool) -> Work:
-    """Records `work` as a graph, the `first` of its pool or a smaller one, and returns what replays it.
+def capture(stream: torch.cuda.Stream, pool: Any, work: Work, largest: bool) -> Work:
+    """Records `work` as a graph and returns what replays it. The `largest` size comes first and makes the pool grow.
 
     If that fails, raises CaptureError with streams, allocator and random generator as they were.
     """
@@ -62,7 +62,7 @@ def capture(stream: torch.cuda.Stream, pool: Any, work: Work, first: bool) -> Wo
         stream.synchronize()
         # A graph's workspace must lie in its pool: the library's own may be freed, by torch.compile for one.
         torch._C._cuda_clearCublasWorkspaces()
-        if first:
+        if largest:
             torch.cuda.empty_cache()  # while it records, torch would rather fail than give back what it keeps
         state = generator.clone_state()
         try:
@@ -111,7 +111,7 @@ class DecodeGraphs:
         self.hidden = torch.zeros(max_num_seqs, hidden_size, dtype=dtype, device=device)
         self.tokens = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
         self.graphs: dict[int, tuple[Work, Work]] = {}
-        self.capture: Callable[[Work, bool], Work] = lambda work, first: work  # a device without graphs just runs it
+        self.capture: Callable[[Work, bool], Work] = lambda work, largest: work  # a device without graphs just runs it
         if stream is not None:
             self.capture = partial(capture, stream, torch.cuda.graph_pool_handle())
 
@@ -133,8 +133,11 @@ class DecodeGraphs:
             hidden.copy_(forward(batch))
             self.inputs.advance(size)
 
-        first = not self.graphs
-        self.graphs[size] = self.capture(step, first), self.capture(lambda: tokens.copy_(head(hidden, batch)), first)
+        largest = not self.graphs
+        self.graphs[size] = (
+            self.capture(step, largest),
+            self.capture(lambda: tokens.copy_(head(hidden, batch)), largest),
+        )
 
     def _forward(self, batch: Batch) -> Work:
         """Replays the first graph of the batch's size, and returns the other."""

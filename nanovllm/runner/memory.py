@@ -105,7 +105,10 @@ def graph_bytes(runner: ModelRunner) -> int:
 
 @torch.inference_mode()
 def record_graphs(runner: ModelRunner, count: int | None = None) -> DecodeGraphs | None:
-    """Decode graphs of the `count` largest sizes (None: of all); None where there are none or one cannot be recorded."""
+    """Decode graphs of the `count` largest sizes (None: of all); None where there are none or one cannot be recorded.
+
+    Raises RuntimeError where a step of several ranks fails by itself.
+    """
     if runner.capture_stream is None:
         return None
     max_blocks = -(-runner.max_model_len // runner.attention.spec.block_size)
@@ -156,7 +159,7 @@ def profile_step(runner: ModelRunner) -> int:
     positions = np.tile(np.arange(length, dtype=np.int32), count)
     zeros = np.zeros(count * length, np.int32)
     batch = Batch(
-        sizes=np.array([length, count, length, -1, -1], np.int32),
+        sizes=np.array([length, count * (length > 1), length, -1, -1], np.int32),
         token_ids=zeros,
         positions=positions,
         slot_mapping=positions,

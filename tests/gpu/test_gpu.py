@@ -90,14 +90,16 @@ def test_greedy_tokens_equal_transformers(tmp_path, family, shape):
                 assert [out.outputs[0].token_ids for out in outs] == expected, (backend, graphs, overlap, times)
 
 
-@pytest.mark.parametrize("block_size", [1, 8, 64, 256])
+@pytest.mark.parametrize("block_size", [None, 1, 8, 256])
 def test_any_block_size_gives_the_same_tokens(block_size):
     folder, model = shared_model()
     expected = [greedy(model, prompt, 20) for prompt in PROMPTS]
-    for backend in backends(torch.float32, block_size):
+    size = block_size or 64
+    for backend in backends(torch.float32, size):
         llm = make_llm(
-            folder, attention_backend=backend, block_size=block_size, num_gpu_blocks_override=2048 // block_size + 20
+            folder, attention_backend=backend, block_size=block_size, num_gpu_blocks_override=2048 // size + 20
         )
+        assert llm.llm_engine.scheduler.block_size == size
         assert tokens_of(llm, PROMPTS) == expected, backend
 
 
