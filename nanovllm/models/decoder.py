@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -112,7 +113,7 @@ class CausalLM(nn.Module):
         """input_ids [T] -> hidden states [T, hidden]. Positions are in the backend's metadata."""
         return self.model(input_ids, attention)
 
-    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+    def load_weights(self, weights: Iterable[tuple[str, Any]]) -> set[str]:
         """Writes new weights, under checkpoint names, into the running model; returns the names that were given.
 
         Reset the prefix cache after it. Raises ValueError for a name or a shape that the model does not have.

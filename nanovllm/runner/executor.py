@@ -63,9 +63,9 @@ def make_executor(setup: Setup) -> Executor:
             f"distributed_executor_backend='uni' runs one rank, and tensor_parallel_size={size}; accepted is 'mp'"
         )
     if backend == "external_launcher":
-        return Executor(setup.make_runner(join_torchrun(setup, size)))
+        return Executor(ModelRunner(setup, join_torchrun(setup, size)))
     if size == 1:
-        return Executor(setup.make_runner())
+        return Executor(ModelRunner(setup))
     if setup.device.type == "cuda":
         first, count = setup.device.index or 0, torch.cuda.device_count()
         if first + size > count:

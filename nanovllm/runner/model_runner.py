@@ -5,27 +5,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from nanovllm import loader
 from nanovllm.attention import AttentionMetadata, AttentionSpec
 from nanovllm.attention.select import select_backend
 from nanovllm.attention.torch_backend import TorchAttention
-from nanovllm.config import EngineArgs
 from nanovllm.engine.batch import Batch
 from nanovllm.layers.sampler import Logprobs, logprobs, sample
 from nanovllm.layers.source import all_sources, listing
-from nanovllm.models.config import ModelConfig, rope_table
+from nanovllm.models.config import rope_table
 from nanovllm.models.decoder import CausalLM
 from nanovllm.parallel import TensorParallel
 from nanovllm.runner import memory
 from nanovllm.runner.cuda_graphs import DecodeGraphs, is_decode, is_plain
 from nanovllm.runner.memory import to_host
+from nanovllm.runner.setup import Setup
 
 PROMPT_LOGPROB_ROWS = 256  # so many rows of logits at a time: those of a whole chunk would take gigabytes
 
@@ -60,24 +59,12 @@ class Launch:
 class ModelRunner:
     """Owns everything that lives on one device."""
 
-    def __init__(
-        self,
-        args: EngineArgs,
-        config: ModelConfig,
-        weights: Callable[[], Iterable[tuple[str, Any]]] | None,
-        *,
-        dtype: torch.dtype,
-        device: torch.device,
-        block_size: int,
-        max_model_len: int,
-        max_num_seqs: int,
-        max_num_batched_tokens: int,
-        tp: TensorParallel = TensorParallel(),
-    ) -> None:
-        self.args, self.config, self.dtype, self.device, self.tp = args, config, dtype, device, tp
-        self.max_model_len, self.max_num_batched_tokens = max_model_len, max_num_batched_tokens
-        self.max_num_seqs = max_num_seqs
-        self.weights = weights  # opens the checkpoint; None (load_format="dummy"): random ones
+    def __init__(self, setup: Setup, tp: TensorParallel = TensorParallel()) -> None:
+        args, config, device = setup.args, setup.config, setup.device
+        self.args, self.config, self.files, self.tp = args, config, setup.files, tp
+        self.dtype, self.device = setup.dtype, device
+        self.max_model_len, self.max_num_seqs = setup.max_model_len, setup.max_num_seqs
+        self.max_num_batched_tokens = setup.max_num_batched_tokens
         self.free_at_start = memory.free_memory(self)
         self.model = self._make_model()
         spec = AttentionSpec(
@@ -87,12 +74,12 @@ class ModelRunner:
             head_dim=config.head_dim,
             scale=config.head_dim**-0.5,
             sliding_windows=config.sliding_windows,
-            block_size=block_size,
-            dtype=dtype,
+            block_size=setup.block_size,
+            dtype=self.dtype,
             device=device,
         )
         self.attention = select_backend(spec, args.attention_backend, args.kv_cache_dtype)
-        self.last_tokens = torch.zeros(max_num_seqs + 1, dtype=torch.int64, device=device)  # the last: of padding
+        self.last_tokens = torch.zeros(self.max_num_seqs + 1, dtype=torch.int64, device=device)  # the last: of padding
         # The torch backend reads on the host what a graph would have to read on the device.
         can_record = device.type == "cuda" and not isinstance(self.attention, TorchAttention)
         self.capture_stream = torch.cuda.Stream(device) if can_record and not args.enforce_eager else None
@@ -120,7 +107,7 @@ class ModelRunner:
         return model
 
     def load(self, model: CausalLM) -> None:
-        if self.weights is None:
+        if self.args.load_format == "dummy":
             generator = torch.Generator(self.device).manual_seed(self.args.seed + self.tp.rank)
             with model.unpacked():
                 for parameter in model.parameters():
@@ -129,7 +116,7 @@ class ModelRunner:
                     else:
                         parameter.data.fill_(1)
             return
-        missing = set(all_sources(model)) - model.load_weights(self.weights())
+        missing = set(all_sources(model)) - model.load_weights(loader.iter_weights(self.files))
         if missing:
             raise ValueError(f"checkpoint: {self.args.model} has no tensor for {listing(missing)}")
 

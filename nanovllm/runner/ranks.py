@@ -81,7 +81,7 @@ class SpawnedExecutor(Executor):
         tp = self.workers.unless_dead(lambda: TensorParallel.join(store, 0, size, setup.device))
         if setup.device.type == "cuda":
             self.workers.on_failure = tp.group.abort
-        return setup.make_runner(tp)
+        return ModelRunner(setup, tp)
 
     def launch(self, batch: Batch) -> SpawnedLaunch:
         self.workers.check()
@@ -414,7 +414,7 @@ def serve(rank: int, connection: Connection, slots: list[Slot]) -> None:
         setup.device = torch.device("cuda", (setup.device.index or 0) + rank)
         torch.cuda.set_device(setup.device)
     store = dist.TCPStore("127.0.0.1", port, None, False, MEETING)
-    runner = setup.make_runner(TensorParallel.join(store, rank, size, setup.device))
+    runner = ModelRunner(setup, TensorParallel.join(store, rank, size, setup.device))
     connection.send_bytes(REPLY)
     for turn in itertools.cycle(slots):
         while message := connection.recv_bytes():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,6 @@ import torch
 from nanovllm import loader
 from nanovllm.config import EngineArgs
 from nanovllm.models.config import read_config
-from nanovllm.parallel import TensorParallel
-from nanovllm.runner.model_runner import ModelRunner
 
 logger = logging.getLogger("nanovllm")
 
@@ -93,21 +90,6 @@ class Setup:
         """What another rank's process needs to make its runner: all is decided, and no prompt is read there."""
         args = replace(self.args, hf_overrides=None)
         return {**vars(self), "args": args, "hf_config": None, "tokenizer": None}
-
-    def make_runner(self, tp: TensorParallel = TensorParallel()) -> ModelRunner:
-        dummy = self.args.load_format == "dummy"
-        return ModelRunner(
-            self.args,
-            self.config,
-            None if dummy else partial(loader.iter_weights, self.files),
-            dtype=self.dtype,
-            device=self.device,
-            block_size=self.block_size,
-            max_model_len=self.max_model_len,
-            max_num_seqs=self.max_num_seqs,
-            max_num_batched_tokens=self.max_num_batched_tokens,
-            tp=tp,
-        )
 
 
 def pick_device(name: str) -> torch.device:
