@@ -118,7 +118,7 @@ def check_rows(inputs: DecodeInputs, batch: Batch, size: int) -> None:
     np.testing.assert_array_equal(inputs.tables[:count, :width], batch.block_tables)
     for name in ("temperature", "uniform"):
         expected = np.zeros(size, np.float32)
-        expected[batch.random_at] = getattr(batch, name)
+        expected[: len(batch.temperature)] = getattr(batch, name)
         np.testing.assert_array_equal(inputs.columns[name][:size], expected, err_msg=name)
     assert (inputs.columns["slot_mapping"][count:size] == -1).all()
     assert (inputs.columns["context_lens"][count:size] == 1).all()

@@ -32,8 +32,7 @@ class Batch:
     """T tokens of S sequences, K of which get a new token. Fields that no request of the batch needs are empty.
 
     Token ids of -1 are pending: the device has sampled them for `token_rows` in an earlier step that the host has not
-    seen yet. What `*_at` arrays hold are indices: into the T tokens, into the K sampled rows (samples), into the rows
-    that draw at random (draws), as said.
+    seen yet. What `*_at` arrays hold are indices: into the T tokens, or into the K sampled rows (samples), as said.
     """
 
     sizes: Array  # [5] those of AttentionMetadata, in its order; most logprobs and most prompt logprobs wanted
@@ -46,10 +45,9 @@ class Batch:
     block_tables: Array  # [S, most blocks]
     sample_at: Array  # [K] into tokens: whose logits are sampled
     sample_rows: Array  # [K]
-    random_at: Array = no_ints()  # [R] into samples: the rest is greedy
-    temperature: Array = no_floats()  # [R]
-    uniform: Array = no_floats()  # [R] in [0, 1)
-    filter_at: Array = no_ints()  # [F] into draws
+    temperature: Array = no_floats()  # [K] 0: greedy; empty where all are
+    uniform: Array = no_floats()  # [K] in [0, 1)
+    filter_at: Array = no_ints()  # [F] into samples, those that are not greedy
     top_k: Array = no_ints()  # [F] the vocabulary size where off
     top_p: Array = no_floats()  # [F]
     min_p: Array = no_floats()  # [F]
@@ -139,13 +137,10 @@ def add_sampling(batch: Batch, table: SequenceTable, rows: np.ndarray, lengths: 
     Only what some row uses: an all-greedy batch adds nothing.
     """
     temperature = table.temperature[rows]
-    batch.random_at = np.flatnonzero(temperature).astype(np.int32)
-    if len(batch.random_at):
-        drawn = rows[batch.random_at]
-        batch.temperature = temperature[batch.random_at]
-        batch.uniform = uniform(table.seed[drawn], lengths[batch.random_at])
-        batch.filter_at = np.flatnonzero(table.filters[drawn]).astype(np.int32)
-        filtered = drawn[batch.filter_at]
+    if temperature.any():
+        batch.temperature, batch.uniform = temperature, uniform(table.seed[rows], lengths)
+        batch.filter_at = np.flatnonzero(table.filters[rows]).astype(np.int32)
+        filtered = rows[batch.filter_at]
         batch.top_k = np.where(table.top_k[filtered] > 0, table.top_k[filtered], vocab_size).astype(np.int32)
         batch.top_p, batch.min_p = table.top_p[filtered], table.min_p[filtered]
     batch.logprob_at = np.flatnonzero(table.num_logprobs[rows] >= 0).astype(np.int32)

@@ -77,7 +77,7 @@ class SequenceTable:
         self.seed = column(np.uint64)
         self.temperature = column(np.float32)
         self.top_k, self.top_p, self.min_p = column(np.int32), column(np.float32), column(np.float32)
-        self.filters = column(np.bool_)  # uses top_k, top_p or min_p
+        self.filters = column(np.bool_)  # uses top_k, top_p or min_p; greedy ones never do
         self.edits = column(np.bool_)  # uses anything that changes logits before the temperature
         self.num_logprobs = column(np.int32)  # -1: none
 

@@ -37,22 +37,14 @@ def sample(logits: Tensor, batch: Batch, last_tokens: Tensor) -> Tensor:
     """
     if len(batch.allow_at) or len(batch.bias_at) or len(batch.penalty_at):
         logits = edit(logits.float(), batch, last_tokens)
-    if not len(batch.random_at):
+    if not len(batch.temperature):
         return kernels.argmax(logits)
-    if len(batch.random_at) == len(logits):
-        drawn, tokens = logits, None
-    else:
-        drawn, tokens = logits[batch.random_at], kernels.argmax(logits)
     threshold = None
     if len(batch.filter_at):
         at = batch.filter_at
-        threshold = batch.temperature.new_full((len(drawn),), float("-inf"))
-        threshold[at] = filter_threshold(drawn[at], batch.temperature[at], batch.top_k, batch.top_p, batch.min_p)
-    draws = kernels.draw(drawn, batch.temperature, batch.uniform, threshold)
-    if tokens is None:
-        return draws
-    tokens[batch.random_at] = draws
-    return tokens
+        threshold = torch.full_like(batch.temperature, float("-inf"))
+        threshold[at] = filter_threshold(logits[at], batch.temperature[at], batch.top_k, batch.top_p, batch.min_p)
+    return kernels.draw(logits, batch.temperature, batch.uniform, threshold)
 
 
 def edit(logits: Tensor, batch: Batch, last_tokens: Tensor) -> Tensor:

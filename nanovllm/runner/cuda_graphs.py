@@ -124,7 +124,6 @@ class DecodeGraphs:
             block_tables=self.inputs.tables[:size],
             sample_at=self.each[:size],
             sample_rows=columns["token_rows"],
-            random_at=self.each[:size],
             **columns,
         )
         hidden, tokens = self.hidden[:size], self.tokens[:size]

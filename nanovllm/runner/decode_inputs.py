@@ -57,12 +57,11 @@ class DecodeInputs:
         count, width = batch.block_tables.shape
         rows = np.empty((len(COLUMNS), size), np.int32)
         for row, (name, padding) in zip(rows, self.padding.items()):
+            row[count:] = padding
             if name in ("temperature", "uniform"):
-                row[:] = padding
-                row.view(np.float32)[batch.random_at] = getattr(batch, name)
+                row.view(np.float32)[:count] = getattr(batch, name) if len(batch.temperature) else 0
             else:
                 row[:count] = 1 if name == "step" else getattr(batch, name)
-                row[count:] = padding
         before, tables = self.rows[:, :size], self.tables[:count, :width]
         changed, changed_tables = np.flatnonzero(rows != before), np.flatnonzero(batch.block_tables != tables)
         (row, column), (sequence, block) = np.divmod(changed, size), np.divmod(changed_tables, width)

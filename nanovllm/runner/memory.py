@@ -169,7 +169,6 @@ def profile_step(runner: ModelRunner) -> int:
         block_tables=np.tile(np.arange(blocks, dtype=np.int32), (count, 1)),
         sample_at=np.arange(1, count + 1, dtype=np.int32) * length - 1,
         sample_rows=np.arange(count, dtype=np.int32),
-        random_at=np.arange(count, dtype=np.int32),
         temperature=np.ones(count, np.float32),
         uniform=np.zeros(count, np.float32),
         filter_at=np.arange(count, dtype=np.int32),
