@@ -225,34 +225,31 @@ class Scheduler:
         """
         table, rows, positions = self.table, step.rows[step.sampled], step.ends[step.sampled]
         live = table.seq_id[rows] == step.seq_ids
-        news: list[tuple[int, Sequence]] = []
-        for i in np.flatnonzero(~live):
-            seq = self.unfinished.get(int(step.seq_ids[i]))
-            if seq is not None:  # preempted meanwhile: it waits with the pending token as its last
-                seq.token_ids[positions[i]] = tokens[i]
-                news.append((int(i), seq))
-        index = np.flatnonzero(live)
-        rows, positions, tokens_live = rows[index], positions[index], tokens[index]
-        table.token_ids[rows, positions] = tokens_live
-        look = (positions + 1 >= table.end[rows]) | table.has_stop_tokens[rows] | table.watched[rows]
+        table.token_ids[rows[live], positions[live]] = tokens[live]
+        look = ~live | (positions + 1 >= table.end[rows]) | table.has_stop_tokens[rows] | table.watched[rows]
         for eos in self.eos_token_ids:
-            look |= (tokens_live == eos) & ~table.ignore_eos[rows]
-        for i in np.flatnonzero(look):
-            news.append((int(index[i]), self._running(int(rows[i]))))
-        for at, seq in news:
-            self._finish_if_ended(seq, int(tokens[at]), int(step.ends[step.sampled[at]]) + 1)
-        return [(at, seq) for at, seq in news if seq.finish_reason or seq.watched]
+            look |= (tokens == eos) & ~table.ignore_eos[rows]
+        news: list[tuple[int, Sequence]] = []
+        for i in np.flatnonzero(look).tolist():
+            seq = self.unfinished.get(int(step.seq_ids[i]))
+            if seq is None:
+                continue
+            if seq.row < 0:  # preempted meanwhile: it waits with the pending token as its last
+                seq.token_ids[positions[i]] = tokens[i]
+            self._finish_if_ended(seq, int(tokens[i]), int(positions[i]) + 1)
+            if seq.finish_reason or seq.watched:
+                news.append((i, seq))
+        return news
 
     def _finish_if_ended(self, seq: Sequence, token: int, length: int) -> None:
         """EOS, then stop tokens, then length: the order decides which reason is given."""
-        if length - seq.prompt_len >= seq.params.min_tokens:
-            if token in self.eos_token_ids and not seq.params.ignore_eos:
-                return self.finish(seq, "stop")
-            if token in seq.stop_token_ids:
-                return self.finish(seq, "stop", token)
-        if length >= seq.end:
+        may_stop = length - seq.prompt_len >= seq.params.min_tokens
+        if may_stop and token in self.eos_token_ids and not seq.params.ignore_eos:
+            self.finish(seq, "stop")
+        elif may_stop and token in seq.stop_token_ids:
+            self.finish(seq, "stop", token)
+        elif length >= seq.end:
             self.finish(seq, "length")
-        return None
 
     def finish(self, seq: Sequence, reason: str, stop_reason: int | str | None = None) -> None:
         """Ends a sequence wherever it is, and frees its pages."""
