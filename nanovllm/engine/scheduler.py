@@ -88,25 +88,21 @@ class Scheduler:
         rows, counts = self._grant_running()
         starts = table.num_computed[rows]
         sampled = self._advance(rows, counts)
+        parts = [(rows, starts, counts, sampled)]
         budget = self.max_num_batched_tokens - int(counts.sum())
-        admitted: list[tuple[int, int, int, bool]] = []
         while self.waiting and budget > 0 and table.free_rows and self.num_preemptions == before:
             row = self._admit(self.waiting[0], budget)
             if row is None:
                 break
-            start = int(table.num_computed[row])
-            count = min(int(table.num_tokens[row]) - start, budget)
-            self._allocate(row, -(-(start + count) // self.block_size) - int(table.num_blocks[row]))
-            last = self._advance(np.array([row]), np.array([count], np.int32))
+            new = np.array([row])
+            start = table.num_computed[new]
+            count = np.minimum(table.num_tokens[new] - start, budget)
+            self._allocate(row, -(-int(start[0] + count[0]) // self.block_size) - int(table.num_blocks[row]))
+            parts.append((new, start, count, self._advance(new, count)))
             self.order = np.append(self.order, row)
-            admitted.append((row, start, count, bool(last[0])))
-            budget -= count
-        if admitted:
-            new_rows, new_starts, new_counts, new_sampled = (np.array(column) for column in zip(*admitted))
-            rows = np.concatenate((rows, new_rows))
-            starts = np.concatenate((starts, new_starts.astype(np.int32)))
-            counts = np.concatenate((counts, new_counts.astype(np.int32)))
-            sampled = np.concatenate((sampled, new_sampled))
+            budget -= int(count[0])
+        if len(parts) > 1:
+            rows, starts, counts, sampled = map(np.concatenate, zip(*parts))
         if not len(rows):
             return None
         picked = np.flatnonzero(sampled)
