@@ -280,7 +280,7 @@ class Trace:
         scheduler, table = self.scheduler, self.scheduler.table
         running = scheduler.order.tolist()
         assert sorted(running + table.free_rows) == list(range(self.config.max_num_seqs))
-        assert {row for row, seq in enumerate(table.seqs) if seq} == set(running)
+        assert set(table.seqs) == set(running)
         seqs = [table.seqs[row] for row in running] + list(scheduler.waiting)
         ids = [seq.seq_id for seq in seqs]
         assert ids == sorted(ids) == list(scheduler.unfinished), "who came first is first"

@@ -163,7 +163,8 @@ def assert_idle(llm: LLM) -> None:
     assert not scheduler.waiting
     assert not scheduler.unfinished
     assert len(scheduler.order) == 0
-    assert len(scheduler.table.free_rows) == len(scheduler.table.seqs)
+    assert not scheduler.table.seqs
+    assert len(scheduler.table.free_rows) == len(scheduler.table.seq_id)
     assert not llm.llm_engine.has_unfinished_requests()
     assert not llm._mail
 

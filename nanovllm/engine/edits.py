@@ -23,7 +23,6 @@ def add_edits(batch: Batch, table: SequenceTable, rows: np.ndarray, lengths: np.
     for at in edited.tolist():
         row, length = int(rows[at]), int(lengths[at])
         seq = table.seqs[row]
-        assert seq is not None
         params, tokens = seq.params, table.token_ids[row, :length]
         if params.allowed_token_ids:
             allow.append((at, params.allowed_token_ids))
@@ -70,7 +69,6 @@ def add_prompt_logprobs(batch: Batch, table: SequenceTable, step: Step) -> list[
         stop = min(int(step.ends[i]), int(table.prompt_len[row]) - 1)
         if start < stop:
             seq = table.seqs[row]
-            assert seq is not None
             asked.append((seq, start + 1, stop - start))
             at.append(np.arange(stop - start, dtype=np.int32) + batch.query_start[i])
             targets.append(table.token_ids[row, start + 1 : stop + 1])

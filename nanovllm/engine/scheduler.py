@@ -121,7 +121,7 @@ class Scheduler:
             needed = np.maximum(-(-(computed + counts) // size) - table.num_blocks[rows], 0)
             if needed.sum() <= self.blocks.num_free:
                 break
-            self._preempt(self._running(int(rows[-1])))
+            self._preempt(self.table.seqs[rows[-1]])
         for i in np.flatnonzero(needed):
             self._allocate(int(rows[i]), int(needed[i]))
         running = counts > 0
@@ -184,16 +184,11 @@ class Scheduler:
         return sampled
 
     def _register(self, row: int, full: int) -> None:
-        table, size, seq = self.table, self.block_size, self._running(row)
+        table, size, seq = self.table, self.block_size, self.table.seqs[row]
         for i in range(int(table.num_registered[row]), full):
             tokens = table.token_ids[row, i * size : (i + 1) * size]
             seq.prefix = self.blocks.register(int(table.block_table[row, i]), tokens, seq.prefix, self._root(seq))
         table.num_registered[row] = full
-
-    def _running(self, row: int) -> Sequence:
-        seq = self.table.seqs[row]
-        assert seq is not None
-        return seq
 
     def _root(self, seq: Sequence) -> int:
         """Where its hash chain starts. With prefix caching off only the sequences of one request share pages."""

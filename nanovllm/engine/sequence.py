@@ -56,7 +56,7 @@ class SequenceTable:
         def column(dtype: type) -> np.ndarray:
             return np.zeros(max_num_seqs, dtype)
 
-        self.seqs: list[Sequence | None] = [None] * max_num_seqs
+        self.seqs: dict[int, Sequence] = {}
         self.free_rows = list(range(max_num_seqs - 1, -1, -1))
         self.token_ids = np.zeros((max_num_seqs, max_model_len), np.int32)
         self.block_table = np.zeros((max_num_seqs, -(-max_model_len // block_size)), np.int32)
@@ -117,7 +117,8 @@ class SequenceTable:
         """Takes the row back; the sequence keeps its tokens (a pending one included)."""
         row = seq.row
         seq.token_ids = self.token_ids[row, : self.num_tokens[row]].copy()
-        self.seqs[row], self.seq_id[row], seq.row = None, -1, -1
+        del self.seqs[row]
+        self.seq_id[row], seq.row = -1, -1
         self.free_rows.append(row)
 
     def blocks_of(self, row: int) -> list[int]:
