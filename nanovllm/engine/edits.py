@@ -64,11 +64,11 @@ def add_prompt_logprobs(batch: Batch, table: SequenceTable, step: Step) -> list[
     asked: list[tuple[Sequence, int, int]] = []
     at: list[np.ndarray] = []
     targets: list[np.ndarray] = []
-    for i in np.flatnonzero(table.wants_prompt_logprobs[step.rows]):
+    for i in np.flatnonzero(table.num_prompt_logprobs[step.rows] >= 0):
         row, start = step.rows[i], int(step.starts[i])
-        stop = min(int(step.ends[i]), int(table.prompt_len[row]) - 1)
+        seq = table.seqs[row]
+        stop = min(int(step.ends[i]), seq.prompt_len - 1)
         if start < stop:
-            seq = table.seqs[row]
             asked.append((seq, start + 1, stop - start))
             at.append(np.arange(stop - start, dtype=np.int32) + batch.query_start[i])
             targets.append(table.token_ids[row, start + 1 : stop + 1])

@@ -217,7 +217,7 @@ class Scheduler:
         table, rows, positions = self.table, step.rows[step.sampled], step.ends[step.sampled]
         live = table.seq_id[rows] == step.seq_ids
         table.token_ids[rows[live], positions[live]] = tokens[live]
-        look = ~live | (positions + 1 >= table.end[rows]) | table.has_stop_tokens[rows] | table.watched[rows]
+        look = ~live | (positions + 1 >= table.end[rows]) | table.looked_at[rows]
         for eos in self.eos_token_ids:
             look |= (tokens == eos) & ~table.ignore_eos[rows]
         news: list[tuple[int, Sequence]] = []

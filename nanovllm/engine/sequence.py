@@ -67,36 +67,27 @@ class SequenceTable:
         self.num_blocks = column(np.int32)
         self.num_registered = column(np.int32)  # how many of its blocks can be hit by others
         self.end = column(np.int32)
-        self.prompt_len = column(np.int32)
         self.ignore_eos = column(np.bool_)
-        self.has_stop_tokens = column(np.bool_)
-        self.watched = column(np.bool_)
+        self.looked_at = column(np.bool_)  # the host looks at each of its tokens: it is watched, or has stop tokens
         self.waits = column(np.bool_)  # sampling needs its previous token on the host: no overlap while it runs
-        self.wants_prompt_logprobs = column(np.bool_)
-        self.num_prompt_logprobs = column(np.int32)
         self.seed = column(np.uint64)
         self.temperature = column(np.float32)
         self.top_k, self.top_p, self.min_p = column(np.int32), column(np.float32), column(np.float32)
         self.filters = column(np.bool_)  # uses top_k, top_p or min_p; greedy ones never do
         self.edits = column(np.bool_)  # uses anything that changes logits before the temperature
         self.num_logprobs = column(np.int32)  # -1: none
+        self.num_prompt_logprobs = column(np.int32)  # -1: none
 
     def admit(self, seq: Sequence) -> int:
-        """Gives a sequence a row with nothing computed."""
+        """Gives a sequence a row; what it has computed and which blocks it holds is for the scheduler to fill in."""
         seq.row = row = self.free_rows.pop()
         params, length = seq.params, len(seq.token_ids)
         self.seqs[row] = seq
         self.token_ids[row, :length] = seq.token_ids
         self.seq_id[row], self.num_tokens[row], self.end[row] = seq.seq_id, length, seq.end
-        for column in (self.num_computed, self.num_cached, self.num_blocks, self.num_registered):
-            column[row] = 0
-        self.prompt_len[row] = seq.prompt_len
         self.ignore_eos[row] = params.ignore_eos
-        self.has_stop_tokens[row] = bool(seq.stop_token_ids) or params.min_tokens > 0
-        self.watched[row] = seq.watched
+        self.looked_at[row] = seq.watched or bool(seq.stop_token_ids)
         self.waits[row] = any(len(word) > 1 for word in seq.bad_words)
-        self.wants_prompt_logprobs[row] = seq.prompt_logprobs is not None
-        self.num_prompt_logprobs[row] = seq.prompt_logprobs or 0
         self.seed[row] = seq.seed
         self.temperature[row] = params.temperature
         self.top_k[row], self.top_p[row], self.min_p[row] = params.top_k, params.top_p, params.min_p
@@ -111,6 +102,7 @@ class SequenceTable:
             or params.min_tokens
         )
         self.num_logprobs[row] = -1 if params.logprobs is None else params.logprobs
+        self.num_prompt_logprobs[row] = -1 if seq.prompt_logprobs is None else seq.prompt_logprobs
         return row
 
     def remove(self, seq: Sequence) -> None:
