@@ -27,7 +27,7 @@ def beam_search(llm: LLM, prompts: list[Any], params: BeamSearchParams, use_tqdm
     params.verify()
     engine = llm.llm_engine
     width, eos = params.beam_width, frozenset() if params.ignore_eos else engine.eos_token_ids
-    starts = [engine.check_prompt(prompt) for prompt in prompts]
+    starts = [engine.tokenize(prompt)[1].tolist() for prompt in prompts]
     lengths = [len(tokens) for tokens in starts]
     beams = [[BeamSearchSequence(tokens)] for tokens in starts]
     ended: list[list[BeamSearchSequence]] = [[] for _ in starts]

@@ -6,6 +6,7 @@ host finishes step N - 1 and prepares step N + 1 while the device runs step N. T
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -40,8 +41,7 @@ class LLMEngine:
         self.eos_token_ids = setup.eos_token_ids
         self.overlap = setup.device.type == "cuda" if args.async_scheduling is None else args.async_scheduling
         self.log_stats = not args.disable_log_stats
-        self.num_requests = 0
-        self.num_sequences = 0
+        self.request_numbers, self.seq_ids = itertools.count(), itertools.count()
         self.totals = dict.fromkeys(TOTALS, 0)  # of schedulers that a reset has replaced
         self.model_config, self.scheduler_config, self.model_executor = describe(self)
         self.reset()
@@ -94,20 +94,19 @@ class LLMEngine:
             raise TypeError(f"request_id={request_id!r} must be a str")
         if request_id in self.processor.requests:
             raise ValidationError(f"request_id={request_id!r} is in use by an unfinished request")
-        text, token_ids = self._tokenize(prompt)
+        text, tokens = self.tokenize(prompt)
         params = params.clone()
         params.verify()
         limit = self.args.max_logprobs if max_logprobs is None else max_logprobs
         params.verify_for_model(self.vocab_size, limit, self.tokenizer is not None)
-        tokens = self._check_prompt(token_ids)
         room = self.max_model_len - len(tokens)
         end = len(tokens) + min(params.max_tokens or room, room)
         stops = frozenset(params.stop_token_ids or ())
         bad_words = tuple(self._bad_word_ids(params.bad_words or []))
-        number, seqs = self.num_requests, []
-        for index in range(params.n):
-            seq = Sequence(
-                seq_id=self.num_sequences + index,
+        number = next(self.request_numbers)
+        seqs = [
+            Sequence(
+                seq_id=next(self.seq_ids),
                 params=params,
                 token_ids=tokens,
                 end=end,
@@ -119,16 +118,15 @@ class LLMEngine:
                 prompt_logprobs=params.prompt_logprobs if index == 0 else None,
                 reads_cache=params.reads_prefix_cache or index > 0,
             )
-            seqs.append(seq)
-        self.num_requests += 1
-        self.num_sequences += params.n
+            for index in range(params.n)
+        ]
         metrics = RequestMetrics(arrival_time=time.monotonic()) if self.log_stats else None
-        self.processor.add(Request(request_id, text, list(token_ids), params, metrics), seqs)
+        self.processor.add(Request(request_id, text, tokens.tolist(), params, metrics), seqs)
         for seq in seqs:
             self.scheduler.add(seq)
 
-    def _tokenize(self, prompt: Any) -> tuple[str | None, Any]:
-        """A prompt of any form -> (text to echo, token ids)."""
+    def tokenize(self, prompt: Any) -> tuple[str | None, np.ndarray]:
+        """A prompt of any form -> (text to echo, token ids as int32). Raises TypeError or ValueError for a bad one."""
         text, token_ids = prompt, None
         if isinstance(prompt, Mapping):
             text, token_ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
@@ -144,13 +142,9 @@ class LLMEngine:
             if self.tokenizer is None:
                 raise ValidationError("prompt: skip_tokenizer_init=True leaves token ids as the only form; got text")
             token_ids = self.tokenizer.encode(text)
-        return text, token_ids
+        return text, self._checked(token_ids)
 
-    def check_prompt(self, prompt: Any) -> list[int]:
-        """A prompt of any form as token ids. Raises what `add_request` would."""
-        return self._check_prompt(self._tokenize(prompt)[1]).tolist()
-
-    def _check_prompt(self, token_ids: Any) -> np.ndarray:
+    def _checked(self, token_ids: Any) -> np.ndarray:
         """Token ids as int32, once they are known to be ids and to fit."""
         try:
             tokens = np.asarray(token_ids)
