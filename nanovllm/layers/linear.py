@@ -43,13 +43,16 @@ class Matrix(nn.Module):
 class ColumnParallelLinear(Matrix):
     """x [T, in] -> [T, out of this rank]: several checkpoint matrices side by side, as one product.
 
-    `pieces` maps the checkpoint's names to (rows in the checkpoint, this rank's range of them).
+    `pieces` maps the checkpoint's names to how many times `unit` rows they have: ranks share out whole units (heads).
     """
 
-    def __init__(self, in_features: int, pieces: dict[str, tuple[int, range]], bias: bool) -> None:
+    def __init__(self, in_features: int, pieces: dict[str, int], bias: bool, tp: TensorParallel, unit: int = 1) -> None:
         super().__init__()
-        self.pieces = pieces
-        out_features = sum(len(part) for _, part in pieces.values())
+        self.pieces: dict[str, tuple[int, range]] = {}  # (rows in the checkpoint, this rank's range of them)
+        for name, count in pieces.items():
+            part = tp.split(count)
+            self.pieces[name] = count * unit, range(part.start * unit, part.stop * unit)
+        out_features = sum(len(part) for _, part in self.pieces.values())
         self.weight = empty(out_features, in_features)
         self.bias = empty(out_features) if bias else None
 

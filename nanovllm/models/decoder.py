@@ -28,17 +28,12 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int, cos_sin: Tensor, tp: TensorParallel) -> None:
         super().__init__()
         self.layer, dim = layer, config.head_dim
-        heads, kv_heads = tp.split(config.num_heads), tp.split(config.num_kv_heads)
-
-        def rows(total: int, part: range) -> tuple[int, range]:
-            return total * dim, range(part.start * dim, part.stop * dim)
-
-        kv = rows(config.num_kv_heads, kv_heads)
-        pieces = {"q_proj": rows(config.num_heads, heads), "k_proj": kv, "v_proj": kv}
-        self.qkv_proj = ColumnParallelLinear(config.hidden_size, pieces, config.qkv_bias)
+        heads, kv_heads = config.num_heads, config.num_kv_heads
+        pieces = {"q_proj": heads, "k_proj": kv_heads, "v_proj": kv_heads}
+        self.qkv_proj = ColumnParallelLinear(config.hidden_size, pieces, config.qkv_bias, tp, unit=dim)
         eps = config.rms_norm_eps if config.qk_norm else None
-        self.rope = QKNormRope(len(heads), len(kv_heads), dim, cos_sin, eps)
-        self.o_proj = RowParallelLinear(config.num_heads * dim, config.hidden_size, config.o_bias, tp)
+        self.rope = QKNormRope(len(tp.split(heads)), len(tp.split(kv_heads)), dim, cos_sin, eps)
+        self.o_proj = RowParallelLinear(heads * dim, config.hidden_size, config.o_bias, tp)
 
     def forward(self, x: Tensor, attention: AttentionBackend) -> Tensor:
         q = attention.write(self.layer, self.qkv_proj(x), self.rope)
@@ -51,9 +46,8 @@ class MLP(nn.Module):
     def __init__(self, config: ModelConfig, tp: TensorParallel) -> None:
         super().__init__()
         size = config.intermediate_size
-        piece = (size, tp.split(size))
-        pieces = {"gate_proj": piece, "up_proj": piece}
-        self.gate_up_proj = ColumnParallelLinear(config.hidden_size, pieces, config.mlp_bias)
+        pieces = {"gate_proj": size, "up_proj": size}
+        self.gate_up_proj = ColumnParallelLinear(config.hidden_size, pieces, config.mlp_bias, tp)
         self.down_proj = RowParallelLinear(size, config.hidden_size, config.mlp_bias, tp)
 
     def forward(self, x: Tensor) -> Tensor:
