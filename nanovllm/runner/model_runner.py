@@ -42,9 +42,8 @@ class Launch:
     """A step under way. Its results are being copied to the host; `collect` waits for them."""
 
     def __init__(self, tokens: Tensor, sampled: Logprobs | None, prompt: Logprobs | None) -> None:
-        self.tokens = to_host(tokens)
-        self.logprobs = sampled and Logprobs(*map(to_host, sampled))
-        self.prompt_logprobs = prompt and Logprobs(*map(to_host, prompt))
+        pieces = [lp and Logprobs(*(to_host(x).numpy() for x in lp)) for lp in (sampled, prompt)]
+        self.result = StepResult(to_host(tokens).numpy(), *pieces)
         self.done = torch.cuda.Event() if tokens.is_cuda else None
         if self.done is not None:
             self.done.record()
@@ -52,8 +51,7 @@ class Launch:
     def collect(self) -> StepResult:
         if self.done is not None:
             self.done.synchronize()
-        pieces = [lp and Logprobs(*(x.numpy() for x in lp)) for lp in (self.logprobs, self.prompt_logprobs)]
-        return StepResult(self.tokens.numpy(), *pieces)
+        return self.result
 
 
 class ModelRunner:
