@@ -84,8 +84,11 @@ class LLM:
         chat_template_kwargs: dict[str, Any] | None = None,
     ) -> list[RequestOutput]:
         """Answers one conversation (a list of {"role", "content"} messages) or a list of them, by the model's template."""
+        tokenizer = self.llm_engine.tokenizer
+        if tokenizer is None:
+            raise ValidationError("chat needs a tokenizer, and skip_tokenizer_init=True was given")
         prompts = render(
-            self._need_tokenizer("chat"),
+            tokenizer,
             [messages] if messages and isinstance(messages[0], Mapping) else messages,
             chat_template=chat_template or self.llm_engine.args.chat_template,
             chat_template_content_format=chat_template_content_format,
@@ -147,11 +150,6 @@ class LLM:
         """Counters and gauges of the engine since it was made."""
         return control.metrics(self.llm_engine)
 
-    def _need_tokenizer(self, what: str) -> Any:
-        if self.llm_engine.tokenizer is None:
-            raise ValidationError(f"{what} needs a tokenizer, and skip_tokenizer_init=True was given")
-        return self.llm_engine.tokenizer
-
 
 class Stream:
     """Iterator over the outputs of some requests. Invariant: once it ends, for whatever reason, none of them is left."""
@@ -169,7 +167,7 @@ class Stream:
         self._inbox: deque[RequestOutput] = deque()
         try:
             for prompt, params in progress(requests, use_tqdm, "Adding requests"):
-                request_id = next(i for i in llm._request_ids if not llm.llm_engine.has_request(i))
+                request_id = next(i for i in llm._request_ids if i not in llm.llm_engine.processor.requests)
                 self._open.add(request_id)  # before it is added: an interrupt may come any time
                 llm.llm_engine.add_request(request_id, prompt, params, max_logprobs)
                 llm._mail[request_id] = self._inbox

@@ -184,9 +184,6 @@ class LLMEngine:
                 if completion.seq.finish_reason is None:
                     self.scheduler.finish(completion.seq, "abort")
 
-    def has_request(self, request_id: str) -> bool:
-        return request_id in self.processor.requests
-
     def has_unfinished_requests(self) -> bool:
         return bool(self.processor.requests)
 

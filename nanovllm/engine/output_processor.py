@@ -84,21 +84,21 @@ class OutputProcessor:
         if result.prompt_logprobs is not None:
             self._take_prompt_logprobs(asked, result.prompt_logprobs)
         place = {int(at): i for i, at in enumerate(batch.logprob_at)}
-        touched: dict[str, list[Completion]] = {}
+        touched: dict[Request, list[Completion]] = {}
         for i, seq in news:
             completion = seq.owner
             if seq.watched:
                 self._take(completion, int(result.tokens[i]), place.get(i), result.logprobs)
-            touched.setdefault(completion.request.request_id, []).append(completion)
+            touched.setdefault(completion.request, []).append(completion)
         outputs = []
-        for request_id, completions in touched.items():
-            request = self.requests[request_id]
+        for request, completions in touched.items():
             finished, kind = request.finished, request.params.output_kind
             if finished:
-                del self.requests[request_id]
+                del self.requests[request.request_id]
             if finished or kind is not RequestOutputKind.FINAL_ONLY:
                 # A delta speaks of what is new, any other output of all completions.
-                outputs.append(self.output(request, completions if kind is RequestOutputKind.DELTA else None))
+                shown = completions if kind is RequestOutputKind.DELTA else request.completions
+                outputs.append(self._output(request, shown))
         return outputs
 
     def _take(self, completion: Completion, token: int, row: int | None, logprobs: Any) -> None:
@@ -145,14 +145,14 @@ class OutputProcessor:
                 request.prompt_logprobs[at] = self._entry(token, row, logprobs, seq.prompt_logprobs or 0)
                 row += 1
 
-    def output(self, request: Request, completions: list[Completion] | None = None) -> RequestOutput:
-        """The request as it stands: all completions, or what is new of those given."""
+    def _output(self, request: Request, completions: list[Completion]) -> RequestOutput:
+        """The request as it stands, with these of its completions."""
         return RequestOutput(
             request_id=request.request_id,
             prompt=request.prompt,
             prompt_token_ids=request.prompt_token_ids,
             prompt_logprobs=request.prompt_logprobs,
-            outputs=[self._completion(c) for c in completions or request.completions],
+            outputs=[self._completion(c) for c in completions],
             finished=request.finished,
             metrics=request.metrics,
             num_cached_tokens=max(request.completions[0].seq.num_cached_tokens, 0),
