@@ -170,7 +170,7 @@ def test_sampling(compiled, tmp_path, dtype):
 def test_every_kernel_compiles_for_an_mi300_too(monkeypatch):
     monkeypatch.setattr(torch.version, "hip", "6.4")
     kernels = compile_launches(monkeypatch, NoInstinct(942))
-    for heads, dim, page, window, dtype, cache in SHAPES:
+    for heads, dim, page, window, dtype, cache in SHAPES[::3]:
         if cache == "auto":
             case = make_case(
                 [3, 1], [70, 80], heads=heads, head_dim=dim, block_size=page, windows=(window,), dtype=dtype
