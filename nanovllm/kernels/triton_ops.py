@@ -27,9 +27,8 @@ def card(device: torch.device) -> tuple[tuple[int, int], int, int]:
     if device.type != "cuda":
         return (9, 0), 2, 228 * 1024
     card = torch.cuda.get_device_properties(device)
-    shared_memory = getattr(
-        card, "shared_memory_per_multiprocessor", 64 * 1024
-    )  # AMD's have 64 KB, and torch no word of it
+    # Of AMD's cards torch does not tell; an MI300 has 64 KB.
+    shared_memory = getattr(card, "shared_memory_per_multiprocessor", 64 * 1024)
     return (card.major, card.minor), card.multi_processor_count, shared_memory
 
 
@@ -328,8 +327,8 @@ def _search(
 ):  # fmt: skip
     """The largest t >= floor such that the logits >= t reach `need`, in number or in mass; `floor` if none does.
 
-    Where it exists it is known to be at least `bound`. Each read tries WAYS points and keeps the interval low <= t < high between two of
-    them. It ends when no two logits are left in the interval to be told apart.
+    Where one does, it is known to be at least `bound`. Each read tries WAYS points and keeps the interval low <= t < high
+    between two of them. It ends when no two logits are left in the interval to be told apart.
     """
     WAYS: tl.constexpr = 4
     way = tl.arange(0, WAYS)

@@ -37,7 +37,7 @@ class Setup:
         self.eos_token_ids = self._eos_token_ids()
         self.device = pick_device(args.device)
         self.dtype = pick_dtype(args.dtype, loader.checkpoint_dtype(self.hf_config, self.files), self.device)
-        # On a GPU a tile of 64 keys then lies in one page: one table entry to read, and a quarter fewer instructions.
+        # On a GPU a tile of 64 keys then lies in one page: one table entry to read, and a fifth fewer instructions.
         self.block_size = args.block_size or (64 if self.device.type == "cuda" else 16)
         self.max_model_len = self._max_model_len()
         tokens, seqs = step_limits(self.device)
