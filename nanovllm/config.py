@@ -101,9 +101,8 @@ class EngineArgs:
         one_of(
             "distributed_executor_backend", self.distributed_executor_backend, (None, "uni", "mp", "external_launcher")
         )
-        for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "num_gpu_blocks_override"):
-            positive(name, getattr(self, name), optional=True)
-        for name in ("kv_cache_memory_bytes", "block_size"):
+        limits = ("max_model_len", "max_num_seqs", "max_num_batched_tokens")
+        for name in (*limits, "block_size", "num_gpu_blocks_override", "kv_cache_memory_bytes"):
             positive(name, getattr(self, name), optional=True)
         positive("tensor_parallel_size", self.tensor_parallel_size)
         if not 0 < self.gpu_memory_utilization <= 1:

@@ -336,7 +336,6 @@ class PretendedCuda:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, end_fails: bool = False) -> None:
         self.did: list[str] = []
-        self.inference = False
         self.end_fails = end_fails
         for owner, name, function in [
             (torch.cuda, "CUDAGraph", lambda: self),

@@ -484,7 +484,7 @@ __attribute__((noinline)) void times_panel(const Element<T>* x, int64_t stride, 
         sums, [&](int i) { return D::splat(x + i * stride + d); },
         [&](int j) {
           const T* at = panel + d * PANEL + j * W * D::P;
-          if (M > 4) __builtin_prefetch(at + 4096, 0, 2);  // with fewer rows memory alone sets the pace
+          if (M > FEW_ROWS) __builtin_prefetch(at + 4096, 0, 2);  // with fewer rows memory alone sets the pace
           return D::load_in(at);
         });
   for (int i = 0; i < M; i++)
@@ -499,7 +499,7 @@ void linear(const T* x, int64_t x_stride, const T* w, bool packed, const T* bias
   const int64_t panels = packed ? cols / PANEL : 0, blocks = (rows + PANEL_ROWS - 1) / PANEL_ROWS;
   // Many rows a power of two apart would share few places in the cache, so they are copied, a vector further apart.
   constexpr bool same = std::is_same_v<T, Element<T>>;
-  const bool copied = panels && (!same || rows > 4);
+  const bool copied = panels && (!same || rows > FEW_ROWS);
   const int64_t stride = copied ? (depth + W - 1) / W * W + STEP : x_stride;
   const std::unique_ptr<Element<T>[]> copy(copied ? new Element<T>[rows * stride] : nullptr);
 #pragma omp parallel if (cols * depth > PARALLEL)
@@ -521,7 +521,7 @@ void linear(const T* x, int64_t x_stride, const T* w, bool packed, const T* bias
       });
 #pragma omp for schedule(static) nowait
     for (int64_t col = panels * PANEL; col < cols; col++)
-      for_rows<4>(rows, [&](int64_t first, auto m) {
+      for_rows<FEW_ROWS>(rows, [&](int64_t first, auto m) {
         const T *b = w + col * depth, *c = x + first * x_stride;
         float total[m()] = {};
         for (int64_t d = 0; d < depth;) {

@@ -25,8 +25,9 @@ from torch import Tensor
 logger = logging.getLogger("nanovllm")
 
 SOURCE = Path(__file__).with_suffix(".cpp")
-FLAGS = ["-O3", "-march=native", "-std=c++17", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"]
 FEW_ROWS = 4  # up to so many our product is the faster one wherever it builds, of weights that are not packed too
+FLAGS = ["-O3", "-march=native", "-std=c++17", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"]
+FLAGS += [f"-DFEW_ROWS={FEW_ROWS}"]
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 _pointer, _int, _float = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float

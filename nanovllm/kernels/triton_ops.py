@@ -227,6 +227,12 @@ def _tile_mass_kernel(
 
 
 @triton.jit
+def _beside(maximum, tile_mass, tile_max, temperature):
+    """The tiles' masses relative to the largest logit of the row, no longer to that of each tile."""
+    return tile_mass * tl.exp((tl.maximum(tile_max, -3e38) - maximum) / temperature)
+
+
+@triton.jit
 def _load_logits(logits_ptr, stride, threshold_ptr, row, tile, V, TILE: tl.constexpr, FILTER: tl.constexpr):
     i = tile * TILE + tl.arange(0, TILE)
     x = tl.load(logits_ptr + row.to(tl.int64) * stride + i, mask=i < V, other=float("-inf")).to(tl.float32)
@@ -248,7 +254,7 @@ def _draw_kernel(
     tile_mass = tl.load(mass_ptr + row * TILES + tile_index, mask=tile_index < num_tiles, other=0.0)
     maximum = tl.max(tile_max)
     if temperature > 0:
-        mass = tile_mass * tl.exp((tl.maximum(tile_max, -3e38) - maximum) / temperature)
+        mass = _beside(maximum, tile_mass, tile_max, temperature)
         end = tl.cumsum(mass)
         target = tl.load(u_ptr + row) * tl.sum(mass)
         # Rounding may leave the target a hair beyond the last sum: then it is the last tile, the last token, with mass.
@@ -364,12 +370,13 @@ def _search(
 
 @triton.jit
 def _threshold_kernel(
-    logits_ptr, stride, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, max_ptr, threshold_ptr, V,
+    logits_ptr, stride, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, max_ptr, mass_ptr, threshold_ptr, V,
     TILE: tl.constexpr, TILES: tl.constexpr, PADDED: tl.constexpr, SHIFT: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     row_ptr = logits_ptr + row.to(tl.int64) * stride
     max_ptr += row * TILES
+    mass_ptr += row * TILES
     temperature = tl.load(temperature_ptr + row)
     top_k = tl.load(top_k_ptr + row)
     top_p = tl.load(top_p_ptr + row)
@@ -382,22 +389,23 @@ def _threshold_kernel(
         # The k largest of the tiles' maxima are k logits: the k-th largest logit is no less than the least of them.
         kth = tl.sum(tl.where(tile_index == top_k - 1, tl.sort(tile_max, descending=True), 0.0))
         kth = tl.where(top_k <= TILES, kth, float("-inf"))
-        floor = _search(
-            row_ptr, max_ptr, V, floor, kth, top_k, maximum, temperature, False, TILE, TILES, SHIFT
-        )  # fmt: skip
+        floor = _search(row_ptr, max_ptr, V, floor, kth, top_k, maximum, temperature, False, TILE, TILES, SHIFT)
     if top_p < 1:
-        mass = tl.zeros([TILE], tl.float32)
-        for tile in range(TILES):
-            if tl.load(max_ptr + tile) >= floor:
-                i = tile * TILE + tl.arange(0, TILE)
-                x = tl.load(row_ptr + i, mask=i < V, other=float("-inf")).to(tl.float32)
-                mass += tl.where(x >= floor, tl.exp((x - maximum) / temperature), 0.0)
-        need = tl.maximum(top_p, 1e-30) * tl.sum(mass)  # the largest logit always stays
+        if floor > float("-inf"):
+            mass = tl.zeros([TILE], tl.float32)
+            for tile in range(TILES):
+                if tl.load(max_ptr + tile) >= floor:
+                    i = tile * TILE + tl.arange(0, TILE)
+                    x = tl.load(row_ptr + i, mask=i < V, other=float("-inf")).to(tl.float32)
+                    mass += tl.where(x >= floor, tl.exp((x - maximum) / temperature), 0.0)
+            total = tl.sum(mass)
+        else:
+            tile_mass = tl.load(mass_ptr + tile_index, mask=tile_index < TILES, other=0.0)
+            total = tl.sum(_beside(maximum, tile_mass, tile_max, temperature))
+        need = tl.maximum(top_p, 1e-30) * total  # the largest logit always stays
         # All logits below this have together less mass, e^-17, than float32 can tell from 0 beside the largest one's, 1.
         bound = maximum - temperature * (tl.log(V.to(tl.float32)) + 17.0)
-        floor = _search(
-            row_ptr, max_ptr, V, floor, bound, need, maximum, temperature, True, TILE, TILES, SHIFT
-        )  # fmt: skip
+        floor = _search(row_ptr, max_ptr, V, floor, bound, need, maximum, temperature, True, TILE, TILES, SHIFT)
     tl.store(threshold_ptr + row, floor)
 
 
@@ -410,10 +418,10 @@ def filter_threshold(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: 
     shift = {torch.bfloat16: 16, torch.float16: 13}.get(logits.dtype, 0)
     threshold = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
     if len(logits):
-        maxima, _ = _tile_masses(logits, temperature, None, FILTER_TILE)
+        maxima, masses = _tile_masses(logits, temperature, None, FILTER_TILE)
         num_tiles = maxima.shape[1]
         _threshold_kernel[(len(logits),)](
-            logits, logits.stride(0), temperature, top_k, top_p, min_p, maxima, threshold, logits.shape[1],
+            logits, logits.stride(0), temperature, top_k, top_p, min_p, maxima, masses, threshold, logits.shape[1],
             FILTER_TILE, num_tiles, max(power_of_2(num_tiles), 2), shift, num_warps=4, **registers(160),
         )  # fmt: skip
     return threshold
