@@ -77,7 +77,8 @@ def draw(logits: Tensor, temperature: Tensor, u: Tensor, threshold: Tensor | Non
     """Draws from softmax(logits / temperature) by inverse CDF: logits [R, V], temperature and u [R] -> ids [R] int64.
 
     The token is the first in vocabulary order whose cumulative probability exceeds u, among those that are not 0; at
-    temperature 0 the first of the largest logits. Logits below `threshold` [R] do not take part.
+    temperature 0 the first of the largest logits. Logits below `threshold` [R] do not take part. NaN counts as -inf,
+    infinity as the largest finite number. A row in which nothing can be drawn gets id 0.
     """
     if logits.is_cuda and gpu():
         return gpu().draw(logits, temperature, u, threshold)
@@ -86,10 +87,17 @@ def draw(logits: Tensor, temperature: Tensor, u: Tensor, threshold: Tensor | Non
     if logits.is_cpu and (ids := cpu.draw(logits, temperature, u)) is not None:
         return ids
     greedy = temperature == 0
-    probs = (logits.float() / temperature.masked_fill(greedy, 1)[:, None]).softmax(-1)
-    mass = probs.cumsum(-1)
-    beyond = (mass > u[:, None] * mass[:, -1:]) & (probs > 0)
+    logits = without_infinities(logits)
+    top = logits.amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).min)
+    weights = ((logits - top) / temperature.masked_fill(greedy, 1)[:, None]).exp()
+    mass = weights.cumsum(-1)
+    beyond = (mass > u[:, None] * mass[:, -1:]) & (weights > 0)
     return torch.where(greedy, logits.argmax(-1), beyond.int().argmax(-1))
+
+
+def without_infinities(logits: Tensor) -> Tensor:
+    """float32 logits in which NaN has become -inf and infinity the largest finite number."""
+    return logits.float().nan_to_num(nan=float("-inf"), posinf=None, neginf=float("-inf"))
 
 
 def argmax(logits: Tensor) -> Tensor:
@@ -98,4 +106,5 @@ def argmax(logits: Tensor) -> Tensor:
         zeros = torch.zeros(len(logits))
         if (ids := cpu.draw(logits, zeros, zeros)) is not None:
             return ids
+        logits = without_infinities(logits)
     return logits.argmax(-1)

@@ -6,6 +6,7 @@
 // added in a fixed order, whatever else is in the batch and however many threads there are.
 
 #include <algorithm>
+#include <cfloat>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -653,8 +654,11 @@ void sample(const T* logits, int64_t stride, const float* temperature, const flo
   constexpr int64_t SPAN = 1024;
   const int64_t spans = (vocab + SPAN - 1) / SPAN;
   std::unique_ptr<float[]> tops(new float[rows * spans]), sums(new float[rows * spans]);
-  const auto at = [&](int64_t row, int64_t id) {  // W logits, -inf past the end
-    const Vec x = load(logits + row * stride + id, vocab - id);
+  // W logits, -inf past the end. NaN counts as -inf, and infinity as the largest finite number.
+  const auto at = [&](int64_t row, int64_t id) {
+    Vec x = load(logits + row * stride + id, vocab - id);
+    x = x == x ? x : Vec{} - INFINITY;
+    x = x < FLT_MAX ? x : Vec{} + FLT_MAX;
     return vocab - id >= W ? x : lanes() < int(vocab - id) ? x : Vec{} - INFINITY;
   };
 
@@ -676,11 +680,13 @@ void sample(const T* logits, int64_t stride, const float* temperature, const flo
       const float *top = &tops[row * spans], best = *std::max_element(top, top + spans);
       const bool greedy = temperature[row] == 0;
       const float scale = LOG2E / temperature[row];
+      tokens[row] = 0;  // stays where nothing can be drawn
       int64_t span = std::find(top, top + spans, best) - top;
       double seen = 0, target = 0;
       if (!greedy) {
         const auto mass = [&](int64_t s) {
-          return top[s] == -INFINITY ? 0. : (double)sums[row * spans + s] * std::exp2((top[s] - best) * scale);
+          const float power = (top[s] - best) * scale;  // NaN where both are -inf
+          return power > -126 ? (double)sums[row * spans + s] * std::exp2(power) : 0.;  // as exp2 below: 0 further down
         };
         for (int64_t s = 0; s < spans; s++) target += mass(s);
         target *= uniform[row];

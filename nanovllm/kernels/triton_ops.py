@@ -233,9 +233,16 @@ def _beside(maximum, tile_mass, tile_max, temperature):
 
 
 @triton.jit
+def _without_infinities(x):
+    """float32 logits: NaN counts as -inf, and infinity as the largest finite number."""
+    x = x.to(tl.float32)
+    return tl.where(x == x, tl.minimum(x, 3.4028234e38), float("-inf"))
+
+
+@triton.jit
 def _load_logits(logits_ptr, stride, threshold_ptr, row, tile, V, TILE: tl.constexpr, FILTER: tl.constexpr):
     i = tile * TILE + tl.arange(0, TILE)
-    x = tl.load(logits_ptr + row.to(tl.int64) * stride + i, mask=i < V, other=float("-inf")).to(tl.float32)
+    x = _without_infinities(tl.load(logits_ptr + row.to(tl.int64) * stride + i, mask=i < V, other=float("-inf")))
     if FILTER:
         x = tl.where(x >= tl.load(threshold_ptr + row), x, float("-inf"))
     return x
@@ -352,7 +359,7 @@ def _search(
         for tile in range(TILES):
             if tl.load(max_ptr + tile) >= least:
                 i = tile * TILE + tl.arange(0, TILE)
-                x = tl.load(row_ptr + i, mask=i < V, other=float("-inf")).to(tl.float32)[None, :]
+                x = _without_infinities(tl.load(row_ptr + i, mask=i < V, other=float("-inf")))[None, :]
                 taken = (x >= point) & (i < V)[None, :]
                 count += taken.to(tl.int32)
                 if MASS:
@@ -396,7 +403,7 @@ def _threshold_kernel(
             for tile in range(TILES):
                 if tl.load(max_ptr + tile) >= floor:
                     i = tile * TILE + tl.arange(0, TILE)
-                    x = tl.load(row_ptr + i, mask=i < V, other=float("-inf")).to(tl.float32)
+                    x = _without_infinities(tl.load(row_ptr + i, mask=i < V, other=float("-inf")))
                     mass += tl.where(x >= floor, tl.exp((x - maximum) / temperature), 0.0)
             total = tl.sum(mass)
         else:

@@ -56,7 +56,7 @@ def filter_threshold(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: 
     """
     if logits.is_cuda and kernels.gpu():
         return kernels.gpu().filter_threshold(logits, temperature, top_k, top_p, min_p)
-    logits, vocab_size = logits.float(), logits.shape[1]
+    logits, vocab_size = kernels.without_infinities(logits), logits.shape[1]
     floor = logits.amax(-1, keepdim=True) + (temperature * min_p.log())[:, None]
     logits = logits.masked_fill(logits < floor, float("-inf"))
     limited = top_k[top_k < vocab_size]
