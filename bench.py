@@ -309,7 +309,7 @@ def host_time(count: int = 256, steps: int = 200) -> dict[str, float]:
         step = scheduler.schedule()
         assert step is not None
         times.append(time.perf_counter())
-        build_batch(scheduler.table, step, PAGE, 10001).pack()
+        build_batch(scheduler.table, step, PAGE, 10001)[0].pack()
         times.append(time.perf_counter())
         scheduler.update(step, tokens[: len(step.sampled)])
         times.append(time.perf_counter())

@@ -26,7 +26,6 @@ class LLM:
     def __init__(self, model: str, **kwargs: Any) -> None:
         self.llm_engine = LLMEngine(EngineArgs(model, **kwargs))
         self._request_ids = map(str, itertools.count())  # they count on across calls
-        self._mail: dict[str, deque[RequestOutput]] = {}  # where the outputs of each unfinished request go
 
     # -- generating --------------------------------------------------------------------------------------------------
 
@@ -52,10 +51,11 @@ class LLM:
             raise ValidationError(f"priority={priority!r} is not supported; accepted is None: first come, first served")
         batch = pair(as_prompts(prompts, prompt_token_ids), sampling_params, self.get_default_sampling_params)
         outputs: dict[str, RequestOutput] = {}
-        alone = not self.llm_engine.has_unfinished_requests()
-        stream = Stream(self, [(p, final_only(params)) for p, params in batch], use_tqdm)
-        if alone:
-            self.llm_engine.scheduler.longest_first()
+        with self.llm_engine.turn():
+            alone = not self.llm_engine.has_unfinished_requests()
+            stream = Stream(self, [(p, final_only(params)) for p, params in batch], use_tqdm)
+            if alone:
+                self.llm_engine.scheduler.longest_first()
         with closing(stream), ProgressBar(len(batch), use_tqdm) as bar:
             for output in stream:
                 outputs[output.request_id] = output
@@ -161,16 +161,16 @@ class Stream:
         use_tqdm: Progress = False,
         max_logprobs: int | None = None,
     ) -> None:
-        self._llm = llm
+        self._engine = engine = llm.llm_engine
         self.request_ids: list[str] = []
         self._open: set[str] = set()
-        self._inbox: deque[RequestOutput] = deque()
+        self._queue: deque[RequestOutput] = deque()
         try:
             for prompt, params in progress(requests, use_tqdm, "Adding requests"):
-                request_id = next(i for i in llm._request_ids if i not in llm.llm_engine.processor.requests)
-                self._open.add(request_id)  # before it is added: an interrupt may come any time
-                llm.llm_engine.add_request(request_id, prompt, params, max_logprobs)
-                llm._mail[request_id] = self._inbox
+                with engine.turn():
+                    request_id = next(i for i in llm._request_ids if i not in engine.processor.requests)
+                    self._open.add(request_id)  # before it is added: an interrupt may come any time
+                    engine.add_request(request_id, prompt, params, max_logprobs, self._queue)
                 self.request_ids.append(request_id)
         except BaseException:
             self.close()
@@ -180,30 +180,31 @@ class Stream:
         return self
 
     def __next__(self) -> RequestOutput:
-        mail, engine = self._llm._mail, self._llm.llm_engine
         try:
             while self._open:
-                if self._inbox:
-                    output = self._inbox.popleft()
+                if self._queue:
+                    output = self._queue.popleft()
                     if output.finished:
                         self._open.remove(output.request_id)
-                        del mail[output.request_id]
                     return output
-                if lost := self._open - engine.processor.requests.keys():
-                    raise RuntimeError(f"requests {', '.join(sorted(lost))} were aborted, or dropped by a failed step")
-                for output in engine.step():
-                    if output.request_id in mail:
-                        mail[output.request_id].append(output)
+                with self._engine.turn():
+                    # Another thread's step may have brought something while this one waited for its turn.
+                    if not self._queue:
+                        self._check_none_lost()
+                        self._engine.run_step()
         except BaseException:
             self.close()
             raise
         raise StopIteration
 
+    def _check_none_lost(self) -> None:
+        lost = self._open - self._engine.processor.requests.keys()
+        if lost:
+            raise RuntimeError(f"requests {', '.join(sorted(lost))} were aborted, or dropped by a failed step")
+
     def close(self) -> None:
         """Aborts what is unfinished and frees its pages."""
-        self._llm.llm_engine.abort_request(list(self._open))
-        for request_id in self._open:
-            self._llm._mail.pop(request_id, None)
+        self._engine.abort_request(list(self._open))
         self._open.clear()
 
     def __del__(self) -> None:

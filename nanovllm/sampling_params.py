@@ -21,6 +21,8 @@ logger = logging.getLogger(__name__)
 
 GREEDY_BELOW = 1e-5  # temperatures below this are greedy
 MIN_TEMPERATURE = 1e-2  # logits divided by less than this overflow in half precision
+FLOAT32 = 3.4028234e38  # the largest number that float32 holds; parameters travel to the device in it
+SMALLEST_FLOAT32 = 1.17549436e-38
 
 
 class RequestOutputKind(Enum):
@@ -34,13 +36,15 @@ class RequestOutputKind(Enum):
 # What a number becomes, what is accepted in words, and in code; numpy's numbers are as good as Python's.
 _Rule = tuple[type, str, Callable[[Any], bool]]
 _AT_LEAST_1: _Rule = (int, "an integer of at least 1", lambda v: v >= 1)
-_TEMPERATURE: _Rule = (float, "a finite number of at least 0 (0 is greedy)", lambda v: 0 <= v < inf)
+_TEMPERATURE: _Rule = (float, "a float32 number of at least 0 (0 is greedy)", lambda v: 0 <= v <= FLOAT32)
+_REPETITION: _Rule = (float, "a float32 number above 0", lambda v: SMALLEST_FLOAT32 <= v <= FLOAT32)
+_BIAS: _Rule = (float, "a dict whose values are float32 numbers, or -inf: never", lambda v: v == -inf or abs(v) <= FLOAT32)
 _LOGPROBS: _Rule = (int, "None, True or an integer of at least -1 (-1: the vocabulary)", lambda v: v >= -1)
 _NUMBERS: dict[str, _Rule] = {
     "n": _AT_LEAST_1,
     "presence_penalty": (float, "a number from -2 to 2", lambda v: -2 <= v <= 2),
     "frequency_penalty": (float, "a number from -2 to 2", lambda v: -2 <= v <= 2),
-    "repetition_penalty": (float, "a finite number above 0", lambda v: 0 < v < inf),
+    "repetition_penalty": _REPETITION,
     "temperature": _TEMPERATURE,
     "top_p": (float, "a number above 0 and at most 1", lambda v: 0 < v <= 1),
     "top_k": (int, "an integer of at least -1 (0 and -1: off)", lambda v: v >= -1),
@@ -193,10 +197,7 @@ class SamplingParams:
             if not isinstance(self.logit_bias, Mapping):
                 raise TypeError(f"logit_bias must be None or a dict of token id to number; got {self.logit_bias!r}.")
             ids = _token_ids("logit_bias", self.logit_bias)
-            finite_or_ban = (float, "a dict whose values are numbers below infinity (-inf: never)", lambda v: v < inf)
-            self.logit_bias = {
-                i: _number("logit_bias", v, finite_or_ban) for i, v in zip(ids, self.logit_bias.values())
-            }
+            self.logit_bias = {i: _number("logit_bias", v, _BIAS) for i, v in zip(ids, self.logit_bias.values())}
 
         if self.seed == -1:
             self.seed = None
@@ -218,15 +219,22 @@ class SamplingParams:
             raise _refusal("best_of", self.best_of, f"None or n={self.n}: all n completions are returned")
         _check_neutral(self, _NEUTRAL)
 
-    def verify_for_model(self, vocab_size: int, max_logprobs: int, has_tokenizer: bool) -> None:
+    def verify_for_model(
+        self,
+        vocab_size: int,
+        max_logprobs: int,
+        has_tokenizer: bool,
+        is_known: Callable[[int], bool] = lambda token_id: False,
+    ) -> None:
         """Checks what depends on the model, on the request's own clone: -1 logprobs become `vocab_size`, a top_k that keeps
         everything 0, and without a tokenizer `detokenize` False. `max_logprobs` -1 is no limit. Raises ValidationError.
+
+        is_known: whether the tokenizer knows an id for which the model has no row. Such ids are dropped, because they can
+        never be sampled; others outside the vocabulary are refused.
         """
         if self.top_k >= vocab_size:
             self.top_k = 0
-        for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
-            if bad := [i for i in getattr(self, name) or () if not 0 <= i < vocab_size]:
-                raise _refusal(name, bad, f"of token ids inside the vocabulary (0 to {vocab_size - 1})")
+        self._drop_ids_without_row(vocab_size, is_known)
         for name in ("logprobs", "prompt_logprobs"):
             if (value := getattr(self, name)) is not None:
                 count = vocab_size if value == -1 else value
@@ -239,6 +247,18 @@ class SamplingParams:
                 if value := getattr(self, name):
                     raise _refusal(name, value, "empty, as the engine has no tokenizer (skip_tokenizer_init=True)")
             self.detokenize = False
+
+    def _drop_ids_without_row(self, vocab_size: int, is_known: Callable[[int], bool]) -> None:
+        for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
+            ids = getattr(self, name) or []
+            if bad := [i for i in ids if i < 0 or (i >= vocab_size and not is_known(i))]:
+                raise _refusal(name, bad, f"of token ids inside the vocabulary (0 to {vocab_size - 1})")
+            if kept := [i for i in ids if i < vocab_size]:
+                setattr(self, name, {i: ids[i] for i in kept} if isinstance(ids, dict) else kept)
+            elif ids and name == "allowed_token_ids":
+                raise _refusal(name, ids, f"a list with an id that the model has a row for (0 to {vocab_size - 1})")
+            elif ids:
+                setattr(self, name, type(ids)())
 
     def __repr__(self) -> str:
         changed = (f for f in fields(self) if getattr(self, f.name) not in (f.default, []))

@@ -70,7 +70,7 @@ def batches(params: list[SamplingParams], prompt_len: int = 5, steps: int = 4) -
     made = []
     for _ in range(steps):
         step = scheduler.schedule()
-        made.append(build_batch(scheduler.table, step, 4, 100))
+        made.append(build_batch(scheduler.table, step, 4, 100)[0])
         scheduler.update(step, np.full(len(step.sampled), 7))
     return made
 
@@ -83,7 +83,7 @@ def test_only_steps_of_one_sampled_token_a_sequence_are_decode_steps():
     scheduler = Scheduler(num_blocks=64, block_size=4, max_model_len=32, max_num_seqs=16, max_num_batched_tokens=4)
     for i, prompt_len in enumerate([1, 1, 1, 9]):
         scheduler.add(Sequence(i, SamplingParams(), np.arange(prompt_len, dtype=np.int32), end=30))
-    batch = build_batch(scheduler.table, scheduler.schedule(), 4, 100)
+    batch, _ = build_batch(scheduler.table, scheduler.schedule(), 4, 100)
     assert batch.sizes[0] == 1
     assert not is_decode(batch), "the fourth sequence has a token computed and none sampled"
     asked = others[0]
@@ -178,7 +178,7 @@ def test_a_device_that_gets_the_changes_alone_has_every_batch(data):
     while scheduler.unfinished:
         step = scheduler.schedule()
         if step is not None:
-            batch = build_batch(scheduler.table, step, block_size, 50)
+            batch, _ = build_batch(scheduler.table, step, block_size, 50)
             if is_decode(batch):
                 size = graph_size(len(batch.context_lens), sizes)
                 places, values = host.update(batch, size)

@@ -253,7 +253,7 @@ class Trace:
         assert (step.ends > step.starts).all()
         assert (step.ends - step.starts).sum() <= self.config.budget
         assert len(set(step.rows.tolist())) == len(step.rows) <= self.config.max_num_seqs
-        batch = build_batch(scheduler.table, step, scheduler.block_size, VOCAB)
+        batch, _ = build_batch(scheduler.table, step, scheduler.block_size, VOCAB)
         seqs = [scheduler.table.seqs[row] for row in step.rows]
         for seq, end in zip(seqs, step.ends):
             assert end < seq.end, "computes a token that is its last"
@@ -637,7 +637,7 @@ def test_a_batch_survives_its_journey_through_one_buffer():
         scheduler.add(
             Sequence(i, [params, SamplingParams(temperature=0)][i % 2], np.array(plain(5 + i), np.int32), end=30)
         )
-    batch = build_batch(scheduler.table, scheduler.schedule(), config.block_size, VOCAB)
+    batch, _ = build_batch(scheduler.table, scheduler.schedule(), config.block_size, VOCAB)
     buffer, lengths = batch.pack()
     assert buffer.dtype == np.int32
     for name, array in vars(Batch.unpack(lengths, buffer.copy(), np.float32)).items():

@@ -166,7 +166,7 @@ def assert_idle(llm: LLM) -> None:
     assert not scheduler.table.seqs
     assert len(scheduler.table.free_rows) == len(scheduler.table.seq_id)
     assert not llm.llm_engine.has_unfinished_requests()
-    assert not llm._mail
+    assert not llm.llm_engine.undelivered
 
 
 @pytest.fixture(autouse=True)

@@ -5,7 +5,7 @@ All arrays hold 4-byte items, so a batch travels as one int32 buffer: one copy t
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -100,8 +100,15 @@ def room(length: int) -> int:
 FLOAT_FIELDS = {"temperature", "uniform", "top_p", "min_p", "bias_values", "presence", "frequency", "repetition"}
 
 
-def build_batch(table: SequenceTable, step: Step, block_size: int, vocab_size: int) -> Batch:
-    """Reads the step's rows out of the table."""
+Failures = list[tuple[int, Exception]]  # (row of the table, what was raised for it)
+
+
+def build_batch(table: SequenceTable, step: Step, block_size: int, vocab_size: int) -> tuple[Batch, Failures]:
+    """Reads the step's rows out of the table.
+
+    A row whose own edits raise takes part in the step without them, as others may read the pages that it fills; its
+    failure is for the caller to act on.
+    """
     rows, starts, ends = step.rows, step.starts, step.ends
     counts = ends - starts
     query_start = np.zeros(len(rows) + 1, np.int32)
@@ -127,14 +134,15 @@ def build_batch(table: SequenceTable, step: Step, block_size: int, vocab_size: i
         sample_at=query_start[1:][step.sampled] - 1,
         sample_rows=sample_rows.astype(np.int32),
     )
-    add_sampling(batch, table, sample_rows, ends[step.sampled], vocab_size)
-    return batch
+    return batch, add_sampling(batch, table, sample_rows, ends[step.sampled], vocab_size)
 
 
-def add_sampling(batch: Batch, table: SequenceTable, rows: np.ndarray, lengths: np.ndarray, vocab_size: int) -> None:
+def add_sampling(
+    batch: Batch, table: SequenceTable, rows: np.ndarray, lengths: np.ndarray, vocab_size: int
+) -> Failures:
     """Fills in what the sampler needs for `rows`, whose next token is number `lengths` of its sequence.
 
-    Only what some row uses: an all-greedy batch adds nothing.
+    Only what some row uses: an all-greedy batch adds nothing. Returns the rows whose edits raised.
     """
     temperature = table.temperature[rows]
     if temperature.any():
@@ -146,8 +154,30 @@ def add_sampling(batch: Batch, table: SequenceTable, rows: np.ndarray, lengths: 
     batch.logprob_at = np.flatnonzero(table.num_logprobs[rows] >= 0).astype(np.int32)
     batch.sizes[3] = table.num_logprobs[rows].max(initial=-1)
     edited = np.flatnonzero(table.edits[rows])
-    if len(edited):
+    if not len(edited):
+        return []
+    try:
         add_edits(batch, table, rows, lengths, edited)
+    except Exception:
+        return add_sound_edits(batch, table, rows, lengths, edited)
+    return []
+
+
+def add_sound_edits(
+    batch: Batch, table: SequenceTable, rows: np.ndarray, lengths: np.ndarray, edited: np.ndarray
+) -> Failures:
+    """`add_edits` of the rows that do not raise; returns the others."""
+    failures: Failures = []
+    sound = []
+    for i in edited:
+        try:
+            add_edits(replace(batch), table, rows, lengths, np.array([i]))
+            sound.append(i)
+        except Exception as err:
+            failures.append((int(rows[i]), err))
+    if sound:
+        add_edits(batch, table, rows, lengths, np.array(sound))
+    return failures
 
 
 def uniform(seeds: np.ndarray, positions: np.ndarray) -> np.ndarray:

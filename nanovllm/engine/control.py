@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from nanovllm.errors import ValidationError
 from nanovllm.runner import memory
-from nanovllm.runner.executor import worker
+from nanovllm.runner.executor import Worker
 
 if TYPE_CHECKING:
     from nanovllm.engine.llm_engine import LLMEngine
@@ -46,7 +46,7 @@ def describe(engine: LLMEngine) -> tuple[SimpleNamespace, SimpleNamespace, Simpl
         max_model_len=engine.max_model_len,
         async_scheduling=engine.overlap,
     )
-    return model_config, scheduler_config, SimpleNamespace(driver_worker=worker(engine.runner))
+    return model_config, scheduler_config, SimpleNamespace(driver_worker=Worker(engine.runner))
 
 
 def default_sampling(engine: LLMEngine) -> dict[str, Any]:
@@ -78,19 +78,21 @@ def sleep(engine: LLMEngine, level: int) -> None:
         raise ValidationError(
             f"level={level!r} is not known; accepted are 1 (weights to the host) and 2 (weights dropped)"
         )
-    if engine.has_unfinished_requests():
-        count = engine.get_num_unfinished_requests()
-        raise ValidationError(f"sleep: {count} requests are unfinished; finish or abort them")
-    engine.reset()
-    engine.collective_rpc(sleep_rank, (level,))
+    with engine.turn():
+        if engine.has_unfinished_requests():
+            count = engine.get_num_unfinished_requests()
+            raise ValidationError(f"sleep: {count} requests are unfinished; finish or abort them")
+        engine.reset()
+        engine.collective_rpc(sleep_rank, (level,))
 
 
 def wake_up(engine: LLMEngine, tags: list[str] | None) -> None:
     wanted = PARTS if tags is None else set(tags)
     if not wanted <= PARTS:
         raise ValidationError(f"tags={tags!r} are not known; accepted are 'weights' and 'kv_cache'")
-    for tag in sorted(wanted & engine.asleep, reverse=True):
-        engine.collective_rpc(wake_up_rank, (tag,))
+    with engine.turn():
+        for tag in sorted(wanted & engine.asleep, reverse=True):
+            engine.collective_rpc(wake_up_rank, (tag,))
 
 
 def totals(engine: LLMEngine) -> dict[str, int]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from nanovllm.engine.sequence import Sequence, SequenceTable
+from nanovllm.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from nanovllm.engine.batch import Batch
@@ -30,6 +31,8 @@ def add_edits(batch: Batch, table: SequenceTable, rows: np.ndarray, lengths: np.
         bans = [word[-1] for word in seq.bad_words if ends_with(tokens[seq.prompt_len :], word[:-1])]
         if length - seq.prompt_len < params.min_tokens:
             bans.extend(seq.ban_until_min_tokens)
+        if params.allowed_token_ids and bans:
+            check_one_left(params, bans)
         bias.extend((at, token, -np.inf) for token in bans)
         if params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1:
             penalised.append((at, params.presence_penalty, params.frequency_penalty, params.repetition_penalty))
@@ -50,6 +53,16 @@ def add_edits(batch: Batch, table: SequenceTable, rows: np.ndarray, lengths: np.
         batch.history_start = np.cumsum([0] + [len(h) for h in histories], dtype=np.int32)
         batch.history_prompt = np.array(prompt_lens, np.int32)
         batch.history = np.concatenate(histories)
+
+
+def check_one_left(params: SamplingParams, bans: list[int]) -> None:
+    """Raises ValueError where bad words of several tokens have come to ban all that is allowed."""
+    banned = {token for token, bias in (params.logit_bias or {}).items() if bias == -np.inf}.union(bans)
+    if banned.issuperset(params.allowed_token_ids or ()):
+        raise ValueError(
+            f"bad_words={params.bad_words} and min_tokens={params.min_tokens} leave none of allowed_token_ids="
+            f"{str(params.allowed_token_ids)[:80]} after the tokens so far; allow one more, or ban less"
+        )
 
 
 def ends_with(tokens: np.ndarray, suffix: tuple[int, ...]) -> bool:

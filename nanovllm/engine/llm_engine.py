@@ -7,8 +7,12 @@ host finishes step N - 1 and prepares step N + 1 while the device runs step N. T
 from __future__ import annotations
 
 import itertools
+import logging
+import os
 import time
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -21,17 +25,32 @@ from nanovllm.engine.edits import add_prompt_logprobs
 from nanovllm.engine.output_processor import OutputProcessor, Request
 from nanovllm.engine.scheduler import Scheduler, Step
 from nanovllm.engine.sequence import Sequence
+from nanovllm.engine.turns import Turns
 from nanovllm.errors import ValidationError
 from nanovllm.outputs import RequestMetrics, RequestOutput
 from nanovllm.runner.executor import make_executor
 from nanovllm.runner.setup import Setup
 from nanovllm.sampling_params import SamplingParams
 
+logger = logging.getLogger("nanovllm")
+
 
 class LLMEngine:
-    """Invariant: every unfinished request is in `processor.requests`, and each of its unfinished sequences in the scheduler."""
+    """Invariant: every unfinished request is in `processor.requests`, and each of its unfinished sequences in the scheduler.
+
+    Several threads may use one engine: each method waits for its turn.
+    """
+
+    first_pid: int | None = None  # the process of the first engine: its OpenMP threads do not exist in a forked child
 
     def __init__(self, args: EngineArgs) -> None:
+        self.pid = os.getpid()
+        LLMEngine.first_pid = LLMEngine.first_pid or self.pid
+        check_process(LLMEngine.first_pid)
+        self.turns = Turns()
+        self.undelivered: list[RequestOutput] = []  # of requests without a queue, until `step` is called
+        self.stepping = False
+        self.to_abort: list[str] = []  # requests whose stream was collected in the middle of a step
         self.args = args
         self.setup = setup = Setup(args)
         self.executor = make_executor(setup)
@@ -76,14 +95,38 @@ class LLMEngine:
 
     # -- requests ----------------------------------------------------------------------------------------------------
 
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """The calling thread has the engine to itself meanwhile. Raises RuntimeError in a forked process."""
+        check_process(self.pid)
+        with self.turns:
+            yield
+
     def add_request(
-        self, request_id: str, prompt: Any, params: SamplingParams, max_logprobs: int | None = None
+        self,
+        request_id: str,
+        prompt: Any,
+        params: SamplingParams,
+        max_logprobs: int | None = None,
+        queue: deque[RequestOutput] | None = None,
     ) -> None:
         """Checks a request and queues it. Raises TypeError or ValueError, and then nothing has changed.
 
         prompt: text, token ids, or a dict with "prompt" (text) or "prompt_token_ids".
         max_logprobs: instead of the engine's own limit.
+        queue: where the request's outputs go; None: `step` returns them.
         """
+        with self.turn():
+            self._add_request(request_id, prompt, params, max_logprobs, queue)
+
+    def _add_request(
+        self,
+        request_id: str,
+        prompt: Any,
+        params: SamplingParams,
+        max_logprobs: int | None,
+        queue: deque[RequestOutput] | None,
+    ) -> None:
         if self.asleep:
             raise ValidationError(
                 f"the engine sleeps ({' and '.join(sorted(self.asleep))} are gone): call wake_up() first"
@@ -98,11 +141,14 @@ class LLMEngine:
         params = params.clone()
         params.verify()
         limit = self.args.max_logprobs if max_logprobs is None else max_logprobs
-        params.verify_for_model(self.vocab_size, limit, self.tokenizer is not None)
+        params.verify_for_model(self.vocab_size, limit, self.tokenizer is not None, self._tokenizer_knows)
         room = self.max_model_len - len(tokens)
         end = len(tokens) + min(params.max_tokens or room, room)
         stops = frozenset(params.stop_token_ids or ())
+        ends = sorted(i for i in stops | self.eos_token_ids if i < self.vocab_size)
+        ban_until_min_tokens = tuple(ends) if params.min_tokens else ()
         bad_words = tuple(self._bad_word_ids(params.bad_words or []))
+        check_candidates(params, self.vocab_size, bad_words, ban_until_min_tokens)
         number = next(self.request_numbers)
         seqs = [
             Sequence(
@@ -113,7 +159,7 @@ class LLMEngine:
                 request_number=number,
                 seed=self._seed(params.seed, number, index),
                 stop_token_ids=stops,
-                ban_until_min_tokens=tuple(stops | self.eos_token_ids) if params.min_tokens else (),
+                ban_until_min_tokens=ban_until_min_tokens,
                 bad_words=bad_words,
                 prompt_logprobs=params.prompt_logprobs if index == 0 else None,
                 reads_cache=params.reads_prefix_cache or index > 0,
@@ -121,7 +167,8 @@ class LLMEngine:
             for index in range(params.n)
         ]
         metrics = RequestMetrics(arrival_time=time.monotonic()) if self.log_stats else None
-        self.processor.add(Request(request_id, text, tokens.tolist(), params, metrics), seqs)
+        request = Request(request_id, text, tokens.tolist(), params, metrics, queue)
+        self.processor.add(request, seqs)
         for seq in seqs:
             self.scheduler.add(seq)
 
@@ -165,10 +212,27 @@ class LLMEngine:
         return tokens.astype(np.int32)
 
     def _bad_word_ids(self, words: list[str]) -> list[tuple[int, ...]]:
-        """Each word as it is tokenised at the start of a text, and after a space."""
-        forms = [form for word in words for form in (word.lstrip(), " " + word.lstrip())]
+        """Each word as it is tokenised where it is written so, at the start of a text, and after a space.
+
+        A form that holds an id without a row in the model can never be generated, and is left out.
+        """
         tokenizer: Any = self.tokenizer  # without one, bad words were refused
-        return sorted({tuple(tokenizer.encode(form, add_special_tokens=False)) for form in forms} - {()})
+        found: set[tuple[int, ...]] = set()
+        for word in words:
+            bare = word.lstrip()
+            for form in {word, bare, " " + bare} if bare else {word}:
+                ids = tuple(tokenizer.encode(form, add_special_tokens=False))
+                if ids and max(ids) < self.vocab_size:
+                    found.add(ids)
+        return sorted(found)
+
+    def _tokenizer_knows(self, token_id: int) -> bool:
+        if self.tokenizer is None or token_id >= 2**31:
+            return False
+        try:
+            return self.tokenizer.convert_ids_to_tokens(token_id) is not None
+        except (IndexError, KeyError, ValueError, OverflowError):  # of slow tokenizers
+            return False
 
     def _seed(self, seed: int | None, number: int, index: int) -> int:
         """64 bits for one sequence: of the request's seed if it has one, else of the engine's and the request's number."""
@@ -178,11 +242,26 @@ class LLMEngine:
 
     def abort_request(self, request_ids: str | list[str]) -> None:
         """Ends requests at once and frees their pages; ids that are not (or no longer) there are ignored."""
-        for request_id in [request_ids] if isinstance(request_ids, str) else list(request_ids):
+        wanted = [request_ids] if isinstance(request_ids, str) else list(request_ids)
+        if not wanted or os.getpid() != self.pid:  # a forked copy of the process has nothing to end
+            return
+        if self.turns.mine and self.stepping:  # a garbage collection in the middle of a step has found a stream
+            self.to_abort += wanted
+            return
+        with self.turns:
+            self._abort(wanted)
+
+    def _abort(self, request_ids: list[str]) -> None:
+        for request_id in request_ids:
             request = self.processor.requests.pop(request_id, None)
-            for completion in request.completions if request else ():
-                if completion.seq.finish_reason is None:
-                    self.scheduler.finish(completion.seq, "abort")
+            if request is not None:
+                self._end(request, "abort")
+
+    def _end(self, request: Request, reason: str, message: str | None = None) -> None:
+        """Ends what is unfinished of a request."""
+        for completion in request.completions:
+            if completion.seq.finish_reason is None:
+                self.scheduler.finish(completion.seq, reason, message)
 
     def has_unfinished_requests(self) -> bool:
         return bool(self.processor.requests)
@@ -195,19 +274,36 @@ class LLMEngine:
     def step(self) -> list[RequestOutput]:
         """Runs one step and returns what it, or with overlap the step before, brought.
 
-        If it raises, or is interrupted, all requests are dropped and the engine starts afresh with an empty cache.
+        Outputs of requests that have a queue of their own go there instead. If it raises, or is interrupted, all requests
+        are dropped and the engine starts afresh with an empty cache.
         """
-        try:
-            return self._step()
-        except BaseException:
-            self.reset()
-            raise
+        with self.turn():
+            self.run_step()
+            outputs, self.undelivered = self.undelivered, []
+        return outputs
 
-    def _step(self) -> list[RequestOutput]:
+    def run_step(self) -> None:
+        """Like `step`, and leaves outputs of requests without a queue to the next call of `step`."""
+        with self.turn():
+            aborted, self.to_abort = self.to_abort, []
+            self._abort(aborted)
+            self.stepping = True
+            try:
+                produced = self._step()
+            except BaseException:
+                self.reset()
+                raise
+            finally:
+                self.stepping = False
+            for request, output in produced:
+                (self.undelivered if request.queue is None else request.queue).append(output)
+
+    def _step(self) -> list[tuple[Request, RequestOutput]]:
         outputs = []
         if self.in_flight and self.scheduler.needs_known_tokens():
             outputs = self._collect()
         launched = self._launch()
+        outputs += self._end_failed()
         if self.in_flight:
             outputs += self._collect()
         self.in_flight = launched
@@ -224,16 +320,31 @@ class LLMEngine:
             return None
         if self.log_stats:
             self._note_first_schedule(step)
-        batch = build_batch(scheduler.table, step, scheduler.block_size, self.vocab_size)
+        batch, failures = build_batch(scheduler.table, step, scheduler.block_size, self.vocab_size)
+        scheduler.failures += [(scheduler.table.seqs[row], err) for row, err in failures]
         asked = add_prompt_logprobs(batch, scheduler.table, step)
         return step, batch, asked, self.executor.launch(batch)
 
-    def _collect(self) -> list[RequestOutput]:
+    def _collect(self) -> list[tuple[Request, RequestOutput]]:
         assert self.in_flight is not None
         (step, batch, asked, launch), self.in_flight = self.in_flight, None
         result = launch.collect()
         news = self.scheduler.update(step, result.tokens)
-        return self.processor.process(news, batch, asked, result)
+        outputs = self.processor.process(news, batch, asked, result)
+        return outputs + self._end_failed()
+
+    def _end_failed(self) -> list[tuple[Request, RequestOutput]]:
+        """Ends the requests in whose own part of a step something was raised; the others go on."""
+        failures, self.scheduler.failures = self.scheduler.failures, []
+        outputs = []
+        for seq, err in failures:
+            request = seq.owner.request
+            if self.processor.requests.pop(request.request_id, None) is not None:
+                message = f"{type(err).__name__}: {err}"
+                logger.warning("request %s ends with an error: %s", request.request_id, message)
+                self._end(request, "error", message)
+                outputs.append((request, self.processor.error_output(request, message)))
+        return outputs
 
     def _note_first_schedule(self, step: Step) -> None:
         for row in step.rows[step.starts == self.scheduler.table.num_cached[step.rows]]:
@@ -246,7 +357,8 @@ class LLMEngine:
         self, method: str | Callable[..., Any], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> list[Any]:
         """Calls `method(worker, ...)`, or the method of that name of the worker's model runner, on each rank."""
-        return self.executor.collective_rpc(method, args, kwargs or {})
+        with self.turn():
+            return self.executor.collective_rpc(method, args, kwargs or {})
 
     def get_tokenizer(self) -> Any:
         return self.tokenizer
@@ -257,5 +369,30 @@ class LLMEngine:
 
     def reset_prefix_cache(self) -> bool:
         """Forgets all cached prefixes; running requests go on."""
-        self.scheduler.reset_prefix_cache()
+        with self.turn():
+            self.scheduler.reset_prefix_cache()
         return True
+
+
+def check_process(pid: int) -> None:
+    if os.getpid() != pid:
+        raise RuntimeError(
+            f"process {os.getpid()} was forked from process {pid}, in which an engine was made, and the engine's threads "
+            "do not exist here: make the engine in the process that uses it, started with multiprocessing's 'spawn'"
+        )
+
+
+def check_candidates(
+    params: SamplingParams, vocab_size: int, bad_words: tuple[tuple[int, ...], ...], ends: tuple[int, ...]
+) -> None:
+    """Raises ValidationError where the request's own bans leave no token to sample."""
+    banned = {word[0] for word in bad_words if len(word) == 1} | set(ends)
+    banned |= {token for token, bias in (params.logit_bias or {}).items() if bias == -np.inf}
+    if params.allowed_token_ids is None:
+        left = vocab_size - len(banned)
+    else:
+        left = len(set(params.allowed_token_ids) - banned)
+    if not left:
+        names = ("allowed_token_ids", "bad_words", "logit_bias", "min_tokens")
+        given = ", ".join(f"{name}={str(value)[:60]}" for name in names if (value := getattr(params, name)))
+        raise ValidationError(f"{given}: together they leave no token that may be sampled; at least one must stay allowed")

@@ -7,6 +7,7 @@ nothing here until it ends: its text is then decoded at once.
 from __future__ import annotations
 
 import time
+from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +28,7 @@ class Request:
     prompt_token_ids: list[int]
     params: SamplingParams
     metrics: RequestMetrics | None
+    queue: deque[RequestOutput] | None = None  # where its outputs go; None: to whoever calls LLMEngine.step
     completions: list[Completion] = field(default_factory=list)
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
 
@@ -79,27 +81,66 @@ class OutputProcessor:
 
     def process(
         self, news: list[tuple[int, Sequence]], batch: Batch, asked: list[tuple[Sequence, int, int]], result: Any
-    ) -> list[RequestOutput]:
-        """What a step brought: `news` are (row of the result, sequence) of those finished or watched."""
+    ) -> list[tuple[Request, RequestOutput]]:
+        """What a step brought: `news` are (row of the result, sequence) of those finished or watched.
+
+        What is raised for one completion goes to `scheduler.failures`, and the others go on.
+        """
         if result.prompt_logprobs is not None:
             self._take_prompt_logprobs(asked, result.prompt_logprobs)
         place = {int(at): i for i, at in enumerate(batch.logprob_at)}
         touched: dict[Request, list[Completion]] = {}
+        failed: set[Request] = set()
         for i, seq in news:
             completion = seq.owner
             if seq.watched:
-                self._take(completion, int(result.tokens[i]), place.get(i), result.logprobs)
+                try:
+                    self._take(completion, int(result.tokens[i]), place.get(i), result.logprobs)
+                except Exception as err:
+                    self.scheduler.failures.append((seq, err))
+                    failed.add(completion.request)
             touched.setdefault(completion.request, []).append(completion)
         outputs = []
         for request, completions in touched.items():
+            if request in failed:
+                continue
             finished, kind = request.finished, request.params.output_kind
-            if finished:
-                del self.requests[request.request_id]
             if finished or kind is not RequestOutputKind.FINAL_ONLY:
                 # A delta speaks of what is new, any other output of all completions.
                 shown = completions if kind is RequestOutputKind.DELTA else request.completions
-                outputs.append(self._output(request, shown))
+                try:
+                    outputs.append((request, self._output(request, shown)))
+                except Exception as err:
+                    self.scheduler.failures.append((completions[0].seq, err))
+                    continue
+            if finished:
+                del self.requests[request.request_id]
         return outputs
+
+    def error_output(self, request: Request, message: str) -> RequestOutput:
+        """The last output of a request that ends with an error: its tokens so far, without text that may be the cause."""
+        completions = [
+            CompletionOutput(
+                index=c.index,
+                text=c.text.text if c.text else "",
+                token_ids=c.seq.token_ids[c.seq.prompt_len :].tolist(),
+                cumulative_logprob=c.cumulative_logprob,
+                logprobs=c.logprobs,
+                finish_reason="error",
+                stop_reason=message,
+            )
+            for c in request.completions
+        ]
+        return RequestOutput(
+            request_id=request.request_id,
+            prompt=request.prompt,
+            prompt_token_ids=request.prompt_token_ids,
+            prompt_logprobs=request.prompt_logprobs,
+            outputs=completions,
+            finished=True,
+            metrics=request.metrics,
+            num_cached_tokens=max(request.completions[0].seq.num_cached_tokens, 0),
+        )
 
     def _take(self, completion: Completion, token: int, row: int | None, logprobs: Any) -> None:
         seq, request = completion.seq, completion.request
@@ -140,10 +181,13 @@ class OutputProcessor:
         row = 0
         for seq, position, count in asked:
             request = seq.owner.request
-            for at in range(position, position + count):
-                token = request.prompt_token_ids[at]
-                request.prompt_logprobs[at] = self._entry(token, row, logprobs, seq.prompt_logprobs or 0)
-                row += 1
+            try:
+                for i, at in enumerate(range(position, position + count)):
+                    token = request.prompt_token_ids[at]
+                    request.prompt_logprobs[at] = self._entry(token, row + i, logprobs, seq.prompt_logprobs or 0)
+            except Exception as err:
+                self.scheduler.failures.append((seq, err))
+            row += count
 
     def _output(self, request: Request, completions: list[Completion]) -> RequestOutput:
         """The request as it stands, with these of its completions."""

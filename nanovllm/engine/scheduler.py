@@ -56,6 +56,7 @@ class Scheduler:
         self.order = np.empty(0, np.int64)
         self.waiting: deque[Sequence] = deque()
         self.unfinished: dict[int, Sequence] = {}
+        self.failures: list[tuple[Sequence, Exception]] = []  # what was raised in a sequence's own part of a step
         self.num_preemptions = 0
         self.prompt_tokens = self.generation_tokens = 0
         self.prefix_cache_queries = self.prefix_cache_hits = 0  # in tokens
@@ -91,7 +92,12 @@ class Scheduler:
         parts = [(rows, starts, counts, sampled)]
         budget = self.max_num_batched_tokens - int(counts.sum())
         while self.waiting and budget > 0 and table.free_rows and self.num_preemptions == before:
-            row = self._admit(self.waiting[0], budget)
+            seq = self.waiting[0]
+            try:
+                row = self._admit(seq, budget)
+            except Exception as err:  # it has taken no page yet; the engine ends it
+                self.failures.append((seq, err))
+                break
             if row is None:
                 break
             new = np.array([row])
@@ -148,8 +154,8 @@ class Scheduler:
             return None
         if not self.enable_chunked_prefill and length - num_cached > budget:
             return None
-        self.waiting.popleft()
         row = table.admit(seq)
+        self.waiting.popleft()
         table.block_table[row, : len(hit)] = blocks.hold(hit)
         table.num_blocks[row] = table.num_registered[row] = len(hit)
         table.num_computed[row] = num_cached

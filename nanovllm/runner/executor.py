@@ -9,7 +9,6 @@ import itertools
 import os
 import weakref
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ import torch.distributed as dist
 from nanovllm.engine.batch import Batch
 from nanovllm.errors import ValidationError
 from nanovllm.models.config import check_shards
+from nanovllm.models.decoder import CausalLM
 from nanovllm.parallel import TensorParallel
 from nanovllm.runner.model_runner import ModelRunner
 from nanovllm.runner.setup import Setup
@@ -107,12 +107,28 @@ def join_torchrun(setup: Setup, size: int) -> TensorParallel:
 
 def call(runner: ModelRunner, method: str | Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if callable(method):
-        return method(worker(runner), *args, **kwargs)
-    if not hasattr(runner, method):
-        raise ValidationError(f"collective_rpc: the model runner has no method {method!r}")
-    return getattr(runner, method)(*args, **kwargs)
+        return method(Worker(runner), *args, **kwargs)
+    for owner in (Worker(runner), runner):
+        if not method.startswith("_") and callable(found := getattr(owner, method, None)):
+            return found(*args, **kwargs)
+    raise ValidationError(f"collective_rpc: the worker has no method {method!r}, nor has its model runner")
 
 
-def worker(runner: ModelRunner) -> SimpleNamespace:
-    """What vLLM calls a worker, as far as functions that are sent to one need it."""
-    return SimpleNamespace(model_runner=runner, rank=runner.tp.rank, device=runner.device)
+class Worker:
+    """What vLLM calls a worker, as far as functions and method names that are sent to one need it."""
+
+    def __init__(self, runner: ModelRunner) -> None:
+        self.model_runner = runner
+        self.rank, self.device = runner.tp.rank, runner.device
+
+    @property
+    def worker(self) -> Worker:
+        """vLLM's driver wraps its worker; scripts write `driver_worker.worker.model_runner`."""
+        return self
+
+    def get_model(self) -> CausalLM:
+        return self.model_runner.model
+
+    def reload_weights(self) -> None:
+        """Reads the checkpoint once more into the running model."""
+        self.model_runner.load(self.model_runner.model)
