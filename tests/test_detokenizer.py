@@ -1,9 +1,10 @@
 """Incremental text against `tokenizer.decode` of the whole, for every split into feeds; stop strings against brute force."""
 
+import codecs
 import importlib.util
 import os
 from functools import cache
-from itertools import chain
+from itertools import chain, groupby
 
 import pytest
 from hypothesis import assume, example, given, settings
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 
-from nanovllm.engine.detokenizer import Detokenizer, IncrementalDetokenizer, StopMatch
+from nanovllm.engine.detokenizer import Detokenizer, IncrementalDetokenizer, StopMatch, TokenPieces
 from nanovllm.sampling_params import SamplingParams
 
 CORPUS = [
@@ -80,10 +81,29 @@ def slow():  # a tokenizer in Python; drops bytes that are no character
 TOKENIZERS = [byte_level, byte_fallback, metaspace, slow]
 
 
+def each_byte(error):
+    return "\ufffd" * (error.end - error.start), error.end
+
+
+codecs.register_error("each byte", each_byte)
+
+
+def valid_runs(tokenizer, ids, skip):
+    """The ids with each run of byte tokens as Python's UTF-8 codec reads it: one U+FFFD for each byte of no character."""
+    shown = [i for i in ids if not is_hidden(tokenizer, i) or (not skip and tokenizer.convert_ids_to_tokens(i))]
+    valid = []
+    for is_run, run in groupby(shown, lambda i: is_byte(tokenizer, i)):
+        if is_run:
+            text = bytes(i - 3 for i in run).decode(errors="each byte")
+            run = (byte + 3 for byte in text.encode())
+        valid += run
+    return valid
+
+
 def added_text(tokenizer, prompt, output, skip=True):
     """The oracle: what `output` adds to the prompt's text, both decoded whole."""
     before, after = (
-        tokenizer.decode(ids, skip_special_tokens=skip, clean_up_tokenization_spaces=False)
+        tokenizer.decode(valid_runs(tokenizer, ids, skip), skip_special_tokens=skip, clean_up_tokenization_spaces=False)
         for ids in (prompt, prompt + output)
     )
     return after[len(os.path.commonprefix([before, after])) :]  # noqa: RUF071
@@ -151,11 +171,8 @@ def test_whole_characters_are_shown_at_once(case):
     stream = start(tokenizer, prompt)
     for n, token_id in enumerate(output, 1):
         stream.feed([token_id])
-        ready = output[:n]
-        while ready and (is_byte(tokenizer, ready[-1]) or is_hidden(tokenizer, ready[-1])):
-            ready.pop()  # a run of byte tokens may still be spoilt
-        now = added_text(tokenizer, prompt, ready)
-        assert stream.emitted() == (now[:-1] if now.endswith("\ufffd") else now)
+        now = added_text(tokenizer, prompt, output[:n])
+        assert stream.emitted().rstrip("\ufffd") == now.rstrip("\ufffd")  # more bytes may make one a character
 
 
 @pytest.mark.parametrize("build", TOKENIZERS)
@@ -188,6 +205,101 @@ def test_character_begun_by_the_prompt_belongs_to_the_output(build, cut):
     stream.finish()
     assert stream.text == ("𝄞" if cut < 4 else "") + added_text(tokenizer, encode(tokenizer, "x"), output[4 - cut :])
     assert stream.text.endswith(text)
+
+
+@pytest.mark.parametrize("text", ["東" * 10, "สวัสดี", "😀🎉", "မြန်မာ", "東a京"])
+def test_byte_run_streams_character_by_character(text):
+    tokenizer = byte_fallback()
+    stream = start(tokenizer, encode(tokenizer, "The"))
+    seen = b""
+    for byte in text.encode():
+        stream.feed([byte + 3])
+        seen += bytes([byte])
+        assert stream.emitted() == codecs.getincrementaldecoder("utf-8")().decode(seen)
+    assert stream.emitted() == text
+
+
+@pytest.mark.parametrize(
+    ("data", "text"),
+    [
+        ("東".encode() + b"\xff", "東\ufffd"),
+        ("東".encode() + b"\xe6\x9d", "東\ufffd\ufffd"),
+        (b"\xff" + "東".encode(), "\ufffd東"),
+        (b"\xe6\x9d" + "é".encode() + b"\x80", "\ufffd\ufffdé\ufffd"),
+        (b"\xed\xa0\x80", "\ufffd\ufffd\ufffd"),  # a surrogate is no character
+        (b"\xf0\x9f\x98A", "\ufffd\ufffd\ufffdA"),
+    ],
+)
+def test_a_broken_byte_costs_no_other_character(data, text):
+    tokenizer = byte_fallback()
+    prompt, ids = encode(tokenizer, "The"), [byte + 3 for byte in data]
+    assert data.decode(errors="each byte") == text
+    stream = start(tokenizer, prompt)
+    deltas = []
+    for i in ids:
+        stream.feed([i])
+        deltas.append(stream.delta())
+    stream.finish()
+    assert "".join(deltas) + stream.delta() == text
+    assert Detokenizer(tokenizer).text(SamplingParams(), prompt, ids) == text
+
+
+def test_a_vocabulary_without_the_bytes_of_the_replacement_character():
+    vocab = {name: i for i, name in enumerate(["<unk>", "a", "<0xC3>", "<0xA9>", "<0x41>"])}
+    tokenizer = Tokenizer(models.BPE(vocab, [], unk_token="<unk>", byte_fallback=True))
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
+    ids = [1, 2, 3, 3, 4, 1]  # "a", "é", a byte of no character, "A", "a"
+    stream = start(tokenizer, [])
+    shown = []
+    for i in ids:
+        stream.feed([i])
+        shown.append(stream.emitted())
+    stream.finish()
+    assert shown == ["a", "a", "aé", "aé", "aéA", "aéAa"]
+    assert stream.text == Detokenizer(tokenizer).text(SamplingParams(), [], ids) == "aéAa"
+
+
+# Pieces: Logprob.decoded_token
+
+
+@settings(max_examples=300, deadline=None)
+@given(cases(), st.booleans())
+def test_the_pieces_of_a_text_join_to_the_text(case, skip):
+    tokenizer, prompt, output, _ = case
+    params = SamplingParams(skip_special_tokens=skip, stop=["a"])  # a stop string holds nothing back
+    pieces = TokenPieces(Detokenizer(tokenizer), params, prompt)
+    found, special = [], [i for i in output if not tokenizer.decode([i], skip_special_tokens=True)]
+    special = [i for i in special if tokenizer.decode([i])]
+    for n, token_id in enumerate(output, 1):
+        possible = pieces.other(token_id)
+        piece = pieces.take(token_id, last=n == len(output))
+        if skip and token_id in special:
+            assert possible == tokenizer.convert_ids_to_tokens(token_id)
+            assert piece.endswith(possible)
+            piece = piece.removesuffix(possible)
+        elif 1 < n < len(output) and "\ufffd" not in "".join([*found[-4:], piece]):
+            assert possible == piece or not "".join(found)
+        found.append(piece)
+    assert "".join(found) == added_text(tokenizer, prompt, output, skip)
+
+
+@pytest.mark.parametrize("build", [byte_level, byte_fallback])
+def test_the_token_that_completes_a_character_is_its_piece(build):
+    tokenizer = build()
+    prompt, output = encode(tokenizer, "dog"), encode(tokenizer, "dog\n𝄞")[-4:]
+    pieces = TokenPieces(Detokenizer(tokenizer), SamplingParams(), prompt)
+    assert [(pieces.other(i), pieces.take(i)) for i in output] == [("", "")] * 3 + [("𝄞", "𝄞")]
+
+
+@pytest.mark.parametrize("build", TOKENIZERS)
+def test_a_piece_keeps_its_space(build):
+    tokenizer = build()
+    prompt, both = encode(tokenizer, "The quick"), encode(tokenizer, "The quick brown fox")
+    pieces = TokenPieces(Detokenizer(tokenizer), SamplingParams(), prompt)
+    output = both[len(prompt) :]
+    found = [(pieces.other(i), pieces.take(i)) for i in output]
+    assert "".join(possible for possible, _ in found) == "".join(taken for _, taken in found) == " brown fox"
 
 
 def test_unfinished_byte_run_does_not_spoil_the_prompts():
@@ -329,6 +441,7 @@ class CountingTokenizer:
 
     def __init__(self, tokenizer):
         self.convert_ids_to_tokens = tokenizer.convert_ids_to_tokens
+        self.convert_tokens_to_ids = tokenizer.convert_tokens_to_ids
         self._decode, self.count = tokenizer.decode, 0
 
     def decode(self, ids, **options):

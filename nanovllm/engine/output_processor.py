@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nanovllm.engine.batch import Batch
-from nanovllm.engine.detokenizer import Detokenizer, IncrementalDetokenizer
+from nanovllm.engine.detokenizer import Detokenizer, IncrementalDetokenizer, TokenPieces
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import Sequence
 from nanovllm.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
@@ -45,6 +45,7 @@ class Completion:
     index: int
     seq: Sequence
     text: IncrementalDetokenizer | None  # where stop strings or streaming need text on the way
+    pieces: TokenPieces | None = None  # where logprobs need each token's text
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[dict[int, Logprob]] | None = None
     cumulative_logprob: float | None = None
@@ -67,6 +68,7 @@ class OutputProcessor:
             completion = Completion(request, index, seq, text)
             if params.logprobs is not None:
                 completion.logprobs, completion.cumulative_logprob = [], 0.0
+                completion.pieces = self._pieces(params, request.prompt_token_ids)
             seq.owner = completion
             seq.watched = bool(
                 text
@@ -146,7 +148,8 @@ class OutputProcessor:
         seq, request = completion.seq, completion.request
         completion.token_ids.append(token)
         if row is not None and completion.logprobs is not None:
-            entry = self._entry(token, row, logprobs, request.params.logprobs or 0)
+            last = seq.finish_reason is not None
+            entry = self._entry(token, row, logprobs, request.params.logprobs or 0, completion.pieces, last)
             completion.logprobs.append(entry)
             completion.cumulative_logprob = (completion.cumulative_logprob or 0.0) + entry[token].logprob
         if completion.text is not None:
@@ -165,29 +168,56 @@ class OutputProcessor:
             if request.finished:
                 metrics.finished_time = metrics.last_token_time
 
-    def _entry(self, token: int, row: int, logprobs: Any, k: int) -> dict[int, Logprob]:
-        """The token itself first, then the k most likely, each with its rank."""
-        entry = {token: self._logprob(token, logprobs.token[row], logprobs.rank[row])}
+    def _pieces(self, params: SamplingParams, before: list[int]) -> TokenPieces | None:
+        """The state that decoded tokens after the tokens `before` need; None where nobody asks for text."""
+        if self.detokenizer is None or not params.detokenize:
+            return None
+        return TokenPieces(self.detokenizer, params, before)
+
+    def _entry(
+        self, token: int, row: int, logprobs: Any, k: int, pieces: TokenPieces | None, last: bool = False
+    ) -> dict[int, Logprob]:
+        """The token itself first, then the k most likely, each with its rank.
+
+        last: no more tokens follow.
+        """
+        entry = {token: Logprob(float(logprobs.token[row]), int(logprobs.rank[row]), None)}
         for rank, (top_id, value) in enumerate(zip(logprobs.top_ids[row, :k], logprobs.top[row, :k]), 1):
             if top_id != token:
-                entry[int(top_id)] = self._logprob(int(top_id), value, rank)
+                decoded = self._token_text(int(top_id), pieces)
+                entry[int(top_id)] = Logprob(float(value), rank, decoded)
+        # The token's own text comes last, because it moves `pieces` on.
+        entry[token].decoded_token = pieces.take(token, last) if pieces else self._token_text(token, None)
         return entry
 
-    def _logprob(self, token: int, value: Any, rank: Any) -> Logprob:
-        decoded = None if self.detokenizer is None else self.detokenizer.token_text(token)
-        return Logprob(float(value), int(rank), decoded)
+    def _token_text(self, token: int, pieces: TokenPieces | None) -> str | None:
+        if pieces is not None:
+            return pieces.other(token)
+        return None if self.detokenizer is None else self.detokenizer.token_text(token)
 
     def _take_prompt_logprobs(self, asked: list[tuple[Sequence, int, int]], logprobs: Any) -> None:
         row = 0
         for seq, position, count in asked:
-            request = seq.owner.request
             try:
-                for i, at in enumerate(range(position, position + count)):
-                    token = request.prompt_token_ids[at]
-                    request.prompt_logprobs[at] = self._entry(token, row + i, logprobs, seq.prompt_logprobs or 0)
+                self._take_prompt_chunk(seq, range(position, position + count), row, logprobs)
             except Exception as err:
                 self.scheduler.failures.append((seq, err))
             row += count
+
+    def _take_prompt_chunk(self, seq: Sequence, positions: range, row: int, logprobs: Any) -> None:
+        """Logprobs of a chunk of a prompt, of which the first is in `row`."""
+        request = seq.owner.request
+        tokens = request.prompt_token_ids
+        # A chunk may begin inside a character, so some tokens before it are taken too.
+        start = max(positions.start - 4, 1)
+        pieces = self._pieces(request.params, tokens[:start])
+        for token in tokens[start : positions.start]:
+            if pieces:
+                pieces.take(token)
+        for i, at in enumerate(positions):
+            last = at + 1 == len(tokens)
+            entry = self._entry(tokens[at], row + i, logprobs, seq.prompt_logprobs or 0, pieces, last)
+            request.prompt_logprobs[at] = entry
 
     def _output(self, request: Request, completions: list[Completion]) -> RequestOutput:
         """The request as it stands, with these of its completions."""
