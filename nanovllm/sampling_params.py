@@ -16,6 +16,7 @@ from numbers import Integral, Real
 from typing import Any
 
 from nanovllm.errors import ValidationError
+from nanovllm.inputs import check_unicode
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +57,11 @@ _NUMBERS_OR_NONE: dict[str, _Rule] = {
     "max_tokens": (int, "None (up to max_model_len) or an integer of at least 1", lambda v: v >= 1),
     "logprobs": _LOGPROBS,
     "prompt_logprobs": _LOGPROBS,
+    "truncate_prompt_tokens": (
+        int,
+        "None, -1 (max_model_len) or an integer of at least 1",
+        lambda v: v == -1 or v >= 1,
+    ),
 }
 _FLAGS = (
     "ignore_eos",
@@ -72,7 +78,6 @@ _NEUTRAL: dict[str, tuple[tuple[Any, ...], str]] = {
     "use_beam_search": ((False, None), "call LLM.beam_search with BeamSearchParams"),
     "length_penalty": ((1.0, None), "it belongs to BeamSearchParams"),
     "early_stopping": ((False, None), "it belonged to beam search"),
-    "truncate_prompt_tokens": ((None, -1), "shorten the prompt's token ids instead"),
     "extra_args": ((None, {}), "this engine has no plug-ins that would read them"),
 }
 
@@ -330,6 +335,8 @@ def _strings(name: str, value: Any) -> list[str]:
         )
     if "" in value:
         raise _refusal(name, value, "a list of strings of at least one character")
+    for text in value:
+        check_unicode(name, text)
     return list(value)
 
 

@@ -69,7 +69,7 @@ ACCEPTED = [  # arguments, then the fields that differ from what was given
     ({"logits_processors": None}, {}),
     ({"logits_processors": []}, {}),
     ({"guided_decoding": None, "structured_outputs": None}, {}),
-    ({"truncate_prompt_tokens": None, "extra_args": None}, {}),
+    ({"extra_args": None}, {}),
 ]
 
 
@@ -159,7 +159,9 @@ REFUSED = [  # the field that the sentence names, arguments, the type of error
     ("length_penalty", {"length_penalty": 0.9}, ValueError),
     ("early_stopping", {"early_stopping": True}, ValueError),
     ("logits_processors", {"logits_processors": [lambda ids, logits: logits]}, ValueError),
-    ("truncate_prompt_tokens", {"truncate_prompt_tokens": 5}, ValueError),
+    ("truncate_prompt_tokens", {"truncate_prompt_tokens": 0}, ValueError),
+    ("truncate_prompt_tokens", {"truncate_prompt_tokens": -2}, ValueError),
+    ("truncate_prompt_tokens", {"truncate_prompt_tokens": 1.5}, TypeError),
     ("extra_args", {"extra_args": {"a": 1}}, ValueError),
 ]
 

@@ -27,7 +27,9 @@ from nanovllm.engine.scheduler import Scheduler, Step
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.turns import Turns
 from nanovllm.errors import ValidationError
+from nanovllm.inputs import Tokenization, check_unicode
 from nanovllm.outputs import RequestMetrics, RequestOutput
+from nanovllm.prompts import as_token_ids, asks
 from nanovllm.runner.executor import make_executor
 from nanovllm.runner.setup import Setup
 from nanovllm.sampling_params import SamplingParams
@@ -137,9 +139,9 @@ class LLMEngine:
             raise TypeError(f"request_id={request_id!r} must be a str")
         if request_id in self.processor.requests:
             raise ValidationError(f"request_id={request_id!r} is in use by an unfinished request")
-        text, tokens = self.tokenize(prompt)
         params = params.clone()
         params.verify()
+        text, tokens = self.tokenize(prompt, Tokenization(truncate_prompt_tokens=params.truncate_prompt_tokens))
         limit = self.args.max_logprobs if max_logprobs is None else max_logprobs
         params.verify_for_model(self.vocab_size, limit, self.tokenizer is not None, self._tokenizer_knows)
         room = self.max_model_len - len(tokens)
@@ -172,14 +174,14 @@ class LLMEngine:
         for seq in seqs:
             self.scheduler.add(seq)
 
-    def tokenize(self, prompt: Any) -> tuple[str | None, np.ndarray]:
+    def tokenize(self, prompt: Any, how: Tokenization = Tokenization()) -> tuple[str | None, np.ndarray]:
         """A prompt of any form -> (text to echo, token ids as int32). Raises TypeError or ValueError for a bad one."""
         text, token_ids = prompt, None
         if isinstance(prompt, Mapping):
             text, token_ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
             if text is None and token_ids is None:
                 raise TypeError(f"prompt: a dict needs 'prompt' or 'prompt_token_ids', got the keys {list(prompt)}")
-            if more := [key for key in prompt if key not in ("prompt", "prompt_token_ids") and prompt[key]]:
+            if more := [key for key in prompt if key not in ("prompt", "prompt_token_ids") and asks(prompt[key])]:
                 raise ValidationError(f"prompt: {more} are not supported; accepted are 'prompt' and 'prompt_token_ids'")
         elif not isinstance(prompt, str):
             text, token_ids = None, prompt
@@ -188,17 +190,13 @@ class LLMEngine:
                 raise TypeError(f"prompt: text must be a str, got {type(text).__name__}")
             if self.tokenizer is None:
                 raise ValidationError("prompt: skip_tokenizer_init=True leaves token ids as the only form; got text")
-            token_ids = self.tokenizer.encode(text)
-        return text, self._checked(token_ids)
+            check_unicode("prompt", text)
+            token_ids = self.tokenizer.encode(how.text(text), add_special_tokens=how.add_special_tokens)
+        tokens = as_token_ids(token_ids)
+        return text, self._checked(tokens[how.kept(len(tokens), self.max_model_len)])
 
-    def _checked(self, token_ids: Any) -> np.ndarray:
-        """Token ids as int32, once they are known to be ids and to fit."""
-        try:
-            tokens = np.asarray(token_ids)
-        except ValueError:
-            tokens = np.empty(0, object)
-        if tokens.ndim != 1 or (len(tokens) and tokens.dtype.kind not in "iu"):
-            raise TypeError(f"prompt: token ids must be a flat list of int, got {str(token_ids)[:80]}")
+    def _checked(self, tokens: np.ndarray) -> np.ndarray:
+        """Token ids as int32, once they are known to be the model's and to fit."""
         if not len(tokens):
             raise ValidationError("prompt: it has no tokens; at least one is needed")
         if tokens.min() < 0 or tokens.max() >= self.vocab_size:
