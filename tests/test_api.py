@@ -287,7 +287,7 @@ def test_chat_options(tmp_path):
         ([{"role": "nobody", "content": ""}], {}, ValueError, "cannot render them: who is nobody?"),
         (MESSAGES, {"continue_final_message": True}, ValueError, "cannot render them"),
         (MESSAGES, {"chat_template": "{% for"}, ValueError, "cannot render them"),
-        (MESSAGES, {"chat_template_content_format": "openai"}, ValueError, "accepted: 'auto', 'string'"),
+        (MESSAGES, {"chat_template_content_format": "json"}, ValueError, "accepted: 'auto', 'string', 'openai'"),
         ([["text"]], {}, TypeError, "a message must be a dict"),
         ([{"role": "user", "content": [{"type": "image_url"}]}], {}, ValueError, "only parts of type 'text'"),
     ],
