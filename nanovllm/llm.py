@@ -149,7 +149,8 @@ class LLM:
 
     def _tokenized(self, prompts: Sequence[Any], how: Tokenization) -> list[dict[str, Any]]:
         """The prompts as token ids, which keep their text to be echoed."""
-        pairs = [self.llm_engine.tokenize(prompt, how) for prompt in prompts]
+        with self.llm_engine.turn():
+            pairs = [self.llm_engine.tokenize(prompt, how) for prompt in prompts]
         return [{"prompt": text, "prompt_token_ids": token_ids} for text, token_ids in pairs]
 
     encode = embed = classify = score = reward = refused("encode, embed, classify and score need a pooling model")

@@ -39,7 +39,11 @@ _Rule = tuple[type, str, Callable[[Any], bool]]
 _AT_LEAST_1: _Rule = (int, "an integer of at least 1", lambda v: v >= 1)
 _TEMPERATURE: _Rule = (float, "a float32 number of at least 0 (0 is greedy)", lambda v: 0 <= v <= FLOAT32)
 _REPETITION: _Rule = (float, "a float32 number above 0", lambda v: SMALLEST_FLOAT32 <= v <= FLOAT32)
-_BIAS: _Rule = (float, "a dict whose values are float32 numbers, or -inf: never", lambda v: v == -inf or abs(v) <= FLOAT32)
+_BIAS: _Rule = (
+    float,
+    "a dict whose values are float32 numbers, or -inf: never",
+    lambda v: v == -inf or abs(v) <= FLOAT32,
+)
 _LOGPROBS: _Rule = (int, "None, True or an integer of at least -1 (-1: the vocabulary)", lambda v: v >= -1)
 _NUMBERS: dict[str, _Rule] = {
     "n": _AT_LEAST_1,

@@ -257,7 +257,9 @@ def test_a_fault_in_detokenising_ends_one_request(overlap, kind, monkeypatch):
 
 def test_a_fault_in_logprobs_ends_one_request(monkeypatch):
     llm = shared_llm()
-    params = [SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, logprobs=k, prompt_logprobs=1) for k in (1, 3, 2)]
+    params = [
+        SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, logprobs=k, prompt_logprobs=1) for k in (1, 3, 2)
+    ]
     processor = llm.llm_engine.processor
 
     def patch(context: Any) -> None:

@@ -393,4 +393,6 @@ def check_candidates(
     if not left:
         names = ("allowed_token_ids", "bad_words", "logit_bias", "min_tokens")
         given = ", ".join(f"{name}={str(value)[:60]}" for name in names if (value := getattr(params, name)))
-        raise ValidationError(f"{given}: together they leave no token that may be sampled; at least one must stay allowed")
+        raise ValidationError(
+            f"{given}: together they leave no token that may be sampled; at least one must stay allowed"
+        )
