@@ -263,7 +263,7 @@ def test_a_fault_in_logprobs_ends_one_request(monkeypatch):
     processor = llm.llm_engine.processor
 
     def patch(context: Any) -> None:
-        context.setattr(processor, "_entry", failing(processor._entry, lambda token, row, found, k: k == 3))
+        context.setattr(processor, "_entry", failing(processor._entry, lambda token, row, found, k, *_: k == 3))
 
     expect_second_alone_failed(llm, params, monkeypatch, patch)
 
