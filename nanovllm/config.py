@@ -9,6 +9,7 @@ import difflib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 DTYPES = {
@@ -97,7 +98,7 @@ class EngineArgs:
         one_of("tokenizer_mode", self.tokenizer_mode, ("auto", "slow"))
         one_of("logprobs_mode", self.logprobs_mode, ("raw_logprobs",))
         one_of("kv_cache_dtype", self.kv_cache_dtype, ("auto", "fp8"))
-        one_of("generation_config", self.generation_config, ("auto", "vllm"))
+        self._check_generation_config()
         one_of(
             "distributed_executor_backend", self.distributed_executor_backend, (None, "uni", "mp", "external_launcher")
         )
@@ -111,6 +112,17 @@ class EngineArgs:
             raise ValueError(f"max_logprobs={self.max_logprobs} must be at least 0, or -1 for the whole vocabulary")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise TypeError(f"seed={self.seed!r} must be an int")
+
+    def _check_generation_config(self) -> None:
+        """ "auto" is the model's generation_config.json, "vllm" takes only the end tokens of it, else it is a folder."""
+        if not isinstance(self.generation_config, (str, os.PathLike)):
+            raise TypeError(f"generation_config={self.generation_config!r} must be 'auto', 'vllm' or a folder")
+        self.generation_config = str(self.generation_config)
+        if self.generation_config not in ("auto", "vllm") and not Path(self.generation_config).expanduser().is_dir():
+            raise ValueError(
+                f"generation_config={self.generation_config!r} is no folder here; "
+                "accepted are 'auto', 'vllm' and a folder that holds a generation_config.json"
+            )
 
 
 NANO_VLLM_NAMES = {"kvcache_block_size": "block_size", "num_kvcache_blocks": "num_gpu_blocks_override"}

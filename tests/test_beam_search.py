@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import NamedTuple
 
 import pytest
@@ -68,10 +69,11 @@ def likely_eos(prompt: list[int]) -> int:
 
 
 @pytest.mark.parametrize("penalty", [0.0, 0.5])
-def test_beams_end_at_eos(penalty):
+def test_beams_end_at_eos(penalty, tmp_path):
     (prompt,) = random_prompts([12], seed=52)
     eos = likely_eos(prompt)
-    llm = make_llm(hf_overrides={"eos_token_id": eos}, generation_config="vllm")
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}))
+    llm = make_llm(generation_config=str(tmp_path))
     assert llm.llm_engine.eos_token_ids == {eos, EOS}
     params = BeamSearchParams(beam_width=4, max_tokens=6, length_penalty=penalty)
     (out,) = llm.beam_search([prompt], params)

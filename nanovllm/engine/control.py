@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from nanovllm.errors import ValidationError
 from nanovllm.runner import memory
 from nanovllm.runner.executor import Worker
+from nanovllm.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from nanovllm.engine.llm_engine import LLMEngine
@@ -63,14 +64,22 @@ def describe(engine: LLMEngine) -> tuple[SimpleNamespace, SimpleNamespace, Simpl
 
 
 def default_sampling(engine: LLMEngine) -> dict[str, Any]:
-    """What generation_config.json recommends, as arguments of SamplingParams."""
+    """What generation_config.json recommends, as arguments of SamplingParams; nothing with generation_config="vllm".
+
+    Like vLLM this reads the fields below and no other: `do_sample` changes nothing.
+    Raises ValueError, naming the file, for a value that SamplingParams does not accept.
+    """
+    if engine.args.generation_config == "vllm":
+        return {}
+    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_new_tokens")
     config = engine.setup.generation_config
-    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-    found = {name: config[name] for name in names if config.get(name) is not None}
-    if config.get("do_sample") is False:
-        found["temperature"] = 0.0
-    if config.get("max_new_tokens") is not None:
-        found["max_tokens"] = config["max_new_tokens"]
+    found = {name.replace("max_new_", "max_"): config[name] for name in names if config.get(name) is not None}
+    for name, value in found.items():
+        try:
+            SamplingParams.from_optional(**{name: value})
+        except (TypeError, ValueError) as err:
+            field = name.replace("max_", "max_new_")
+            raise ValidationError(f"{engine.setup.generation_config_path}: {field}={value!r}: {err}") from err
     return found
 
 

@@ -52,8 +52,11 @@ def cpu_features() -> str:
     return next((line for line in lines if line.lower().startswith(("flags", "features"))), "")
 
 
-def build() -> Path:
-    """Compiles cpu.cpp into the user's cache unless it is there. Raises OSError or subprocess.SubprocessError."""
+def build(again: bool = False) -> Path:
+    """Compiles cpu.cpp into the user's cache unless it is there and whole; `again`: in any case.
+
+    Raises OSError or subprocess.SubprocessError.
+    """
     named = shlex.split(os.environ.get("CXX", ""))
     compiler = shutil.which(named[0]) if named else shutil.which("g++") or shutil.which("c++")
     if compiler is None:
@@ -63,7 +66,7 @@ def build() -> Path:
     key = repr((source, command, stat.st_size, stat.st_mtime, platform.machine(), cpu_features()))
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nanovllm"
     library = cache / f"cpu-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
-    if library.exists():
+    if not again and is_whole(library):
         return library
     logger.info("building the CPU kernels with %s, once, into %s", compiler, cache)
     cache.mkdir(parents=True, exist_ok=True)
@@ -74,14 +77,34 @@ def build() -> Path:
             done = subprocess.run(step, capture_output=True, text=True, timeout=300)
             if done.returncode:
                 raise OSError(f"{shlex.join(step)} failed: {done.stderr.strip()[:500] or done.returncode}")
+        with open(whole, "r+b") as file:
+            digest = hashlib.sha256(file.read()).digest()
+            file.write(digest)  # the loader of the system reads no further than the tables say
         os.replace(whole, library)
     return library
+
+
+def is_whole(library: Path) -> bool:
+    """Whether a cached library ends with the SHA-256 of what comes before, as `build` leaves it.
+
+    The system maps a library that was cut short without an error, and the process dies where a page is missing.
+    """
+    try:
+        content = library.read_bytes()
+    except OSError:  # not there, a folder, or not ours to read
+        return False
+    size = hashlib.sha256().digest_size
+    return hashlib.sha256(content[:-size]).digest() == content[-size:]
 
 
 @functools.cache
 def load() -> ctypes.CDLL | None:
     try:
-        return ctypes.CDLL(str(build()))
+        library = build()
+        try:
+            return ctypes.CDLL(str(library))
+        except OSError:  # it is whole, and was built for another machine
+            return ctypes.CDLL(str(build(again=True)))
     except (OSError, RuntimeError, subprocess.SubprocessError) as err:
         logger.warning("the CPU runs torch's own kernels, which are slower: %s", err)
         return None

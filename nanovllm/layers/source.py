@@ -9,9 +9,34 @@ import math
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 COPY_AT_ONCE = 1 << 22  # numbers
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # others are codes of quantised weights
+
+# Part of a tensor's name -> the fields of config.json that give its shape, and those that say that it is there.
+SIZE_FIELDS = {
+    "embed_tokens": "vocab_size, hidden_size",
+    "lm_head": "vocab_size, hidden_size",
+    "q_proj": "num_attention_heads, head_dim, hidden_size",
+    "k_proj": "num_key_value_heads, head_dim, hidden_size",
+    "v_proj": "num_key_value_heads, head_dim, hidden_size",
+    "o_proj": "num_attention_heads, head_dim, hidden_size",
+    "q_norm": "head_dim",
+    "k_norm": "head_dim",
+    "mlp": "intermediate_size, hidden_size",
+    "norm": "hidden_size",
+}
+PRESENCE_FIELDS = {
+    "lm_head": "tie_word_embeddings",
+    "mlp": "num_hidden_layers, mlp_bias",
+    "q_norm": "num_hidden_layers, architectures",
+    "k_norm": "num_hidden_layers, architectures",
+    "self_attn": "num_hidden_layers, attention_bias",
+    "layers.": "num_hidden_layers",
+}
 
 
 class Source(NamedTuple):
@@ -26,26 +51,50 @@ class Source(NamedTuple):
 def fill(model: nn.Module, weights: Iterable[tuple[str, Any]]) -> set[str]:
     """Fills parameters in place from (name, tensor or lazy tensor) pairs; returns the names of those given.
 
-    Raises ValueError for a tensor that the model does not know or whose shape is another.
+    A tied model takes its one matrix from the embedding, or from the output head where the embedding is not given.
+    Raises ValueError for a tensor that the model does not know, whose shape is another, or that holds no floats.
     """
     wanted = all_sources(model)
     given, unknown = set(), []
-    tied = "lm_head.weight" not in wanted
+    tied_head: Any = None
     for name, tensor in weights:
-        if name not in wanted:
-            if not (tied and name == "lm_head.weight"):  # a copy of the embedding
-                unknown.append(name)
-            continue
-        for source in wanted[name]:
-            if tuple(tensor.shape) != source.shape:
-                raise ValueError(
-                    f"checkpoint: tensor {name} has shape {list(tensor.shape)}, the config asks for {list(source.shape)}"
-                )
-            copy_part(source.into.data, tensor, source.part)
-        given.add(name)
+        if name in wanted:
+            fill_from(name, tensor, wanted[name])
+            given.add(name)
+        elif name == HEAD and EMBEDDING in wanted:
+            tied_head = tensor
+        else:
+            unknown.append(name)
+    if tied_head is not None and EMBEDDING not in given:
+        fill_from(HEAD, tied_head, wanted[EMBEDDING])
+        given.add(EMBEDDING)
     if unknown:
-        raise ValueError(f"checkpoint: the model has no parameter for {listing(unknown)}")
+        fields = config_fields(unknown, PRESENCE_FIELDS)
+        raise ValueError(f"checkpoint: the model has no parameter for {listing(unknown)}{fields}")
     return given
+
+
+def fill_from(name: str, tensor: Any, sources: list[Source]) -> None:
+    """Copies one checkpoint tensor into all that it fills. Raises ValueError for another shape, or no floats."""
+    if tensor.dtype not in FLOATS:
+        raise ValueError(
+            f"checkpoint: tensor {name} is stored as {str(tensor.dtype).removeprefix('torch.')}; accepted are float32, "
+            "float16 and bfloat16, because quantised checkpoints other than GGUF are not supported"
+        )
+    for source in sources:
+        if tuple(tensor.shape) != source.shape:
+            raise ValueError(
+                f"checkpoint: tensor {name} has shape {list(tensor.shape)}, the config asks for {list(source.shape)}"
+                f"{config_fields([name], SIZE_FIELDS)}"
+            )
+        copy_part(source.into.data, tensor, source.part)
+
+
+def config_fields(names: Iterable[str], table: dict[str, str]) -> str:
+    """The fields of config.json behind these tensors, as the end of an error; "" where none is known."""
+    found = [next((fields for part, fields in table.items() if part in name), "") for name in names]
+    unique = dict.fromkeys(field for fields in found if fields for field in fields.split(", "))
+    return f" (config.json: {', '.join(unique)})" if unique else ""
 
 
 def copy_part(into: Tensor, tensor: Any, part: tuple[slice, ...]) -> None:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nanovllm.loader.fields import Fields
 from nanovllm.loader.safetensors import unreadable
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
@@ -44,6 +45,45 @@ SAMPLING = {
     "min_p": "min_p",
     "penalty_repeat": "repetition_penalty",
 }
+
+# A token that ends an answer is known by its name too: many files name one end only, or none, in their metadata.
+# The names are those of llama.cpp (src/llama-vocab.cpp), which also ends at the padding and separators of fill-in-the-middle.
+ENDS = {
+    "<|eot_id|>",
+    "<|eom_id|>",
+    "<|im_end|>",
+    "<|end|>",
+    "<|return|>",
+    "<|call|>",
+    "<|calls|>",
+    "<|flush|>",
+    "<|endoftext|>",
+    "<|end_of_text|>",
+    "<end_of_turn>",
+    "<end_of_utterance>",
+    "<｜end▁of▁sentence｜>",
+    "<turn|>",
+    "<|tool_response>",
+    "</s>",
+    "<eos>",
+    "<EOT>",
+    "_<EOT>",
+    "[EOT]",
+    "[EOS]",
+    "[e~[",
+    "<|fim_pad|>",
+    "<fim-pad>",
+    "<fim_pad>",
+    "<PAD>",
+    "[PAD]",
+    "<|fim_repo|>",
+    "<|repo_name|>",
+    "<fim-repo>",
+    "<reponame>",
+    "<REPO>",
+    "<|file_sep|>",
+}
+SPECIAL_KINDS = (3, 4)  # control tokens and user-defined ones, which no plain text is cut into
 
 PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 DEQUANTISE_AT_ONCE = 1 << 17  # weights; more fall out of the cache (twice as slow), fewer pay numpy's calls
@@ -128,9 +168,20 @@ class GGUF:
             raise ValueError(f"{self.path} is of the other byte order; convert it for this machine")
         return reader
 
+    @cached_property
+    def tokens(self) -> list[str]:
+        """The vocabulary: the token of each id. Empty where the file holds none."""
+        return self.get("tokenizer.ggml.tokens", [])
+
+    @cached_property
+    def token_kinds(self) -> list[int]:
+        """The kind of each token: 3 is a control token, 4 a user-defined one. Empty where the file says nothing."""
+        return self.get("tokenizer.ggml.token_type", [])
+
     def close(self) -> None:
         """Lets go of the file and of what was read of it, tens of MB for a vocabulary."""
-        self.__dict__.pop("reader", None)
+        for name in ("reader", "tokens", "token_kinds"):
+            self.__dict__.pop(name, None)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"path": self.path}
@@ -156,11 +207,25 @@ class GGUF:
         heads = {"attn_q": "head_count", "attn_k": "head_count_kv"}.get(tensor.name.split(".")[-2])
         if heads and self["general.architecture"] == "llama":
             # llama.cpp rotates neighbouring rows, Hugging Face a head's two halves: row (h, half, i) is (h, i, half).
-            rows = np.arange(found.shape[0]).reshape(self[f"llama.attention.{heads}"], -1, 2)
+            number = self.get_one(f"attention.{heads}") or self.get_one("attention.head_count")
+            rows = np.arange(found.shape[0]).reshape(number, -1, 2)
             found.row_order = rows.swapaxes(1, 2).reshape(-1)
         return found
 
-    def __iter__(self) -> Iterator[tuple[str, GGUFTensor]]:
+    def get_one(self, key: str) -> Any:
+        """A field of the architecture, without its prefix. A list with a value for each layer is that value.
+
+        Raises ValueError where the values differ.
+        """
+        key = f"{self['general.architecture']}.{key}"
+        value = self.get(key)
+        if not isinstance(value, list):
+            return value
+        if len(set(value)) != 1:
+            raise ValueError(f"{self.path}: {key} is {value}; accepted is one value for all layers")
+        return value[0]
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor | GGUFTensor]]:
         """(Hugging Face name, tensor). Raises ValueError for a tensor that has no place in these models."""
         for name, tensor in self.tensors.items():
             if name == "rope_freqs.weight":
@@ -168,44 +233,60 @@ class GGUF:
             *block, stem, suffix = name.split(".")
             if stem not in TENSOR_NAMES or suffix not in ("weight", "bias"):
                 raise ValueError(f"{self.path} holds {name!r}, which no {self['general.architecture']} model here has")
-            layer = f"model.layers.{block[1]}." if block else ""
-            yield f"{layer}{TENSOR_NAMES[stem]}.{suffix}", self.lazy(tensor)
+            yield hf_name(block, stem, suffix), self.lazy(tensor)
+        yield from self.missing_biases()
+
+    def missing_biases(self) -> Iterator[tuple[str, Tensor]]:
+        """A bias of zeros for each projection that lacks one where a Hugging Face model of this config has one.
+
+        There one switch is for q, k, v and o, and one for the feed-forward; a GGUF file has any of these biases.
+        """
+        tensors = self.tensors
+        stems = self.biased_stems("attn") + self.biased_stems("ffn")
+        for name in tensors:
+            *block, stem, suffix = name.split(".")
+            if suffix == "weight" and stem in stems and ".".join([*block, stem, "bias"]) not in tensors:
+                yield hf_name(block, stem, "bias"), torch.zeros(int(tensors[name].shape[-1]))
+
+    def biased_stems(self, kind: str) -> tuple[str, ...]:
+        """The projections of attention ("attn") or of the feed-forward ("ffn"), if the model has biases there."""
+        is_qwen2 = self["general.architecture"] == "qwen2"
+        if kind == "attn" and is_qwen2:
+            return "attn_q", "attn_k", "attn_v"  # its config has no switch
+        stems = tuple(stem for stem in TENSOR_NAMES if stem.startswith(kind) and not stem.endswith("norm"))
+        has_one = any(name.endswith(f".{stem}.bias") for name in self.tensors for stem in stems)
+        return stems if has_one else ()
 
     def hf_fields(self) -> dict[str, Any]:
         """The fields of the config.json that the file was converted from, as far as its metadata tells."""
         family, tensors = self["general.architecture"], self.tensors
         if "token_embd.weight" not in tensors:
             raise ValueError(f"{self.path} has no token_embd.weight: it is a vocabulary only, or a part of a model")
-
-        def get(key: str) -> Any:
-            return self.get(f"{family}.{key}")
-
-        def need(key: str) -> Any:
-            return self[f"{family}.{key}"]
-
-        heads, hidden = need("attention.head_count"), need("embedding_length")
-        head_dim = get("attention.key_length") or hidden // heads
-        if get("rope.dimension_count") not in (None, head_dim):
-            raise ValueError(f"{self.path} rotates {get('rope.dimension_count')} of {head_dim} dimensions of a head")
-        window = get("attention.sliding_window")
+        fields = Fields(f"{self.path}: {family}", self.get_one)
+        heads, hidden = fields.integer("attention.head_count"), fields.integer("embedding_length")
+        head_dim = fields.integer("attention.key_length", default=hidden // heads)
+        rotated = fields.integer("rope.dimension_count", default=head_dim)
+        if rotated != head_dim:
+            raise ValueError(f"{self.path} rotates {rotated} of {head_dim} dimensions of a head")
+        window = self.get_one("attention.sliding_window")
         is_mistral = bool(window) and family == "llama"  # llama.cpp has no word of its own for it
         return {
             "model_type": "mistral" if is_mistral else family,
             "architectures": ["MistralForCausalLM" if is_mistral else ARCHITECTURES[family]],
             "vocab_size": int(tensors["token_embd.weight"].shape[-1]),
             "hidden_size": hidden,
-            "intermediate_size": need("feed_forward_length"),
-            "num_hidden_layers": need("block_count"),
+            "intermediate_size": fields.integer("feed_forward_length"),
+            "num_hidden_layers": fields.integer("block_count"),
             "num_attention_heads": heads,
-            "num_key_value_heads": get("attention.head_count_kv") or heads,
+            "num_key_value_heads": fields.integer("attention.head_count_kv", default=heads, least=0) or heads,
             "head_dim": head_dim,
             "hidden_act": "silu",
-            "rms_norm_eps": need("attention.layer_norm_rms_epsilon"),
-            "max_position_embeddings": need("context_length"),
+            "rms_norm_eps": fields.number("attention.layer_norm_rms_epsilon", zero=True),
+            "max_position_embeddings": fields.integer("context_length"),
             "rope_parameters": self.rope_parameters(head_dim),
-            "attention_bias": "blk.0.attn_q.bias" in tensors,
-            "mlp_bias": "blk.0.ffn_up.bias" in tensors,
-            "sliding_window": window,
+            "attention_bias": bool(self.biased_stems("attn")),
+            "mlp_bias": bool(self.biased_stems("ffn")),
+            "sliding_window": window or None,
             "use_sliding_window": bool(window),  # Qwen's switch; from layer 0 on
             "max_window_layers": 0,
             "tie_word_embeddings": "output.weight" not in tensors,
@@ -255,9 +336,30 @@ class GGUF:
 
     def generation_config(self) -> dict[str, Any]:
         """What a generation_config.json would say: every token that ends an answer, and the sampling that is advised."""
-        ends = [self.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
-        fields: dict[str, Any] = {"eos_token_id": list(dict.fromkeys(end for end in ends if end is not None))}
+        fields: dict[str, Any] = {"eos_token_id": self.end_tokens()}
         for key, name in SAMPLING.items():
             if (value := self.get(f"general.sampling.{key}")) is not None:
                 fields[name] = value
         return fields
+
+    def end_tokens(self) -> list[int]:
+        """Ids of the tokens that end an answer: those that the metadata lists, then those known by their names."""
+        keys = ("eos", "eot", "eom", "fim_pad", "fim_rep", "fim_sep")
+        listed = [self.get(f"tokenizer.ggml.{key}_token_id") for key in keys]
+        named = {
+            token: i
+            for i, (token, kind) in enumerate(zip(self.tokens, self.token_kinds))
+            if token in ENDS and kind in SPECIAL_KINDS
+        }
+        # Two families of formats use "<|end|>" inside an answer, and one has a "</s>" without a meaning.
+        if named.keys() & {"<|call|>", "<|calls|>"} and named.keys() & {"<|return|>", "<|flush|>"}:
+            named.pop("<|end|>", None)
+        if "<|tool_response>" in named:
+            named.pop("</s>", None)
+        return list(dict.fromkeys(i for i in (*listed, *named.values()) if i is not None))
+
+
+def hf_name(block: list[str], stem: str, suffix: str) -> str:
+    """(["blk", "3"], "attn_q", "weight") -> "model.layers.3.self_attn.q_proj.weight"."""
+    layer = f"model.layers.{block[1]}." if block else ""
+    return f"{layer}{TENSOR_NAMES[stem]}.{suffix}"

@@ -8,6 +8,7 @@ cuts otherwise, and gives other ids than the model was trained on.
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 from nanovllm.loader.gguf import GGUF
@@ -16,31 +17,48 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
+logger = logging.getLogger("nanovllm")
 CONTROL, USER_DEFINED = 3, 4
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _LLAMA3 = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}" + _REST
 _QWEN2 = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + _REST
+_SEED = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}\r\n]+|\s*[\r\n]+|\s+(?!\S)|\s+"
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-_TEKKEN = (
-    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*"
-    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_CASED = rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+%s|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*%s|"
+_CASED_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_TEKKEN = _CASED % ("", "") + r"\p{N}" + _CASED_REST
+_GPT4O = _CASED % (f"{_CONTRACTIONS}?", f"{_CONTRACTIONS}?") + r"\p{N}{1,3}" + _CASED_REST
+_DEEPSEEK3 = (
+    r"\p{N}{1,3}",
+    r"[一-龥\u3040-ゟ゠-ヿ]+",
+    r"[!-/:-@\[-`{-~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+",
 )
-SPLITS = {
-    "llama-bpe": _LLAMA3,
-    "llama3": _LLAMA3,
-    "llama-v3": _LLAMA3,
-    "falcon3": _LLAMA3,
-    "smaug-bpe": _LLAMA3,
-    "qwen2": _QWEN2,
-    "deepseek-r1-qwen": _QWEN2,
-    "tekken": _TEKKEN,
-    "gpt-2": None,  # the pattern that is built into ByteLevel
-    "smollm": None,  # the same, after every digit stands alone
+_DEEPSEEK_CODER = (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", r"[一-龥ࠀ-一가-퟿]+", r"\p{N}")
+# What llama.cpp falls back on: punctuation, words, then digits by threes.
+_DEFAULT = (r"[\p{P}$+<=>^~|]+", _GPT2, r"\p{N}+", r"[0-9]{3}")
+# Each pattern cuts the pieces that the one before left; what no pattern matches is a piece too.
+SPLITS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0"), (_LLAMA3,)),
+    **dict.fromkeys(("smaug-bpe", "dbrx"), (_LLAMA3,)),
+    **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "megrez", "kormo", "hunyuan", "stablelm2"), (_QWEN2,)),
+    "tekken": (_TEKKEN,),
+    "seed-coder": (_SEED,),
+    **dict.fromkeys(("llama4", "gpt-4o", "kanana2"), (_GPT4O,)),
+    **dict.fromkeys(("deepseek-v3", "hunyuan-dense"), _DEEPSEEK3),
+    "deepseek-coder": _DEEPSEEK_CODER,
+    **dict.fromkeys(("gpt-2", "phi-2", "gigachat", "a.x-4.0", "mellum", "exaone4"), (_GPT2,)),
+    **dict.fromkeys(("mpt", "olmo", "jais", "trillion"), (_GPT2,)),
+    **dict.fromkeys(("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone"), (r"\p{N}", _GPT2)),
+    "minerva-7b": (r"\p{N}", _GPT2),
+    "default": _DEFAULT,
 }
 # These take a piece that is in the vocabulary whole, without merging up to it, and begin a text with BOS unless told.
-WHOLE_PIECES = ("llama-bpe", "llama3", "llama-v3", "falcon3", "tekken")
+WHOLE_PIECES = ("llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "tekken")
+COMPOSED = ("qwen2", "deepseek-r1-qwen")  # their own tokenizers compose characters (NFC) first
 
 
 class _HandOver:
@@ -58,7 +76,8 @@ def load_tokenizer(file: GGUF) -> PreTrainedTokenizerFast:
     from tokenizers import AddedToken, processors
     from transformers import PreTrainedTokenizerFast
 
-    tokens, model = file["tokenizer.ggml.tokens"], file["tokenizer.ggml.model"]
+    model = file["tokenizer.ggml.model"]
+    tokens = file.tokens or file["tokenizer.ggml.tokens"]
 
     def get(key: str, default: Any = None) -> Any:
         return file.get(f"tokenizer.ggml.{key}", default)
@@ -69,7 +88,7 @@ def load_tokenizer(file: GGUF) -> PreTrainedTokenizerFast:
         tokenizer, adds_bos = sentencepiece_bpe(file, tokens), True
     else:
         raise ValueError(f"{file.path} has a tokenizer of type {model!r}, not 'gpt2' or 'llama': pass tokenizer=")
-    kinds = get("token_type", [])
+    kinds = file.token_kinds
     for kind, add in ((CONTROL, tokenizer.add_special_tokens), (USER_DEFINED, tokenizer.add_tokens)):
         add([AddedToken(t, special=kind == CONTROL, normalized=False) for t, k in zip(tokens, kinds) if k == kind])
 
@@ -93,24 +112,25 @@ def load_tokenizer(file: GGUF) -> PreTrainedTokenizerFast:
 def byte_level_bpe(file: GGUF, tokens: list[str]) -> Tokenizer:
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-    pre = file["tokenizer.ggml.pre"]
+    pre = file.get("tokenizer.ggml.pre") or "default"
     if pre not in SPLITS:
         raise ValueError(
             f"{file.path} cuts text as {pre!r} does (tokenizer.ggml.pre), known are {', '.join(SPLITS)}; "
             "pass tokenizer= the name or folder of the original model"
         )
+    if pre == "default":
+        logger.warning(
+            "%s does not say how its tokenizer cuts text (tokenizer.ggml.pre): it is cut by llama.cpp's default, which "
+            "may differ from the model's own; pass tokenizer= the name or folder of the original model",
+            file.path,
+        )
     merges = [tuple(merge.split(" ")) for merge in file["tokenizer.ggml.merges"]]
     vocabulary = {token: i for i, token in enumerate(tokens)}
     tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=pre in WHOLE_PIECES))
-    split = SPLITS[pre]
-    steps: list[Any] = []
-    if split:
-        steps.append(pre_tokenizers.Split(Regex(split), behavior="isolated"))
-    elif pre == "smollm":
-        steps.append(pre_tokenizers.Digits(individual_digits=True))
-    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split is None))
+    steps: list[Any] = [pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in SPLITS[pre]]
+    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
-    if split == _QWEN2:
+    if pre in COMPOSED:
         tokenizer.normalizer = normalizers.NFC()
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer

@@ -5,13 +5,14 @@ This file does not know which names a model wants.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from nanovllm.loader.fields import read_object
 
 INDEX = "model.safetensors.index.json"
 
@@ -29,15 +30,26 @@ DTYPES = {
     "I8": torch.int8,
     "U8": torch.uint8,
     "BOOL": torch.bool,
+    "U16": torch.uint16,
+    "U32": torch.uint32,
+    "U64": torch.uint64,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "F4": torch.float4_e2m1fn_x2,
+    "C64": torch.complex64,
 }
 
 
 class SafetensorsTensor:
     """A tensor on disk: slicing it reads that part."""
 
-    def __init__(self, part: Any) -> None:
+    def __init__(self, name: str, part: Any) -> None:
         self.part = part
         self.shape: tuple[int, ...] = tuple(part.get_shape())
+        if part.get_dtype() not in DTYPES:
+            raise ValueError(
+                f"checkpoint: tensor {name} is stored as {part.get_dtype()}, which is not known; "
+                "accepted are F32, F16 and BF16"
+            )
         self.dtype = DTYPES[part.get_dtype()]
 
     def __getitem__(self, index: Any) -> Tensor:
@@ -58,9 +70,12 @@ def weight_map(folder: Path) -> dict[str, str]:
     """The index: name of a tensor -> name of the file that holds it."""
     path = folder / INDEX
     try:
-        return json.loads(path.read_text())["weight_map"]
-    except (ValueError, KeyError, TypeError) as err:
-        raise ValueError(f"{path} is not a checkpoint index ({type(err).__name__}: {err}); fetch it again") from err
+        found = read_object(path).get("weight_map")
+    except ValueError as err:
+        raise ValueError(f"{path} is not a checkpoint index ({err}); fetch it again") from err
+    if not isinstance(found, dict) or not all(isinstance(name, str) for name in found.values()):
+        raise ValueError(f"{path} is not a checkpoint index: it has no weight_map of file names; fetch it again")
+    return found
 
 
 def iter_tensors(folder: Path) -> Iterator[tuple[str, SafetensorsTensor]]:
@@ -76,7 +91,7 @@ def iter_tensors(folder: Path) -> Iterator[tuple[str, SafetensorsTensor]]:
         for name in handle.keys():  # noqa: SIM118 - a handle is no mapping
             if name not in seen and wanted.get(name, path.name) == path.name:
                 seen.add(name)
-                yield name, SafetensorsTensor(handle.get_slice(name))
+                yield name, SafetensorsTensor(name, handle.get_slice(name))
     if missing := sorted(wanted.keys() - seen):
         raise ValueError(
             f"{folder / wanted[missing[0]]} lacks {missing[0]!r}, which {INDEX} places there "

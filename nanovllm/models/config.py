@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from nanovllm.loader.fields import Fields, is_integer, shown
 
 
 @dataclass(frozen=True)
@@ -42,48 +45,95 @@ class Family:
     qk_norm: bool = False
     qkv_bias: bool | None = None  # None: as the config's attention_bias says
     o_bias: bool | None = None
+    has_mlp_bias: bool = False  # the config's mlp_bias counts
+    has_window: bool = True  # the config's sliding_window counts
     has_window_switch: bool = False  # the window counts only where the config's use_sliding_window is true
 
 
 FAMILIES = {
-    "LlamaForCausalLM": Family(),
+    "LlamaForCausalLM": Family(has_mlp_bias=True, has_window=False),
     "MistralForCausalLM": Family(qkv_bias=False, o_bias=False),
     "Qwen2ForCausalLM": Family(qkv_bias=True, o_bias=False, has_window_switch=True),
     "Qwen3ForCausalLM": Family(qk_norm=True, has_window_switch=True),
 }
+# For a config that names no architecture. transformers 5 turns a mistral with layer_types into a ministral.
+MODEL_TYPES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "ministral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
+ACTIVATIONS = ("silu", "swish")  # two names of one function
 
 
-def read_config(hf: Any) -> ModelConfig:
-    """Raises ValueError for an architecture or a feature that this engine does not run."""
-    architectures = getattr(hf, "architectures", None) or []
-    name = next((a for a in architectures if a in FAMILIES), None)
-    if name is None:
+def read_config(hf: Any, source: str | Path = "config.json") -> ModelConfig:
+    """Raises ValueError, naming `source` and the field, for an architecture, a feature or a value that does not run."""
+    fields = Fields(source, lambda name: getattr(hf, name, None))
+    refuse_quantised(fields)
+    family = FAMILIES[architecture(fields)]
+    if fields.get("hidden_act") not in (None, *ACTIVATIONS):
+        raise fields.refuse("hidden_act", "'silu' (or its other name, 'swish')")
+    hidden_size, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
+    kv_heads = fields.integer("num_key_value_heads", default=heads)
+    if heads % kv_heads:
+        raise fields.refuse("num_key_value_heads", f"a divisor of num_attention_heads, which is {heads}")
+    head_dim = fields.integer("head_dim", default=hidden_size // heads)
+    if head_dim % 2:
+        raise ValueError(f"{source}: head_dim is {head_dim}; accepted is an even number, because RoPE turns pairs")
+    biases = family.qkv_bias is None and fields.flag("attention_bias")
+    return ModelConfig(
+        vocab_size=fields.integer("vocab_size"),
+        hidden_size=hidden_size,
+        intermediate_size=fields.integer("intermediate_size"),
+        num_layers=fields.integer("num_hidden_layers"),
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        rms_norm_eps=fields.number("rms_norm_eps", zero=True),
+        max_position=fields.integer("max_position_embeddings"),
+        tie_embeddings=fields.flag("tie_word_embeddings"),
+        rope=rope_parameters(fields),
+        qk_norm=family.qk_norm,
+        qkv_bias=biases if family.qkv_bias is None else family.qkv_bias,
+        o_bias=biases if family.o_bias is None else family.o_bias,
+        mlp_bias=family.has_mlp_bias and fields.flag("mlp_bias"),
+        sliding_windows=sliding_windows(fields, family),
+    )
+
+
+def architecture(fields: Fields) -> str:
+    """The first supported name of `architectures`; where the config lists none, the one of its model_type."""
+    listed = fields.get("architectures")
+    if listed is None or listed == []:
+        if fields.get("model_type") not in MODEL_TYPES:
+            raise fields.refuse("model_type", f"one of {', '.join(MODEL_TYPES)}, as architectures is missing")
+        return MODEL_TYPES[fields.get("model_type")]
+    names = [listed] if isinstance(listed, str) else listed
+    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+        raise fields.refuse("architectures", "a list of names such as 'LlamaForCausalLM'")
+    known = [name for name in names if name in FAMILIES]
+    if not known:
         raise ValueError(
-            f"model: architecture {', '.join(architectures) or hf.model_type!r} is not supported; "
+            f"{fields.source}: architectures: {', '.join(map(repr, names))} is not supported; "
             f"supported are {', '.join(FAMILIES)}"
         )
-    family = FAMILIES[name]
-    if getattr(hf, "hidden_act", "silu") != "silu":
-        raise ValueError(f"model: hidden_act={hf.hidden_act!r} is not supported; accepted is 'silu'")
-    attention_bias = bool(getattr(hf, "attention_bias", False))
-    return ModelConfig(
-        vocab_size=hf.vocab_size,
-        hidden_size=hf.hidden_size,
-        intermediate_size=hf.intermediate_size,
-        num_layers=hf.num_hidden_layers,
-        num_heads=hf.num_attention_heads,
-        num_kv_heads=getattr(hf, "num_key_value_heads", None) or hf.num_attention_heads,
-        head_dim=getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads,
-        rms_norm_eps=hf.rms_norm_eps,
-        max_position=hf.max_position_embeddings,
-        tie_embeddings=bool(hf.tie_word_embeddings),
-        rope=rope_parameters(hf),
-        qk_norm=family.qk_norm,
-        qkv_bias=attention_bias if family.qkv_bias is None else family.qkv_bias,
-        o_bias=attention_bias if family.o_bias is None else family.o_bias,
-        mlp_bias=bool(getattr(hf, "mlp_bias", False)),
-        sliding_windows=sliding_windows(hf, family),
-    )
+    return known[0]
+
+
+def refuse_quantised(fields: Fields) -> None:
+    """Raises ValueError for a config that says that its weights are quantised."""
+    for name in ("quantization_config", "compression_config"):  # the second is what compressed-tensors once wrote
+        found = fields.get(name)
+        found = found.to_dict() if hasattr(found, "to_dict") else found
+        if found in (None, {}, {"quant_method": None}):
+            continue
+        method = found.get("quant_method") if isinstance(found, dict) else found
+        if method != "none":
+            raise ValueError(
+                f"{fields.source}: {name}: quant_method is {method!r}; quantised checkpoints other than GGUF "
+                "are not supported, give the model in float32, float16 or bfloat16"
+            )
 
 
 def check_shards(config: ModelConfig, size: int) -> None:
@@ -103,24 +153,74 @@ def check_shards(config: ModelConfig, size: int) -> None:
         )
 
 
-def sliding_windows(hf: Any, family: Family) -> tuple[int | None, ...]:
-    window, layers = getattr(hf, "sliding_window", None), hf.num_hidden_layers
-    if family.has_window_switch and not getattr(hf, "use_sliding_window", False):
-        window = None
-    kinds = getattr(hf, "layer_types", None)
-    if kinds:
-        return tuple(window if kind == "sliding_attention" else None for kind in kinds)
-    full_layers = hf.max_window_layers if family.has_window_switch else 0
-    return tuple(None if i < full_layers else window for i in range(layers))
+def sliding_windows(fields: Fields, family: Family) -> tuple[int | None, ...]:
+    """The window of each layer, in tokens; None for a layer that sees the whole context."""
+    layers = fields.integer("num_hidden_layers")
+    if not family.has_window or (family.has_window_switch and not fields.flag("use_sliding_window")):
+        return (None,) * layers
+    kinds = layer_types(fields, layers, family)
+    no_window = fields.get("sliding_window") is None and fields.get("layer_types") is None
+    if no_window or "sliding_attention" not in kinds:
+        return (None,) * layers
+    window = fields.integer("sliding_window")
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
 
-def rope_parameters(hf: Any) -> dict[str, Any]:
+def layer_types(fields: Fields, layers: int, family: Family) -> list[str]:
+    """`layer_types`; where it is missing, the first max_window_layers of Qwen's layers are full, all others sliding."""
+    kinds = fields.get("layer_types")
+    if kinds is None:
+        first = fields.get("max_window_layers") if family.has_window_switch else 0
+        if not is_integer(first):
+            raise fields.refuse("max_window_layers", "an integer")
+        return ["full_attention" if i < first else "sliding_attention" for i in range(layers)]
+    accepted = ("full_attention", "sliding_attention")
+    if not isinstance(kinds, (list, tuple)) or len(kinds) != layers or any(kind not in accepted for kind in kinds):
+        raise fields.refuse("layer_types", f"a list of {layers} of 'full_attention' and 'sliding_attention'")
+    return list(kinds)
+
+
+# The numbers of each rope type: those that it must have, and those that it may have.
+ROPE_NUMBERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "default": ((), ()),
+    "linear": (("factor",), ()),
+    "llama3": (("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"), ()),
+    "yarn": (
+        (),
+        (
+            "factor",
+            "original_max_position_embeddings",
+            "attention_factor",
+            "beta_fast",
+            "beta_slow",
+            "mscale",
+            "mscale_all_dim",
+        ),
+    ),
+}
+
+
+def rope_parameters(fields: Fields) -> dict[str, Any]:
     """transformers 5 writes `rope_parameters`; 4 writes `rope_theta` and `rope_scaling`, whose type was once "type"."""
-    parameters = dict(getattr(hf, "rope_parameters", None) or getattr(hf, "rope_scaling", None) or {})
-    parameters.setdefault("rope_type", parameters.get("type", "default"))
-    if parameters.get("rope_theta") is None:
-        parameters["rope_theta"] = getattr(hf, "rope_theta", None) or 10000.0
-    return parameters
+    name = "rope_parameters" if fields.get("rope_parameters") else "rope_scaling"
+    given = fields.get(name) or {}
+    if not isinstance(given, dict) or any(isinstance(value, dict) for value in given.values()):
+        raise fields.refuse(name, "one set of RoPE parameters for all layers")
+    given = {key: value for key, value in given.items() if value is not None}
+    given.setdefault("rope_type", given.get("type", "default"))
+    if given["rope_type"] not in ROPE_NUMBERS:
+        raise ValueError(
+            f"{fields.source}: {name}: rope_type is {shown(given['rope_type'])}; supported are {', '.join(ROPE_NUMBERS)}"
+        )
+    if "rope_theta" not in given:
+        given["rope_theta"] = fields.number("rope_theta", default=10000.0)
+    inner = Fields(f"{fields.source}: {name}", given.get)
+    if inner.number("partial_rotary_factor", default=1.0) != 1.0:
+        raise inner.refuse("partial_rotary_factor", "1.0")
+    required, optional = ROPE_NUMBERS[given["rope_type"]]
+    for key in ("rope_theta", *required, *(key for key in optional if key in given)):
+        given[key] = inner.number(key, zero=key.startswith("mscale"))
+    return given
 
 
 def rope_frequencies(rope: dict[str, Any], head_dim: int, max_position: int) -> tuple[Tensor, float]:
@@ -130,8 +230,6 @@ def rope_frequencies(rope: dict[str, Any], head_dim: int, max_position: int) -> 
     divided, a smooth ramp to the high ones; yarn: the ramp of Peng et al., 2023, with its attention temperature.
     """
     kind, theta = rope["rope_type"], float(rope["rope_theta"])
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ValueError("model: partial_rotary_factor other than 1.0 is not supported")
     pairs = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
     frequency = 1.0 / theta**pairs
     if kind == "default":
@@ -143,9 +241,8 @@ def rope_frequencies(rope: dict[str, Any], head_dim: int, max_position: int) -> 
         turns = rope["original_max_position_embeddings"] * frequency / (2 * math.pi)  # over the trained context
         keep = ((turns - low) / (high - low)).clamp(0, 1)
         return (1 - keep) * frequency / rope["factor"] + keep * frequency, 1.0
-    if kind == "yarn":
-        return yarn_frequencies(rope, frequency, head_dim, max_position)
-    raise ValueError(f"model: rope type {kind!r} is not supported; supported are default, linear, llama3 and yarn")
+    assert kind == "yarn"
+    return yarn_frequencies(rope, frequency, head_dim, max_position)
 
 
 def yarn_frequencies(rope: dict[str, Any], frequency: Tensor, head_dim: int, max_position: int) -> tuple[Tensor, float]:

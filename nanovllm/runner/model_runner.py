@@ -17,7 +17,7 @@ from nanovllm.attention.select import select_backend
 from nanovllm.attention.torch_backend import TorchAttention
 from nanovllm.engine.batch import Batch
 from nanovllm.layers.sampler import Logprobs, logprobs, sample
-from nanovllm.layers.source import all_sources, listing
+from nanovllm.layers.source import PRESENCE_FIELDS, all_sources, config_fields, listing
 from nanovllm.models.config import rope_table
 from nanovllm.models.decoder import CausalLM
 from nanovllm.parallel import TensorParallel
@@ -116,7 +116,8 @@ class ModelRunner:
             return
         missing = set(all_sources(model)) - model.load_weights(loader.iter_weights(self.files))
         if missing:
-            raise ValueError(f"checkpoint: {self.args.model} has no tensor for {listing(missing)}")
+            fields = config_fields(missing, PRESENCE_FIELDS)
+            raise ValueError(f"checkpoint: {self.args.model} has no tensor for {listing(missing)}{fields}")
 
     # -- running -----------------------------------------------------------------------------------------------------
 

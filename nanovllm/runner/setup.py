@@ -11,7 +11,8 @@ import torch
 
 from nanovllm import loader
 from nanovllm.config import EngineArgs
-from nanovllm.models.config import read_config
+from nanovllm.loader.fields import Fields
+from nanovllm.models.config import ModelConfig, read_config
 
 logger = logging.getLogger("nanovllm")
 
@@ -31,12 +32,15 @@ class Setup:
         self.hf_config = loader.load_hf_config(
             self.files, trust_remote_code=args.trust_remote_code, hf_overrides=args.hf_overrides
         )
-        self.config = read_config(self.hf_config)
-        self.generation_config = {} if args.generation_config == "vllm" else loader.load_generation_config(self.files)
+        self.config = self._model_config()
+        folder = None if args.generation_config in ("auto", "vllm") else args.generation_config
+        self.generation_config = loader.load_generation_config(self.files, folder)
+        self.generation_config_path = loader.generation_config_path(self.files, folder)
         self.tokenizer = None if args.skip_tokenizer_init else self._load_tokenizer()
         self.eos_token_ids = self._eos_token_ids()
         self.device = pick_device(args.device)
-        self.dtype = pick_dtype(args.dtype, loader.checkpoint_dtype(self.hf_config, self.files), self.device)
+        stored = loader.checkpoint_dtype(self.hf_config, self.files) if args.dtype == "auto" else None
+        self.dtype = pick_dtype(args.dtype, stored, self.device)
         # On a GPU a tile of 64 keys then lies in one page: one table entry to read, and a fifth fewer instructions.
         self.block_size = args.block_size or (64 if self.device.type == "cuda" else 16)
         self.max_model_len = self._max_model_len()
@@ -60,6 +64,7 @@ class Setup:
         args = self.args
         return loader.load_tokenizer(
             args.tokenizer or self.files,
+            config=None if args.tokenizer else self.hf_config,
             tokenizer_mode=args.tokenizer_mode,
             trust_remote_code=args.trust_remote_code,
             revision=args.tokenizer_revision,
@@ -67,12 +72,30 @@ class Setup:
             hf_token=args.hf_token,
         )
 
+    def _model_config(self) -> ModelConfig:
+        """The config, with what the weights say of the output head."""
+        config = read_config(self.hf_config, self.config_path)
+        if config.tie_embeddings and self.args.load_format != "dummy" and loader.head_differs(self.files):
+            logger.warning(
+                "%s: tie_word_embeddings is true, but the checkpoint's lm_head.weight is no copy of its "
+                "model.embed_tokens.weight: both are used, as transformers does",
+                self.config_path,
+            )
+            return replace(config, tie_embeddings=False)
+        return config
+
+    @property
+    def config_path(self) -> Path:
+        return self.files.folder / "config.json" if self.files.gguf is None else self.files.gguf.path
+
     def _eos_token_ids(self) -> frozenset[int]:
-        """The tokenizer's, and those of generation_config.json or else of config.json."""
-        ids = self.generation_config.get("eos_token_id", getattr(self.hf_config, "eos_token_id", None))
-        found = set(ids) if isinstance(ids, (list, tuple)) else {ids}
-        found.add(getattr(self.tokenizer, "eos_token_id", None))
-        return frozenset(int(i) for i in found if i is not None)
+        """The tokenizer's, and those of generation_config.json or else of config.json, as far as they can be sampled."""
+        if self.generation_config.get("eos_token_id") is not None:
+            found = Fields(self.generation_config_path, self.generation_config.get).ids("eos_token_id")
+        else:
+            found = Fields(self.config_path, lambda name: getattr(self.hf_config, name, None)).ids("eos_token_id")
+        own = getattr(self.tokenizer, "eos_token_id", None)
+        return frozenset(i for i in (*found, own) if i is not None and 0 <= i < self.config.vocab_size)
 
     def _max_model_len(self) -> int:
         rope, longest = self.config.rope, self.config.max_position
