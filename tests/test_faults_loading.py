@@ -484,10 +484,20 @@ def write_gguf(
     writer.add_token_types([Kind.NORMAL] * len(WORDS) + list(specials.values()))
     writer.add_token_merges(MERGES)
     writer.add_eos_token_id(len(WORDS))
+    add_tensors(writer, model, arch, bias.split())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return model
+
+
+def add_tensors(writer: Any, model: Any, arch: str, biased: list[str]) -> None:
+    """The model's weights as llama.cpp converts them. Biases of other stems become zero, in the model too."""
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[arch.upper()], 2)
     for name, tensor in model.state_dict().items():
         stored = names.get_name(name, (".weight", ".bias"))
-        if stored.endswith(".bias") and stored.split(".")[-2] not in bias.split():
+        if stored.endswith(".bias") and stored.split(".")[-2] not in biased:
             tensor.zero_()  # the model's own memory
             continue
         array = tensor.numpy()
@@ -495,11 +505,6 @@ def write_gguf(
             heads = 4 if "q_proj" in name else 2
             array = array.reshape(heads, 2, -1, *array.shape[1:]).swapaxes(1, 2).reshape(array.shape)
         writer.add_tensor(stored, np.ascontiguousarray(array))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return model
 
 
 @pytest.mark.parametrize("name", ["m.gguf", "m.GGUF", "sha256-9999d473", "model.bin", "gguf"])
