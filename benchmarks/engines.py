@@ -55,7 +55,6 @@ class NanoVLLM(LLMApi):
 
         engine = self.llm.llm_engine
         attention = engine.runner.attention
-        attention.run_layers = lambda layers, x: None  # all layers in one call would hide the parts
         return Parts(
             [
                 (engine, "add_request", "add requests"),
@@ -63,6 +62,7 @@ class NanoVLLM(LLMApi):
                 (llm_engine, "build_batch", "prepare"),
                 (engine.runner, "launch", "model: the rest"),
                 (kernels, "linear", "model: matrix products"),
+                (kernels.cpu, "linear_panels", "model: matrix products"),
                 (attention, "write", "model: QK-norm, RoPE, K/V store"),
                 (attention, "attend", "model: attention"),
                 (kernels, "rms_norm", "model: norms, SwiGLU"),

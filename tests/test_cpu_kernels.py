@@ -11,9 +11,11 @@ from attention_reference import make_case
 from nanovllm import kernels
 from nanovllm.attention.cpu_backend import CpuAttention
 from nanovllm.kernels import cpu
-from nanovllm.layers.rotary import QKNormRope
+from nanovllm.kernels.rope import Rope
 
 needs_library = pytest.mark.skipif(cpu.load() is None, reason="cpu.cpp does not build here (no C++ compiler)")
+# A machine with AVX-512 runs what a machine without it runs, too.
+LEVELS = ["native", "avx2"] if "avx512f" in cpu.cpu_features().split() else ["native"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Of a result's scale; the float32 rounding of sums, or the rounding of the result.
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
@@ -32,7 +34,26 @@ def bits(x):
     return x.view(torch.int32 if x.dtype == torch.float32 else torch.int16)
 
 
+def forget_the_library() -> None:
+    for cached in (cpu.load, cpu.kernel, cpu.panel, cpu.replay_function):
+        cached.cache_clear()
+
+
+@pytest.fixture(scope="class", params=LEVELS)
+def instructions(request):
+    """The kernels of this class's tests may use these instructions."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NANOVLLM_CPU_ISA", request.param)
+        forget_the_library()
+        yield request.param
+    forget_the_library()
+
+
+on_every_cpu = pytest.mark.usefixtures("instructions")
+
+
 @needs_library
+@on_every_cpu
 class TestAttention:
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize(
@@ -103,20 +124,19 @@ class TestAttention:
         heads = (6, 2)
         case = make_case([1, 40], [30, 40], heads=heads, head_dim=head_dim, dtype=dtype)
         angles = torch.rand(64, head_dim // 2) * 6
-        rope = QKNormRope(*heads, head_dim, torch.cat((angles.cos(), angles.sin()), -1), eps)
-        for norm in (rope.q_norm, rope.k_norm):
-            if norm is not None:
-                norm.weight.data = normal(head_dim, dtype=dtype, seed=3)
+        cos_sin = torch.cat((angles.cos(), angles.sin()), -1)
+        rope = Rope(*heads, head_dim, cos_sin)
+        if eps is not None:
+            weight = normal(head_dim, dtype=dtype, seed=3)
+            rope = Rope(*heads, head_dim, cos_sin, weight, weight, eps)
         fused, plain = CpuAttention(case.spec), CpuAttention(case.spec)
         qkv = normal(41, 10 * head_dim, dtype=dtype)
         meta = case.metadata([29, 0], [30, 40])
         for backend in (fused, plain):
             backend.allocate(case.num_blocks)
             backend.begin(meta)
-        wide = QKNormRope(*heads, head_dim, rope.cos_sin, eps).double()
-        if wide.q_norm is not None:
-            wide.q_norm.weight.data, wide.k_norm.weight.data = rope.q_norm.weight.double(), rope.k_norm.weight.double()
-        q, k, v = wide(meta.positions, qkv.double())
+        wide = Rope(*(field.double() if isinstance(field, torch.Tensor) else field for field in rope))
+        q, k, v = kernels.qk_norm_rope(qkv.double(), meta.positions, wide)
         plain.store(0, k.to(dtype), v.to(dtype))
         assert_close(fused.write(0, qkv, rope), q, dtype, scale=4)
         assert_close(fused.cache, plain.cache, dtype, scale=4)
@@ -131,21 +151,15 @@ class TestAttention:
             CpuAttention(spec)
 
 
-def packed_copy(weight: torch.Tensor) -> torch.Tensor:
+def in_panels(weight: torch.Tensor) -> torch.Tensor:
     copy = weight.clone()
-    assert cpu.pack(copy)
+    cpu.to_panels(copy)
     return copy
 
 
 @needs_library
+@on_every_cpu
 class TestLinear:
-    @pytest.fixture(autouse=True)
-    def pack_on_any_machine(self, monkeypatch):
-        monkeypatch.setattr(cpu, "cpu_features", lambda: "avx512f")
-        cpu.panel.cache_clear()
-        yield
-        cpu.panel.cache_clear()
-
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize(
         ("depth", "cols"), [(576, 192), (1536, 40), (33, 17), (1, 1), (34, 17), (9000, 5), (256, 65)]
@@ -157,55 +171,58 @@ class TestLinear:
             normal(cols, depth, dtype=dtype, seed=1),
             normal(cols, dtype=dtype),
         )
-        expected = x.double() @ weight.double().T
-        turned, scale = weight.clone(), depth**0.5
-        packed = cpu.pack(turned)
-        assert packed or depth % 2, "where two neighbours meet in one step, an odd depth cannot be packed"
-        assert_close(kernels.linear(x, turned, None, packed), expected, dtype, scale=scale)
-        assert_close(kernels.linear(x, turned, bias, packed), expected + bias.double(), dtype, scale=scale)
-        few = x[:4]
-        assert_close(cpu.linear(few, weight, bias, False), expected[:4] + bias.double(), dtype, scale=scale)
-        assert cpu.linear(normal(5, depth, dtype=dtype), weight, None, False) is None, "torch's is faster"
+        expected, scale = x.double() @ weight.double().T, depth**0.5
+        assert_close(kernels.linear(x, weight, None), expected, dtype, scale=scale)
+        assert_close(cpu.linear(x, weight, bias), expected + bias.double(), dtype, scale=scale)
+        assert cpu.fits_panels(depth, dtype) or depth % 2, (
+            "only where two neighbours meet in one step, an odd depth does not"
+        )
+        if cpu.fits_panels(depth, dtype):
+            panels = in_panels(weight)
+            assert_close(cpu.linear_panels(x, panels, None), expected, dtype, scale=scale)
+            assert_close(cpu.linear_panels(x, panels, bias), expected + bias.double(), dtype, scale=scale)
 
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize(("cols", "depth"), [(192, 64), (40, 6), (17, 2), (65, 100)])
-    def test_a_packed_weight_has_the_same_rows_and_comes_back(self, dtype, cols, depth):
+    def test_panels_hold_the_same_rows_and_become_rows_again(self, dtype, cols, depth):
         weight = normal(cols, depth, dtype=dtype)
-        turned = packed_copy(weight)
-        assert torch.equal(turned, weight) is (cols < cpu.panel(dtype)[0])
+        panels = in_panels(weight)
+        assert torch.equal(panels, weight) is (cols < cpu.panel(dtype)[0])
         ids = torch.tensor([0, cols - 1, cols // 2, 0, 3])
-        assert torch.equal(kernels.embedding(ids, turned, True), weight[ids])
-        cpu.unpack(turned)
-        assert torch.equal(turned, weight)
-
-    def test_what_cannot_be_packed_is_left_alone(self):
-        odd = normal(64, 33, dtype=torch.bfloat16)
-        before = odd.clone()
-        assert cpu.pack(odd) is (cpu.panel(torch.bfloat16)[1] == 1)
-        assert cpu.panel(torch.bfloat16)[1] == 1 or torch.equal(odd, before)
-        assert not cpu.pack(normal(64, 32, dtype=torch.float64))
-        assert not cpu.pack(normal(64, 64, dtype=torch.float32).T)
-
-    @pytest.mark.parametrize("features", ["avx512f amx_tile", "avx2", ""])
-    def test_weights_stay_where_torchs_product_is_faster(self, features, monkeypatch):
-        monkeypatch.setattr(cpu, "cpu_features", lambda: features)
-        cpu.panel.cache_clear()
-        assert not cpu.pack(normal(64, 32, dtype=torch.float32))
+        assert torch.equal(cpu.embedding_panels(ids, panels), weight[ids])
+        assert torch.equal(kernels.embedding(ids, weight), weight[ids])
+        cpu.to_rows(panels)
+        assert torch.equal(panels, weight)
 
     @pytest.mark.parametrize("dtype", DTYPES)
-    def test_a_row_is_the_same_alone_and_in_company(self, dtype):
-        x, weight = normal(100, 5000, dtype=dtype), packed_copy(normal(50, 5000, dtype=dtype, seed=1))
-        together = cpu.linear(x, weight, None, True)
-        for row in (0, 3, 57, 99):
-            assert torch.equal(bits(cpu.linear(x[row : row + 1], weight, None, True)[0]), bits(together[row]))
+    def test_an_id_outside_the_weight_gives_zeros(self, dtype):
+        weight = normal(40, 64, dtype=dtype)
+        ids = torch.tensor([-1, 40, 2**40, -(2**62)])
+        for rows in (cpu.embedding(ids, weight), cpu.embedding_panels(ids, in_panels(weight))):
+            assert torch.equal(rows, torch.zeros(4, 64, dtype=dtype))
+
+    def test_a_dtype_without_kernels_has_no_panels(self):
+        assert not cpu.fits_panels(64, torch.float64)
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("depth", [5000, 333])
+    def test_a_row_is_the_same_alone_and_in_company(self, dtype, depth):
+        x, weight = normal(100, depth, dtype=dtype), normal(50, depth, dtype=dtype, seed=1)
+        products = [(cpu.linear, weight)]
+        if cpu.fits_panels(depth, dtype):
+            products.append((cpu.linear_panels, in_panels(weight)))
+        for product, matrix in products:
+            together = product(x, matrix, None)
+            for first, last in ((0, 1), (3, 4), (57, 58), (99, 100), (10, 17), (20, 60)):
+                assert torch.equal(bits(product(x[first:last], matrix, None)), bits(together[first:last]))
 
     def test_rows_may_lie_apart_and_there_may_be_none(self):
         x, weight = normal(10, 96, dtype=torch.float32), normal(40, 32, dtype=torch.float32)
-        turned, expected = packed_copy(weight), x[::3, 32:64] @ weight.T
-        assert_close(cpu.linear(x[::3, 32:64], turned, None, True), expected, torch.float32, scale=6)
-        assert cpu.linear(x[:0, :32], turned, None, True).shape == (0, 40)
+        panels, expected = in_panels(weight), x[::3, 32:64] @ weight.T
+        assert_close(cpu.linear_panels(x[::3, 32:64], panels, None), expected, torch.float32, scale=6)
+        assert cpu.linear_panels(x[:0, :32], panels, None).shape == (0, 40)
         assert_close(
-            cpu.linear(normal(32, 7, dtype=torch.float32).T, turned, None, True),
+            cpu.linear_panels(normal(32, 7, dtype=torch.float32).T, panels, None),
             normal(32, 7, dtype=torch.float32).T @ weight.T,
             torch.float32,
             scale=6,
@@ -214,6 +231,7 @@ class TestLinear:
 
 
 @needs_library
+@on_every_cpu
 class TestNormAndActivation:
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize(("rows", "size"), [(1, 576), (3, 77), (130, 1024), (2, 5), (0, 16)])
@@ -241,6 +259,7 @@ class TestNormAndActivation:
 
 
 @needs_library
+@on_every_cpu
 class TestSampling:
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("vocab", [1, 7, 1000, 1024, 5003])
@@ -312,8 +331,9 @@ def test_without_a_working_compiler_torch_computes_and_one_line_says_so(tmp_path
 def test_there_is_one_openmp_runtime_and_no_thread_beyond_torchs():
     x, weight = torch.ones(64, 576), torch.ones(576, 576)
     x @ weight
+    cpu.to_panels(weight)
     before = len(os.listdir("/proc/self/task"))
-    cpu.linear(x, weight, None, cpu.pack(weight))
+    cpu.linear_panels(x, weight, None)
     assert len(os.listdir("/proc/self/task")) == before
     with open("/proc/self/maps") as maps:
         assert len({line.split()[-1] for line in maps if "omp" in line.rsplit("/", 1)[-1]}) == 1
@@ -321,5 +341,11 @@ def test_there_is_one_openmp_runtime_and_no_thread_beyond_torchs():
 
 def test_a_dtype_without_kernels_is_left_to_torch():
     x = torch.ones(2, 3, dtype=torch.float64)
-    assert cpu.linear(x, x, None, False) is None
+    assert cpu.linear(x, x, None) is None
     assert torch.equal(kernels.linear(x, x, None), x @ x.T)
+
+
+def test_unknown_instructions_are_refused_by_a_sentence(monkeypatch):
+    monkeypatch.setenv("NANOVLLM_CPU_ISA", "avx3")
+    with pytest.raises(ValueError, match="NANOVLLM_CPU_ISA='avx3' is not known; accepted are native, avx512, avx2"):
+        cpu.build()

@@ -14,8 +14,6 @@ from packaging.version import Version
 from tiny import FAMILIES, greedy, next_logits, random_prompts, tiny_model
 
 from nanovllm import LLM, SamplingParams
-from nanovllm.attention import AttentionBackend
-from nanovllm.attention.cpu_backend import CpuAttention
 
 # One token; a block less one, exactly one, and one more; longer than the budget of 64 tokens.
 LENGTHS = [1, 15, 16, 17, 100, 33, 5, 70]
@@ -283,15 +281,3 @@ def test_dummy_weights_need_only_a_config(qwen3, tmp_path):
 
 def test_dtype_auto_follows_the_checkpoint(qwen3):
     assert make_llm(qwen3[0], dtype="auto").llm_engine.model_config.dtype == torch.float32
-
-
-def test_the_cpu_runs_all_layers_in_one_call_to_the_same_bit(qwen3, monkeypatch):
-    llm = make_llm(qwen3[0], dtype="bfloat16", enable_prefix_caching=False)
-    params = SamplingParams(temperature=0, max_tokens=8, logprobs=5, ignore_eos=True)
-
-    def outputs() -> list[object]:
-        return [out.outputs[0].logprobs for out in llm.generate(random_prompts([5, 3]), params, use_tqdm=False)]
-
-    in_one_call = outputs()
-    monkeypatch.setattr(CpuAttention, "run_layers", AttentionBackend.run_layers)
-    assert outputs() == in_one_call

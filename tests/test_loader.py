@@ -34,7 +34,7 @@ from transformers import (
 )
 
 from nanovllm import loader
-from nanovllm.layers import source
+from nanovllm.loader import source
 
 gguf = pytest.importorskip("gguf")
 Q = gguf.GGMLQuantizationType

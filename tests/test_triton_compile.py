@@ -21,7 +21,7 @@ from triton.runtime.driver import driver  # noqa: E402
 
 from nanovllm.attention.triton_backend import TritonAttention, prefill_shape  # noqa: E402
 from nanovllm.kernels import triton_ops  # noqa: E402
-from nanovllm.layers.rotary import QKNormRope  # noqa: E402
+from nanovllm.kernels.rope import Rope  # noqa: E402
 
 RESOURCES = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 pytestmark = [
@@ -135,13 +135,17 @@ def test_attention(compiled, tmp_path, heads, dim, page, window, dtype, cache):
             assert ("wgmma" if warp_groups else "mma.sync") in ptx
 
 
+def rope_of(dim: int, eps: float | None) -> Rope:
+    norm = None if eps is None else torch.zeros(dim, dtype=torch.bfloat16)
+    return Rope(16, 8, dim, torch.zeros(64, dim), norm, norm, eps or 0.0)
+
+
 @pytest.mark.parametrize("dim", [80, 128])
 @pytest.mark.parametrize("norm", [None, 1e-6])
 def test_write(compiled, tmp_path, dim, norm):
-    rope = QKNormRope(16, 8, dim, torch.zeros(64, dim), norm).to(torch.bfloat16)
+    rope = rope_of(dim, norm)
     slots = torch.zeros(2, dtype=torch.int32)
     cache = torch.zeros(2, 4, 8, 64, dim, dtype=torch.bfloat16)
-    rope.cos_sin = rope.cos_sin.float()
     triton_ops.write_qkv(torch.zeros(2, 32 * dim, dtype=torch.bfloat16), slots, slots, rope, *cache)
     assert_wide(check(compiled[0], tmp_path))
 
@@ -183,7 +187,7 @@ def test_every_kernel_compiles_for_an_mi300_too(monkeypatch):
     triton_ops.add_rms_norm(x, x.clone(), x[0], 1e-6)
     triton_ops.silu_and_mul(x)
     triton_ops.draw(x, row, row, triton_ops.filter_threshold(x, row, k, row, row))
-    rope = QKNormRope(16, 8, 64, torch.zeros(64, 64), 1e-6).to(torch.bfloat16)
+    rope = rope_of(64, 1e-6)
     triton_ops.write_qkv(x, k, k, rope, *torch.zeros(2, 4, 8, 64, 64, dtype=torch.bfloat16))
     for kernel in kernels:
         assert re.findall(r"\.vgpr_spill_count: +(\d+)", kernel.asm["amdgcn"]) == ["0"], kernel.metadata.name

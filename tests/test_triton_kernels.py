@@ -25,8 +25,8 @@ pytest.importorskip("triton", reason="no triton for this platform")
 if RUNS:
     from nanovllm.attention import AttentionMetadata
     from nanovllm.attention.triton_backend import TritonAttention, decode_plan, decode_programs, decode_shape
-    from nanovllm.kernels import triton_ops
-    from nanovllm.layers.rotary import QKNormRope
+    from nanovllm.kernels import qk_norm_rope, triton_ops
+    from nanovllm.kernels.rope import Rope
 
 EPS = {torch.float32: 2e-6, torch.float16: 2**-10, torch.bfloat16: 2**-7}
 
@@ -229,17 +229,17 @@ def test_write_equals_norm_rope_and_store(dim, eps, dtype):
     torch.manual_seed(0)
     case = make_case([5, 3], [20, 35], heads=(3, 1), head_dim=dim, dtype=dtype, device=DEVICE)
     angles = torch.rand(64, dim // 2) * 6
-    rope = QKNormRope(3, 1, dim, torch.cat((angles.cos(), angles.sin()), 1), eps).to(DEVICE)
-    for norm in (rope.q_norm, rope.k_norm):
-        if norm is not None:
-            norm.weight.data = torch.randn(dim, device=DEVICE).to(dtype)
+    rope = Rope(3, 1, dim, torch.cat((angles.cos(), angles.sin()), 1).to(DEVICE))
+    if eps is not None:
+        q_norm, k_norm = torch.randn(2, dim, device=DEVICE).to(dtype)
+        rope = Rope(3, 1, dim, rope.cos_sin, q_norm, k_norm, eps)
     backend, plain = TritonAttention(case.spec), TritonAttention(case.spec)
     for each in (backend, plain):
         each.allocate(case.num_blocks)
         each.begin(case.metadata([15, 32], [20, 35]))
     backend.meta.slot_mapping[2] = -1
     qkv = torch.randn(8, 5 * dim, device=DEVICE).to(dtype)
-    q, k, v = rope(backend.meta.positions, qkv)
+    q, k, v = qk_norm_rope(qkv, backend.meta.positions, rope)
     plain.meta.slot_mapping[2] = -1
     plain.store(0, k, v)
     tolerance = {"atol": 6 * EPS[dtype], "rtol": 2 * EPS[dtype]}  # the definition rounds after every product

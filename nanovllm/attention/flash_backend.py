@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanovllm.attention import AttentionBackend, AttentionMetadata, AttentionSpec
+from nanovllm.attention.base import AttentionBackend, AttentionMetadata, AttentionSpec
+from nanovllm.kernels.rope import Rope
 from nanovllm.kernels.triton_ops import write_kv, write_qkv
-from nanovllm.layers.rotary import QKNormRope
 
 PAGE = 256  # flash-attn 2 takes pages of a multiple of this
 
@@ -67,7 +67,7 @@ class FlashAttention(AttentionBackend):
         if self.version == 2 and meta.max_query_len > 1:
             self.key_start = torch.nn.functional.pad(meta.context_lens.cumsum(0, dtype=torch.int32), (1, 0))
 
-    def write(self, layer: int, qkv: Tensor, rope: QKNormRope) -> Tensor:
+    def write(self, layer: int, qkv: Tensor, rope: Rope) -> Tensor:
         caches = self.cache[layer].transpose(2, 3)
         return write_qkv(qkv, self.meta.positions, self.meta.slot_mapping, rope, *caches)
 

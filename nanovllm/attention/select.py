@@ -6,7 +6,7 @@ import logging
 from importlib import import_module
 from typing import Any
 
-from nanovllm.attention import AttentionBackend, AttentionSpec
+from nanovllm.attention.base import AttentionBackend, AttentionSpec
 
 logger = logging.getLogger("nanovllm")
 

@@ -6,11 +6,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nanovllm.attention import AttentionBackend, AttentionMetadata, zeroed
+from nanovllm.attention.base import AttentionBackend, AttentionMetadata, zeroed
 
 
 class TorchAttention(AttentionBackend):
     """Pages are [num_blocks + 1, block_size, Hkv, D]; the last page takes what is written to slot -1."""
+
+    can_capture = False  # it reads lengths and page ids on the host
 
     def allocate(self, num_blocks: int) -> None:
         spec = self.spec

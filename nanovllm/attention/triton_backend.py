@@ -13,9 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nanovllm.attention import AttentionBackend, AttentionMetadata, AttentionSpec
+from nanovllm.attention.base import AttentionBackend, AttentionMetadata, AttentionSpec
+from nanovllm.kernels.rope import Rope
 from nanovllm.kernels.triton_ops import INTERPRETED, card, compute_type, power_of_2, registers, write_kv, write_qkv
-from nanovllm.layers.rotary import QKNormRope
 
 LOG2E = 1.4426950408889634
 
@@ -395,7 +395,7 @@ class TritonAttention(AttentionBackend):
             for window in set(self.spec.sliding_windows)
         }
 
-    def write(self, layer: int, qkv: Tensor, rope: QKNormRope) -> Tensor:
+    def write(self, layer: int, qkv: Tensor, rope: Rope) -> Tensor:
         return write_qkv(qkv, self.meta.positions, self.meta.slot_mapping, rope, *self.pages[layer])
 
     def store(self, layer: int, k: Tensor, v: Tensor) -> None:

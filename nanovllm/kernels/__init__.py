@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nanovllm.kernels import cpu
+from nanovllm.kernels.rope import Rope
 
 logger = logging.getLogger("nanovllm")
 
@@ -60,17 +61,38 @@ def silu_and_mul(x: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, packed: bool = False) -> Tensor:
-    """x [T, K] @ weight [N, K].T + bias [N] -> [T, N]; `packed`: cpu.pack has turned the weight's panels."""
-    if x.is_cpu and (out := cpu.linear(x, weight, bias, packed)) is not None:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x [T, K] @ weight [N, K].T + bias [N] -> [T, N]."""
+    if x.is_cpu and (out := cpu.linear(x, weight, bias)) is not None:
         return out
-    assert not packed, "a packed weight is for x of its own dtype"
     return F.linear(x, weight, bias)
 
 
-def embedding(ids: Tensor, weight: Tensor, packed: bool = False) -> Tensor:
+def embedding(ids: Tensor, weight: Tensor) -> Tensor:
     """Rows ids [T] of weight [N, K] -> [T, K]."""
-    return cpu.rows_of(weight, ids) if packed else F.embedding(ids, weight)
+    if ids.is_cpu and (out := cpu.embedding(ids, weight)) is not None:
+        return out
+    return F.embedding(ids, weight)
+
+
+def qk_norm_rope(qkv: Tensor, positions: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
+    """An RMSNorm of each head of Q and K where the model has one, then rotary embedding (Su et al., 2021).
+
+    qkv [T, (Hq + 2 Hkv) D], positions [T] -> q [T, Hq, D], k [T, Hkv, D], v [T, Hkv, D]. The embedding is in the
+    half-split form that checkpoints use.
+    """
+    heads = qkv.view(qkv.shape[0], -1, rope.head_dim)
+    q, k, v = heads.split([rope.num_heads, rope.num_kv_heads, rope.num_kv_heads], dim=1)
+    if rope.q_norm is not None and rope.k_norm is not None:
+        q, k = rms_norm(q, rope.q_norm, rope.eps), rms_norm(k, rope.k_norm, rope.eps)
+    cos, sin = rope.cos_sin[positions.long()].to(qkv.dtype).unsqueeze(1).chunk(2, dim=-1)
+    return rotate(q, cos, sin), rotate(k, cos, sin), v
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotates the pair (x[i], x[i + D/2]) by the i-th angle; x [T, heads, D], cos and sin [T, 1, D/2]."""
+    x1, x2 = x.chunk(2, dim=-1)
+    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)
 
 
 def draw(logits: Tensor, temperature: Tensor, u: Tensor, threshold: Tensor | None = None) -> Tensor:

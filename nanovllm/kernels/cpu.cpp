@@ -11,6 +11,7 @@
 #include <cstring>
 #include <memory>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include <omp.h>
@@ -143,7 +144,7 @@ template <class T> struct Dot {
   using Element = float;  // of an operand that is broadcast
   using In = Vec;
   static INLINE In load_in(const T* p) { return load(p); }
-  static INLINE In splat(const Element* p) { return Vec{} + *p; }
+  static INLINE In splat(const Element* p) { return *p - Vec{}; }  // x - 0 is x for every x: one broadcast, where x + 0 is an addition
   static INLINE In first_of_pair(In v) { return v; }
   static INLINE Vec step(Vec sum, In a, In b) { return multiply_add(a, b, sum); }
 };
@@ -469,21 +470,22 @@ template <class T> void attend(const Layer& layer, const Step& step, const T* q,
 
 // -------------------------------------------------------------------------------------------------------- matrix products
 
-// x [rows, depth] @ w [cols, depth].T. Packed weights lie in panels of PANEL columns, [depth / P][PANEL][P] each: they are read
-// from one end to the other, and meet all rows of a block in registers. What fills no panel lies as checkpoints have it.
+// x [rows, depth] @ w [cols, depth].T. Columns of w in panels lie as [cols / PANEL][depth / P][PANEL][P]: a panel is read from
+// one end to the other, and meets all rows of a block in registers. Columns that fill no panel lie as checkpoints have them.
 constexpr int PANEL = 2 * W, PANEL_ROWS = W == 16 ? 11 : 6;
 
-// M rows times one panel. A function of its own, as with what its caller has alive the row pointers do not fit the registers.
-template <class T, int M>
-__attribute__((noinline)) void times_panel(const Element<T>* x, int64_t stride, const T* panel, int64_t depth, const T* bias,
+// M rows times one panel of B's, which are T's or those T's as floats. A function of its own, as with what its caller has alive
+// the row pointers do not fit the registers.
+template <class T, class B, int M>
+__attribute__((noinline)) void times_panel(const Element<B>* x, int64_t stride, const B* panel, int64_t depth, const T* bias,
                                            T* out, int64_t out_stride) {
-  using D = Dot<T>;
+  using D = Dot<B>;
   Vec sums[M][2] = {};
   for (int64_t d = 0; d < depth; d += D::P)
-    multiply<T>(
+    multiply<B>(
         sums, [&](int i) { return D::splat(x + i * stride + d); },
         [&](int j) {
-          const T* at = panel + d * PANEL + j * W * D::P;
+          const B* at = panel + d * PANEL + j * W * D::P;
           if (M > FEW_ROWS) __builtin_prefetch(at + 4096, 0, 2);  // with fewer rows memory alone sets the pace
           return D::load_in(at);
         });
@@ -491,17 +493,19 @@ __attribute__((noinline)) void times_panel(const Element<T>* x, int64_t stride, 
     for (int j = 0; j < 2; j++) store(out + i * out_stride + j * W, bias ? sums[i][j] + load(bias + j * W) : sums[i][j]);
 }
 
+// The first `panels` * PANEL columns of w lie in panels.
 template <class T>
-void linear(const T* x, int64_t x_stride, const T* w, bool packed, const T* bias, T* out, int64_t rows, int64_t cols,
-            int64_t depth) {
+void product(const T* x, int64_t x_stride, const T* w, int64_t panels, const T* bias, T* out, int64_t rows, int64_t cols,
+             int64_t depth) {
   using D = Dot<T>;
   constexpr int STEP = W * D::P, SPAN = 1024;  // the shorter a span that is summed at once, the smaller its rounding errors
-  const int64_t panels = packed ? cols / PANEL : 0, blocks = (rows + PANEL_ROWS - 1) / PANEL_ROWS;
+  const int64_t blocks = (rows + PANEL_ROWS - 1) / PANEL_ROWS;
   // Many rows a power of two apart would share few places in the cache, so they are copied, a vector further apart.
   constexpr bool same = std::is_same_v<T, Element<T>>;
   const bool copied = panels && (!same || rows > FEW_ROWS);
   const int64_t stride = copied ? (depth + W - 1) / W * W + STEP : x_stride;
   const std::unique_ptr<Element<T>[]> copy(copied ? new Element<T>[rows * stride] : nullptr);
+  const bool widened = !same && blocks > 2;  // each panel becomes floats once instead of once a block
 #pragma omp parallel if (cols * depth > PARALLEL)
   {
     const Element<T>* all = copy.get();
@@ -512,13 +516,22 @@ void linear(const T* x, int64_t x_stride, const T* w, bool packed, const T* bias
       for (int64_t r = 0; r < rows; r++)
         for (int64_t d = 0; d < depth; d += W) store(&copy[r * stride + d], load(x + r * x_stride + d, depth - d));
     }
+    const std::unique_ptr<float[]> wide(widened ? new float[PANEL * depth] : nullptr);
+    int64_t wide_panel = -1;
 #pragma omp for schedule(static) nowait
-    for (int64_t unit = 0; unit < panels * blocks; unit++)
+    for (int64_t unit = 0; unit < panels * blocks; unit++) {
+      const int64_t panel = unit / blocks, col = panel * PANEL;
+      const T *from = w + col * depth, *panel_bias = bias ? bias + col : nullptr;
+      if (widened && panel != wide_panel)
+        for (int64_t i = 0; i < PANEL * depth; i += W) store(&wide[i], load(from + i));
+      wide_panel = panel;
       for_block<PANEL_ROWS>(rows, unit % blocks, [&](int64_t first, auto m) {
-        const int64_t col = unit / blocks * PANEL;
-        const T* panel_bias = bias ? bias + col : nullptr;
-        times_panel<T, m()>(all + first * stride, stride, w + col * depth, depth, panel_bias, out + first * cols + col, cols);
+        T* to = out + first * cols + col;
+        if constexpr (!same)
+          if (widened) return times_panel<T, float, m()>(all + first * stride, stride, wide.get(), depth, panel_bias, to, cols);
+        times_panel<T, T, m()>(all + first * stride, stride, from, depth, panel_bias, to, cols);
       });
+    }
 #pragma omp for schedule(static) nowait
     for (int64_t col = panels * PANEL; col < cols; col++)
       for_rows<FEW_ROWS>(rows, [&](int64_t first, auto m) {
@@ -547,8 +560,38 @@ void linear(const T* x, int64_t x_stride, const T* w, bool packed, const T* bias
   }
 }
 
+template <class T>
+void linear(const T* x, int64_t x_stride, const T* w, const T* bias, T* out, int64_t rows, int64_t cols, int64_t depth) {
+  product(x, x_stride, w, 0, bias, out, rows, cols, depth);
+}
+template <class T>
+void linear_panels(const T* x, int64_t x_stride, const T* w, const T* bias, T* out, int64_t rows, int64_t cols, int64_t depth) {
+  product(x, x_stride, w, cols / PANEL, bias, out, rows, cols, depth);
+}
+
+// Rows `ids` of w [rows, depth]. An id outside w gives zeros, so no id makes the kernel read elsewhere.
+template <class T> void embed(const int64_t* ids, const T* w, T* out, int64_t count, int64_t rows, int64_t depth) {
+  for (int64_t i = 0; i < count; i++)
+    if (ids[i] >= 0 && ids[i] < rows) std::copy_n(w + ids[i] * depth, depth, out + i * depth);
+    else std::fill_n(out + i * depth, depth, T{});
+}
+template <class T> void embed_panels(const int64_t* ids, const T* w, T* out, int64_t count, int64_t rows, int64_t depth) {
+  constexpr int P = Dot<T>::P;
+#pragma omp parallel for schedule(static) if (count * depth > PARALLEL)
+  for (int64_t i = 0; i < count; i++) {
+    const int64_t id = ids[i], lane = id % PANEL;
+    T* to = out + i * depth;
+    if (id < 0 || id >= rows / PANEL * PANEL) {
+      embed(&id, w, to, 1, rows, depth);
+      continue;
+    }
+    const T* from = w + (id - lane) * depth + lane * P;
+    for (int64_t d = 0; d < depth; d += P) std::copy_n(from + d * PANEL, P, to + d);
+  }
+}
+
 // Transposes each of `panels` matrices [rows, cols] in place.
-template <class U> void turn(U* panel, int64_t panels, int64_t rows, int64_t cols) {
+template <class U> void transpose(U* panel, int64_t panels, int64_t rows, int64_t cols) {
 #pragma omp parallel
   {
     const std::unique_ptr<U[]> copy(new U[rows * cols]);
@@ -600,47 +643,6 @@ template <class T> void silu_and_mul(const T* x, int64_t x_stride, T* out, int64
       const Vec e = exp2((gate > 0 ? -gate : gate) * LOG2E);  // of -|gate|, which cannot overflow
       store(out + r * size + i, gate * ((gate > 0 ? Vec{} + 1.f : e) / (1.f + e)) * up, size - i);
     }
-}
-
-// ------------------------------------------------------------------------------------------------------ a stack of layers
-
-// The weights of one decoder layer; null where the model has none.
-template <class T> struct Weights {
-  const T *input_norm, *qkv, *qkv_bias, *q_norm, *k_norm, *o, *o_bias, *post_norm, *gate_up, *gate_up_bias, *down, *down_bias;
-};
-struct Stack {
-  const float* cos_sin;
-  int64_t layers, hidden, intermediate, packed;
-  float eps;
-};
-
-// models/decoder.py's layers in one call, as calling them one by one from Python shows in all but the largest steps. x and
-// residual are what its loop ends with.
-template <class T>
-void decode(const Stack& stack, const Weights<T>* weights, const Layer* caches, const Step& step, T* x, T* residual) {
-  const int64_t rows = step.tokens, hidden = stack.hidden, inner = stack.intermediate;
-  const int64_t heads = caches->heads, q_size = heads * caches->head_dim;
-  const int64_t qkv_size = q_size + 2 * caches->kv_heads * caches->head_dim;
-  const std::unique_ptr<T[]> memory(new T[rows * (qkv_size + 2 * q_size + 3 * inner)]);
-  T *qkv = memory.get(), *q = qkv + rows * qkv_size, *attended = q + rows * q_size;
-  T *gate_up = attended + rows * q_size, *product = gate_up + rows * 2 * inner;
-  for (int64_t i = 0; i < stack.layers; i++) {
-    const Weights<T>& w = weights[i];
-    if (i) {
-      add_rms_norm(x, residual, w.input_norm, stack.eps, rows, hidden);
-    } else {
-      std::copy(x, x + rows * hidden, residual);
-      rms_norm(residual, hidden, w.input_norm, stack.eps, x, rows, hidden);
-    }
-    linear(x, hidden, w.qkv, stack.packed, w.qkv_bias, qkv, rows, qkv_size, hidden);
-    write(caches[i], step, qkv, heads, stack.cos_sin, w.q_norm, w.k_norm, stack.eps, q);
-    attend(caches[i], step, q, attended);
-    linear(attended, q_size, w.o, stack.packed, w.o_bias, x, rows, hidden, q_size);
-    add_rms_norm(x, residual, w.post_norm, stack.eps, rows, hidden);
-    linear(x, hidden, w.gate_up, stack.packed, w.gate_up_bias, gate_up, rows, 2 * inner, hidden);
-    silu_and_mul(gate_up, 2 * inner, product, rows, inner);
-    linear(product, inner, w.down, stack.packed, w.down_bias, x, rows, hidden, inner);
-  }
 }
 
 // --------------------------------------------------------------------------------------------------------------- sampling
@@ -699,39 +701,55 @@ void sample(const T* logits, int64_t stride, const float* temperature, const flo
   }
 }
 
+// ------------------------------------------------------------------------------------------------------------------ calls
+
+// How Python calls a kernel, at once or in a recorded program: the arguments of the function above, eight bytes each.
+union Arg {
+  int64_t integer;
+  const void* address;
+  double number;
+};
+struct Call {
+  void (*kernel)(const Arg*);
+  Arg args[CALL_ARGS];
+};
+
+template <class A> INLINE A value(const Arg& arg) {
+  if constexpr (std::is_reference_v<A>) return *(std::remove_reference_t<A>*)arg.address;
+  else if constexpr (std::is_pointer_v<A>) return (A)arg.address;
+  else if constexpr (std::is_floating_point_v<A>) return (A)arg.number;
+  else return (A)arg.integer;
+}
+template <class... A, size_t... I>
+INLINE void apply(void (*kernel)(A...), const Arg* args, std::index_sequence<I...>) {
+  static_assert(sizeof...(A) <= CALL_ARGS);
+  kernel(value<A>(args[I])...);
+}
+template <class... A> INLINE void apply(void (*kernel)(A...), const Arg* args) {
+  apply(kernel, args, std::index_sequence_for<A...>());
+}
+
 }  // namespace
 
-#define EXPORT(T)                                                                                                              \
-  extern "C" int64_t panel_depth_##T() { return Dot<T>::P; }                                                                   \
-  extern "C" void write_##T(const Layer* layer, const Step* step, const T* qkv, int64_t heads, const float* cos_sin,           \
-                            const T* q_norm, const T* k_norm, float eps, T* q) {                                               \
-    write(*layer, *step, qkv, heads, cos_sin, q_norm, k_norm, eps, q);                                                         \
-  }                                                                                                                            \
-  extern "C" void attend_##T(const Layer* layer, const Step* step, const T* q, T* out) { attend(*layer, *step, q, out); }      \
-  extern "C" void linear_##T(const T* x, int64_t x_stride, const T* w, int64_t packed, const T* bias, T* out, int64_t rows,    \
-                             int64_t cols, int64_t depth) {                                                                    \
-    linear(x, x_stride, w, packed, bias, out, rows, cols, depth);                                                              \
-  }                                                                                                                            \
-  extern "C" void rms_norm_##T(const T* x, int64_t x_stride, const T* weight, float eps, T* out, int64_t rows, int64_t size) { \
-    rms_norm(x, x_stride, weight, eps, out, rows, size);                                                                       \
-  }                                                                                                                            \
-  extern "C" void add_rms_norm_##T(T* x, T* residual, const T* weight, float eps, int64_t rows, int64_t size) {                \
-    add_rms_norm(x, residual, weight, eps, rows, size);                                                                        \
-  }                                                                                                                            \
-  extern "C" void silu_and_mul_##T(const T* x, int64_t x_stride, T* out, int64_t rows, int64_t size) {                         \
-    silu_and_mul(x, x_stride, out, rows, size);                                                                                \
-  }                                                                                                                            \
-  extern "C" void decode_##T(const Stack* stack, const Weights<T>* weights, const Layer* caches, const Step* step, T* x,       \
-                             T* residual) {                                                                                    \
-    decode(*stack, weights, caches, *step, x, residual);                                                                       \
-  }                                                                                                                            \
-  extern "C" void sample_##T(const T* logits, int64_t stride, const float* temperature, const float* uniform, int64_t* tokens, \
-                             int64_t rows, int64_t vocab) {                                                                    \
-    sample(logits, stride, temperature, uniform, tokens, rows, vocab);                                                         \
-  }
-extern "C" int64_t panel_columns() { return PANEL; }
-extern "C" void turn_16(uint16_t* panel, int64_t panels, int64_t rows, int64_t cols) { turn(panel, panels, rows, cols); }
-extern "C" void turn_32(uint32_t* panel, int64_t panels, int64_t rows, int64_t cols) { turn(panel, panels, rows, cols); }
+#define EXPORT(T)                                                                          \
+  extern "C" int64_t panel_depth_##T() { return Dot<T>::P; }                               \
+  extern "C" void embed_##T(const Arg* args) { apply(embed<T>, args); }                    \
+  extern "C" void embed_panels_##T(const Arg* args) { apply(embed_panels<T>, args); }      \
+  extern "C" void write_##T(const Arg* args) { apply(write<T>, args); }                    \
+  extern "C" void attend_##T(const Arg* args) { apply(attend<T>, args); }                  \
+  extern "C" void linear_##T(const Arg* args) { apply(linear<T>, args); }                  \
+  extern "C" void linear_panels_##T(const Arg* args) { apply(linear_panels<T>, args); }    \
+  extern "C" void rms_norm_##T(const Arg* args) { apply(rms_norm<T>, args); }              \
+  extern "C" void add_rms_norm_##T(const Arg* args) { apply(add_rms_norm<T>, args); }      \
+  extern "C" void silu_and_mul_##T(const Arg* args) { apply(silu_and_mul<T>, args); }      \
+  extern "C" void sample_##T(const Arg* args) { apply(sample<T>, args); }
 EXPORT(bf16)
 EXPORT(fp16)
 EXPORT(fp32)
+
+extern "C" void replay(const Call* calls, int64_t count) {
+  for (int64_t i = 0; i < count; i++) calls[i].kernel(calls[i].args);
+}
+extern "C" int64_t panel_columns() { return PANEL; }
+extern "C" void transpose_16(uint16_t* panel, int64_t panels, int64_t rows, int64_t cols) { transpose(panel, panels, rows, cols); }
+extern "C" void transpose_32(uint32_t* panel, int64_t panels, int64_t rows, int64_t cols) { transpose(panel, panels, rows, cols); }

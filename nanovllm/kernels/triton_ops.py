@@ -8,16 +8,13 @@ before each store, so the kernels also run under Triton's interpreter, whose own
 # (kernel parameters have no Python types)
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton import knobs
 
-if TYPE_CHECKING:  # the layers import the kernels
-    from nanovllm.layers.rotary import QKNormRope
+from nanovllm.kernels.rope import Rope
 
 INTERPRETED = knobs.runtime.interpret  # TRITON_INTERPRET=1: kernels run in numpy on tensors of the CPU
 
@@ -166,20 +163,18 @@ def _write_kernel(
     tl.store(v_cache + offset + D // 2, x2.to(dtype), mask=is_v)
 
 
-def write_qkv(
-    qkv: Tensor, positions: Tensor, slots: Tensor, rope: QKNormRope, k_cache: Tensor, v_cache: Tensor
-) -> Tensor:
+def write_qkv(qkv: Tensor, positions: Tensor, slots: Tensor, rope: Rope, k_cache: Tensor, v_cache: Tensor) -> Tensor:
     """QK-norm, RoPE and the K/V store in one pass over qkv [T, (Hq + 2 Hkv) D]; returns q [T, Hq, D].
 
     The caches are views [num_blocks, Hkv, block_size, D] of any strides but 1 in the last dimension. In bfloat16 it rounds
-    once, at the end, where `QKNormRope.forward` rounds after every product.
+    once, at the end, where `kernels.qk_norm_rope` rounds after every product.
     """
     q = qkv.new_empty(len(qkv), rope.num_heads, rope.head_dim)
     rotated = rope.num_heads + rope.num_kv_heads
     q_weight = k_weight = qkv  # not read
     eps = 0.0
     if rope.q_norm is not None and rope.k_norm is not None:
-        q_weight, k_weight, eps = rope.q_norm.weight, rope.k_norm.weight, rope.q_norm.eps
+        q_weight, k_weight, eps = rope.q_norm, rope.k_norm, rope.eps
     _launch_write(
         qkv, q, slots, positions, rope.cos_sin, q_weight, k_weight, eps, rope.num_heads, rotated, k_cache, v_cache
     )

@@ -10,14 +10,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from nanovllm import kernels
-from nanovllm.kernels import cpu
-from nanovllm.layers.source import Source
+from nanovllm.loader.source import Source
 from nanovllm.parallel import TensorParallel
+from nanovllm.weights.select import new_weight
 
-
-def empty(*shape: int) -> nn.Parameter:
-    return nn.Parameter(torch.empty(shape), requires_grad=False)
+EVERYTHING = slice(None)
 
 
 def span(part: range) -> slice:
@@ -25,19 +22,20 @@ def span(part: range) -> slice:
 
 
 class Matrix(nn.Module):
-    """A weight [out, in] as checkpoints have it, until `pack` puts it into the order that the CPU's product reads."""
+    """A layer around one matrix. `storage` knows how it lies in memory; its tensors are parameters of this module."""
 
-    weight: nn.Parameter
-    packed = False
+    def __init__(self, out_features: int, in_features: int, bias: bool = False) -> None:
+        super().__init__()
+        self.storage = new_weight(self, out_features, in_features)
+        self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False) if bias else None
 
-    def pack(self) -> None:
-        if not self.packed and self.weight.is_cpu:
-            self.packed = cpu.pack(self.weight.data)
+    def begin_loading(self) -> None:
+        """Weights are as checkpoints have them from here on, to be read or written."""
+        self.storage.begin_loading(self)
 
-    def unpack(self) -> None:
-        if self.packed:
-            cpu.unpack(self.weight.data)
-        self.packed = False
+    def finish_loading(self) -> None:
+        """Weights are as products read them from here on."""
+        self.storage.finish_loading(self)
 
 
 class ColumnParallelLinear(Matrix):
@@ -47,76 +45,75 @@ class ColumnParallelLinear(Matrix):
     """
 
     def __init__(self, in_features: int, pieces: dict[str, int], bias: bool, tp: TensorParallel, unit: int = 1) -> None:
-        super().__init__()
-        self.pieces: dict[str, tuple[int, range]] = {}  # (rows in the checkpoint, this rank's range of them)
-        for name, count in pieces.items():
-            part = tp.split(count)
-            self.pieces[name] = count * unit, range(part.start * unit, part.stop * unit)
-        out_features = sum(len(part) for _, part in self.pieces.values())
-        self.weight = empty(out_features, in_features)
-        self.bias = empty(out_features) if bias else None
+        parts = {name: tp.split(count) for name, count in pieces.items()}
+        super().__init__(sum(map(len, parts.values())) * unit, in_features, bias)
+        self.in_features = in_features
+        self.pieces = {  # name -> (rows in the checkpoint, this rank's range of them)
+            name: (pieces[name] * unit, range(part.start * unit, part.stop * unit)) for name, part in parts.items()
+        }
 
     def sources(self, prefix: str) -> list[Source]:
-        parent, found, at = prefix.rpartition(".")[0], [], 0
-        for name, (total, part) in self.pieces.items():
+        parent = prefix.rpartition(".")[0]
+        found: list[Source] = []
+        at = 0
+        for piece, (total, part) in self.pieces.items():
+            name = f"{parent}.{piece}"
             rows = slice(at, at + len(part))
-            full = (total, self.weight.shape[1])
-            found.append(Source(f"{parent}.{name}.weight", full, (span(part), slice(None)), self.weight[rows]))
+            found += self.storage.sources(self, name, (total, self.in_features), (span(part), EVERYTHING), rows)
             if self.bias is not None:
-                found.append(Source(f"{parent}.{name}.bias", (total,), (span(part),), self.bias[rows]))
+                found.append(Source(f"{name}.bias", (total,), (span(part),), self.bias[rows]))
             at += len(part)
         return found
 
     def forward(self, x: Tensor) -> Tensor:
-        return kernels.linear(x, self.weight, self.bias, self.packed)
+        return self.storage.linear(self, x, self.bias)
 
 
 class RowParallelLinear(Matrix):
     """x [T, in of this rank] -> [T, out], summed over the ranks. The bias is added once, by rank 0."""
 
     def __init__(self, in_features: int, out_features: int, bias: bool, tp: TensorParallel) -> None:
-        super().__init__()
-        self.tp, self.in_features = tp, in_features
-        self.part = tp.split(in_features)
-        self.weight = empty(out_features, len(self.part))
-        self.bias = empty(out_features) if bias else None
+        part = tp.split(in_features)
+        super().__init__(out_features, len(part), bias)
+        self.tp, self.part = tp, part
+        self.shape = (out_features, in_features)  # of the whole matrix
 
     def sources(self, prefix: str) -> list[Source]:
-        full = (self.weight.shape[0], self.in_features)
-        found = [Source(f"{prefix}.weight", full, (slice(None), span(self.part)), self.weight)]
+        found = self.storage.sources(self, prefix, self.shape, (EVERYTHING, span(self.part)), EVERYTHING)
         if self.bias is not None:
-            found.append(Source(f"{prefix}.bias", full[:1], (slice(None),), self.bias))
+            found.append(Source(f"{prefix}.bias", self.shape[:1], (EVERYTHING,), self.bias))
         return found
 
     def forward(self, x: Tensor) -> Tensor:
         bias = self.bias if self.tp.rank == 0 else None
-        return self.tp.all_reduce(kernels.linear(x, self.weight, bias, self.packed))
+        return self.tp.all_reduce(self.storage.linear(self, x, bias))
 
 
 class VocabParallelEmbedding(Matrix):
     """Token embedding, and by `logits` the output head, each rank holding a run of ceil(vocabulary / ranks) rows."""
 
     def __init__(self, vocab_size: int, hidden_size: int, tp: TensorParallel) -> None:
-        super().__init__()
-        self.tp, self.vocab_size = tp, vocab_size
         rows = -(-vocab_size // tp.size)
+        super().__init__(rows, hidden_size)
+        self.tp, self.rows = tp, rows
         self.part = range(min(tp.rank * rows, vocab_size), min((tp.rank + 1) * rows, vocab_size))
-        self.weight = nn.Parameter(torch.zeros(rows, hidden_size), requires_grad=False)
+        self.shape = (vocab_size, hidden_size)  # of the whole matrix
+        for parameter in self.parameters():  # rows that pad the last rank
+            parameter.data[len(self.part) :] = 0
 
     def sources(self, prefix: str) -> list[Source]:
-        full = (self.vocab_size, self.weight.shape[1])
-        return [Source(f"{prefix}.weight", full, (span(self.part), slice(None)), self.weight[: len(self.part)])]
+        return self.storage.sources(self, prefix, self.shape, (span(self.part), EVERYTHING), slice(0, len(self.part)))
 
     def forward(self, token_ids: Tensor) -> Tensor:
         """[T] -> [T, hidden]."""
         if self.tp.size == 1:
-            return kernels.embedding(token_ids, self.weight, self.packed)
+            return self.storage.embedding(self, token_ids)
         local = token_ids - self.part.start
         mine = (local >= 0) & (local < len(self.part))
-        rows = kernels.embedding(local.clamp(0, len(self.weight) - 1), self.weight, self.packed)
+        rows = self.storage.embedding(self, local.clamp(0, self.rows - 1))
         return self.tp.all_reduce(rows * mine[:, None])
 
     def logits(self, x: Tensor) -> Tensor:
         """[K, hidden] -> [K, vocabulary], on every rank."""
         # Contiguous even where ranks hold padding: samplers read whole rows.
-        return self.tp.gather(kernels.linear(x, self.weight, None, self.packed))[:, : self.vocab_size].contiguous()
+        return self.tp.gather(self.storage.linear(self, x, None))[:, : self.shape[0]].contiguous()

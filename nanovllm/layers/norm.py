@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from nanovllm import kernels
-from nanovllm.layers.source import Source
+from nanovllm.loader.source import Source
 
 
 class RMSNorm(nn.Module):
@@ -18,9 +18,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size), requires_grad=False)
 
     def sources(self, prefix: str) -> list[Source]:
-        # Q and K norms live in `rope`, one level below where checkpoints have them.
-        name = f"{prefix.replace('.rope.', '.')}.weight"
-        return [Source(name, tuple(self.weight.shape), (slice(None),), self.weight)]
+        return [Source(f"{prefix}.weight", tuple(self.weight.shape), (slice(None),), self.weight)]
 
     def forward(self, x: Tensor) -> Tensor:
         """[T, size] -> [T, size]."""

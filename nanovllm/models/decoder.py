@@ -1,11 +1,12 @@
-"""The decoder that Llama, Mistral, Qwen2 and Qwen3 share, top to bottom. `ModelConfig` says what differs.
+"""The decoder that Llama, Mistral, Qwen2 and Qwen3 share, top to bottom. Each family's own file says what differs.
 
 Module names are the checkpoints' own; projections that read the same input are one product (qkv_proj, gate_up_proj).
-The model knows tokens, positions and an attention backend; it knows neither sequences nor ranks nor pages.
+The model knows tokens and an attention backend; it knows neither sequences nor ranks nor pages.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,11 +14,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from nanovllm import kernels
-from nanovllm.attention import AttentionBackend
+from nanovllm.attention.base import AttentionBackend
+from nanovllm.cache.spec import CacheSpec, PagedKV
+from nanovllm.kernels.rope import Rope
 from nanovllm.layers.linear import ColumnParallelLinear, Matrix, RowParallelLinear, VocabParallelEmbedding
 from nanovllm.layers.norm import RMSNorm
-from nanovllm.layers.rotary import QKNormRope
-from nanovllm.layers.source import fill
+from nanovllm.layers.rotary import RotaryEmbedding
+from nanovllm.loader.source import fill
 from nanovllm.models.config import ModelConfig
 from nanovllm.parallel import TensorParallel
 
@@ -25,19 +28,44 @@ from nanovllm.parallel import TensorParallel
 class Attention(nn.Module):
     """Grouped-query self-attention: QKV product, QK-norm and RoPE, paged attention, output product."""
 
-    def __init__(self, config: ModelConfig, layer: int, cos_sin: Tensor, tp: TensorParallel) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        layer: int,
+        rotary_emb: RotaryEmbedding,
+        tp: TensorParallel,
+        *,
+        qkv_bias: bool,
+        o_bias: bool,
+        qk_norm: bool = False,
+        window: int | None = None,
+    ) -> None:
         super().__init__()
-        self.layer, dim = layer, config.head_dim
-        heads, kv_heads = config.num_heads, config.num_kv_heads
+        heads, kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
+        self.layer = layer  # its number among the layers that have pages
+        self.num_heads = len(tp.split(heads))
+        self.num_kv_heads = len(tp.split(kv_heads))
+        self.head_dim = head_dim
+        self.window = window
         pieces = {"q_proj": heads, "k_proj": kv_heads, "v_proj": kv_heads}
-        self.qkv_proj = ColumnParallelLinear(config.hidden_size, pieces, config.qkv_bias, tp, unit=dim)
-        eps = config.rms_norm_eps if config.qk_norm else None
-        self.rope = QKNormRope(len(tp.split(heads)), len(tp.split(kv_heads)), dim, cos_sin, eps)
-        self.o_proj = RowParallelLinear(heads * dim, config.hidden_size, config.o_bias, tp)
+        self.qkv_proj = ColumnParallelLinear(config.hidden_size, pieces, qkv_bias, tp, unit=head_dim)
+        self.q_norm = RMSNorm(head_dim, config.rms_norm_eps) if qk_norm else None
+        self.k_norm = RMSNorm(head_dim, config.rms_norm_eps) if qk_norm else None
+        self.rotary_emb = rotary_emb
+        self.o_proj = RowParallelLinear(heads * head_dim, config.hidden_size, o_bias, tp)
 
     def forward(self, x: Tensor, attention: AttentionBackend) -> Tensor:
-        q = attention.write(self.layer, self.qkv_proj(x), self.rope)
+        q = attention.write(self.layer, self.qkv_proj(x), self.rope())
         return self.o_proj(attention.attend(self.layer, q))
+
+    def rope(self) -> Rope:
+        sizes = self.num_heads, self.num_kv_heads, self.head_dim
+        if self.q_norm is None or self.k_norm is None:
+            return Rope(*sizes, self.rotary_emb.cos_sin)
+        return Rope(*sizes, self.rotary_emb.cos_sin, self.q_norm.weight, self.k_norm.weight, self.q_norm.eps)
+
+    def cache_spec(self) -> CacheSpec:
+        return PagedKV(self.num_kv_heads, self.head_dim, self.window)
 
 
 class MLP(nn.Module):
@@ -55,12 +83,12 @@ class MLP(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    def __init__(self, config: ModelConfig, layer: int, cos_sin: Tensor, tp: TensorParallel) -> None:
+    def __init__(self, config: ModelConfig, self_attn: nn.Module, mlp: nn.Module) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config, layer, cos_sin, tp)
+        self.self_attn = self_attn
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = MLP(config, tp)
+        self.mlp = mlp
 
     def forward(self, x: Tensor, residual: Tensor | None, attention: AttentionBackend) -> tuple[Tensor, Tensor]:
         """x is the last sublayer's output, not yet added to the residual stream (None before the first layer)."""
@@ -74,16 +102,14 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    def __init__(self, config: ModelConfig, cos_sin: Tensor, tp: TensorParallel) -> None:
+    def __init__(self, config: ModelConfig, layers: list[DecoderLayer], tp: TensorParallel) -> None:
         super().__init__()
         self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size, tp)
-        self.layers = nn.ModuleList(DecoderLayer(config, i, cos_sin, tp) for i in range(config.num_layers))
+        self.layers = nn.ModuleList(layers)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, input_ids: Tensor, attention: AttentionBackend) -> Tensor:
         x: Tensor = self.embed_tokens(input_ids)
-        if (both := attention.run_layers(self.layers, x)) is not None:
-            return self.norm.add(*both)[0]
         residual: Tensor | None = None
         for layer in self.layers:
             x, residual = layer(x, residual, attention)
@@ -91,21 +117,47 @@ class Decoder(nn.Module):
         return self.norm.add(x, residual)[0]
 
 
-class CausalLM(nn.Module):
-    """A decoder with its output head."""
+class CausalLM(nn.Module, ABC):
+    """A decoder with its output head. A family's class says what its attention is."""
 
-    def __init__(self, config: ModelConfig, cos_sin: Tensor, tp: TensorParallel) -> None:
+    def __init__(self, config: ModelConfig, max_model_len: int, tp: TensorParallel) -> None:
         super().__init__()
-        self.config = config
-        self.model = Decoder(config, cos_sin, tp)
+        self.config, self.tp = config, tp
+        rotary_emb = RotaryEmbedding(config.rope, config.head_dim, config.max_position, max_model_len)
+        layers = [
+            DecoderLayer(config, self.attention(layer, rotary_emb), MLP(config, tp))
+            for layer in range(config.num_layers)
+        ]
+        self.model = Decoder(config, layers, tp)
         tied = config.tie_embeddings
         self.lm_head = (
             self.model.embed_tokens if tied else VocabParallelEmbedding(config.vocab_size, config.hidden_size, tp)
         )
 
+    @abstractmethod
+    def attention(self, layer: int, rotary_emb: RotaryEmbedding) -> Attention:
+        """The attention of one layer."""
+
+    def window(self, layer: int) -> int | None:
+        """The sliding window of one layer; None where it sees all keys."""
+        kinds = self.config.layer_types
+        if kinds and kinds[layer] != "sliding_attention":
+            return None
+        return self.config.sliding_window
+
+    def cache_specs(self) -> list[CacheSpec]:
+        """What each layer remembers of a sequence."""
+        return [module.cache_spec() for module in self.modules() if isinstance(module, Attention)]
+
     def forward(self, input_ids: Tensor, attention: AttentionBackend) -> Tensor:
         """input_ids [T] -> hidden states [T, hidden]. Positions are in the backend's metadata."""
         return self.model(input_ids, attention)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[K, hidden] -> [K, vocabulary]."""
+        return self.lm_head.logits(hidden)
+
+    # -- weights ---------------------------------------------------------------------------------------------------------
 
     def load_weights(self, weights: Iterable[tuple[str, Any]]) -> set[str]:
         """Writes new weights, under checkpoint names, into the running model; returns the names that were given.
@@ -115,24 +167,14 @@ class CausalLM(nn.Module):
         with self.unpacked():
             return fill(self, weights)
 
-    def pack(self) -> None:
-        """Puts the weights, once they are there, into the order that the CPU's products read."""
-        for module in self.modules():
-            if isinstance(module, Matrix):
-                module.pack()
-
     @contextmanager
     def unpacked(self) -> Iterator[None]:
         """Weights are as checkpoints have them meanwhile, to be read or written."""
-        packed = [module for module in self.modules() if isinstance(module, Matrix) and module.packed]
-        for module in packed:
-            module.unpack()
+        matrices = [module for module in self.modules() if isinstance(module, Matrix)]
+        for matrix in matrices:
+            matrix.begin_loading()
         try:
             yield
         finally:
-            for module in packed:
-                module.pack()
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """[K, hidden] -> [K, vocabulary]."""
-        return self.lm_head.logits(hidden)
+            for matrix in matrices:
+                matrix.finish_loading()

@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nanovllm.attention import zeroed
+from nanovllm.attention.base import zeroed
+from nanovllm.cache.spec import row_bytes
 from nanovllm.engine.batch import Batch
 from nanovllm.runner.cuda_graphs import CaptureError, DecodeGraphs
 
@@ -33,15 +34,19 @@ def num_blocks(runner: ModelRunner) -> int:
     """How many pages there are. Raises ValueError where they cannot hold one sequence of max_model_len."""
     args, page, block_size = runner.args, runner.attention.page_bytes(), runner.attention.spec.block_size
     needed = -(-runner.max_model_len // block_size)
+    states = runner.max_num_seqs * row_bytes(runner.model.cache_specs())  # what is not in pages
     if args.num_gpu_blocks_override is not None:
         available, source = args.num_gpu_blocks_override, "num_gpu_blocks_override"
     elif args.kv_cache_memory_bytes is not None:
-        available, source = args.kv_cache_memory_bytes // page, "kv_cache_memory_bytes"
+        available, source = (args.kv_cache_memory_bytes - states) // page, "kv_cache_memory_bytes"
     elif runner.device.type == "cuda":
-        available, source = free_gpu_bytes(runner) // page, "gpu_memory_utilization"
+        available, source = (free_gpu_bytes(runner) - states) // page, "gpu_memory_utilization"
     else:
         half = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2 // runner.tp.size
-        available, source = min(max(CPU_CACHE_BYTES, needed * page), half) // page, "kv_cache_memory_bytes"
+        available, source = (
+            (min(max(CPU_CACHE_BYTES, needed * page + states), half) - states) // page,
+            "kv_cache_memory_bytes",
+        )
     if available < needed:
         raise ValueError(
             f"max_model_len={runner.max_model_len} needs {needed} KV cache blocks of {block_size} tokens "

@@ -12,14 +12,13 @@ import torch
 from torch import Tensor
 
 from nanovllm import loader
-from nanovllm.attention import AttentionMetadata, AttentionSpec
+from nanovllm.attention.base import AttentionMetadata, AttentionSpec
 from nanovllm.attention.select import select_backend
-from nanovllm.attention.torch_backend import TorchAttention
 from nanovllm.engine.batch import Batch
 from nanovllm.layers.sampler import Logprobs, logprobs, sample
-from nanovllm.layers.source import all_sources, listing
-from nanovllm.models.config import rope_table
+from nanovllm.loader.source import all_sources, listing
 from nanovllm.models.decoder import CausalLM
+from nanovllm.models.registry import model_class
 from nanovllm.parallel import TensorParallel
 from nanovllm.runner import memory
 from nanovllm.runner.cuda_graphs import DecodeGraphs, is_decode, is_plain
@@ -65,21 +64,16 @@ class ModelRunner:
         self.max_num_batched_tokens = setup.max_num_batched_tokens
         self.free_at_start = memory.free_memory(self)
         self.model = self._make_model()
-        spec = AttentionSpec(
-            num_layers=config.num_layers,
+        spec = AttentionSpec.of(
+            self.model.cache_specs(),
             num_heads=len(tp.split(config.num_heads)),
-            num_kv_heads=len(tp.split(config.num_kv_heads)),
-            head_dim=config.head_dim,
-            scale=config.head_dim**-0.5,
-            sliding_windows=config.sliding_windows,
             block_size=setup.block_size,
             dtype=self.dtype,
             device=device,
         )
         self.attention = select_backend(spec, args.attention_backend, args.kv_cache_dtype)
         self.last_tokens = torch.zeros(self.max_num_seqs + 1, dtype=torch.int64, device=device)  # the last: of padding
-        # The torch backend reads on the host what a graph would have to read on the device.
-        can_record = device.type == "cuda" and not isinstance(self.attention, TorchAttention)
+        can_record = device.type == "cuda" and self.attention.can_capture
         self.capture_stream = torch.cuda.Stream(device) if can_record and not args.enforce_eager else None
         self.graphs: DecodeGraphs | None = None
         self.asleep: memory.Asleep | None = None
@@ -90,18 +84,17 @@ class ModelRunner:
     # -- setting up --------------------------------------------------------------------------------------------------
 
     def _make_model(self) -> CausalLM:
-        cos_sin = rope_table(self.config, self.max_model_len)
+        make = model_class(self.config.architecture)
         default = torch.get_default_dtype()
         torch.set_default_dtype(self.dtype)
         try:
             with self.device:
-                model = CausalLM(self.config, cos_sin.to(self.device), self.tp).eval()
+                model = make(self.config, self.max_model_len, self.tp).eval()
         finally:
             torch.set_default_dtype(default)
         if self.device.type == "cpu":
             memory.lay_out(model)
         self.load(model)
-        model.pack()
         return model
 
     def load(self, model: CausalLM) -> None:
