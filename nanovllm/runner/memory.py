@@ -198,6 +198,8 @@ class Asleep:
 def sleep(runner: ModelRunner, level: int) -> None:
     """Frees the KV cache and the weights; level 1 keeps a copy of these in the host's memory."""
     runner.graphs = None  # they hold the addresses of both
+    if runner.programs is not None:
+        runner.programs.clear()
     runner.attention.allocate(0)
     if runner.asleep is None or "weights" not in runner.asleep.gone:  # a second time would lose the copy
         parameters = list(runner.model.parameters())

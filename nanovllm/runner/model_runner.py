@@ -21,6 +21,7 @@ from nanovllm.models.decoder import CausalLM
 from nanovllm.models.registry import model_class
 from nanovllm.parallel import TensorParallel
 from nanovllm.runner import memory
+from nanovllm.runner.cpu_program import CpuPrograms
 from nanovllm.runner.cuda_graphs import DecodeGraphs, is_decode, is_plain
 from nanovllm.runner.memory import to_host
 from nanovllm.runner.setup import Setup
@@ -72,9 +73,11 @@ class ModelRunner:
             device=device,
         )
         self.attention = select_backend(spec, args.attention_backend, args.kv_cache_dtype)
+        can_record = device.type == "cpu" and tp.size == 1 and self.attention.can_capture and not args.enforce_eager
+        self.programs = CpuPrograms(self.model, self.attention) if can_record else None
         self.last_tokens = torch.zeros(self.max_num_seqs + 1, dtype=torch.int64, device=device)  # the last: of padding
-        can_record = device.type == "cuda" and self.attention.can_capture
-        self.capture_stream = torch.cuda.Stream(device) if can_record and not args.enforce_eager else None
+        can_capture = device.type == "cuda" and self.attention.can_capture and not args.enforce_eager
+        self.capture_stream = torch.cuda.Stream(device) if can_capture else None
         self.graphs: DecodeGraphs | None = None
         self.asleep: memory.Asleep | None = None
         self.num_blocks = tp.minimum(memory.num_blocks(self), device)
@@ -153,6 +156,8 @@ class ModelRunner:
                 max_context_len=max_context_len,
             )
         )
+        if self.programs is not None:
+            return self.programs.forward(token_ids)
         return self.model(token_ids, self.attention)
 
     def next_tokens(self, logits: Tensor, batch: Batch) -> Tensor:
