@@ -22,7 +22,8 @@ CORE = [
     "layers/norm.py",
     "layers/rotary.py",
     "layers/sampler.py",
-    "attention/__init__.py",
+    "weights/dense.py",
+    "attention/base.py",
     "attention/torch_backend.py",
     "kernels/__init__.py",
 ]

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from nanovllm.models.decoder import CausalLM
+from types import ModuleType
 
 MODELS = {
     "LlamaForCausalLM": "llama",
@@ -16,7 +13,6 @@ MODELS = {
 }
 
 
-def model_class(architecture: str) -> type[CausalLM]:
-    """The class of that name, a subclass of CausalLM."""
-    module = import_module(f"nanovllm.models.{MODELS[architecture]}")
-    return getattr(module, architecture)
+def family(architecture: str) -> ModuleType:
+    """The file with the class of that name, a subclass of CausalLM."""
+    return import_module(f"nanovllm.models.{MODELS[architecture]}")

@@ -17,8 +17,8 @@ from nanovllm.attention.select import select_backend
 from nanovllm.engine.batch import Batch
 from nanovllm.layers.sampler import Logprobs, logprobs, sample
 from nanovllm.loader.source import all_sources, listing
+from nanovllm.models import registry
 from nanovllm.models.decoder import CausalLM
-from nanovllm.models.registry import model_class
 from nanovllm.parallel import TensorParallel
 from nanovllm.runner import memory
 from nanovllm.runner.cpu_program import CpuPrograms
@@ -87,7 +87,8 @@ class ModelRunner:
     # -- setting up --------------------------------------------------------------------------------------------------
 
     def _make_model(self) -> CausalLM:
-        make = model_class(self.config.architecture)
+        name = self.config.architecture
+        make: type[CausalLM] = getattr(registry.family(name), name)
         default = torch.get_default_dtype()
         torch.set_default_dtype(self.dtype)
         try:
