@@ -4,7 +4,8 @@
     python bench.py --compare hf,vllm=/path/to/python   # the same by other engines, in turn with ours
     python bench.py --profile | --host | --startup      # time by part of a step; the host's half alone; process start
 
-Every engine runs in a process of its own (benchmarks/engines.py). Throughput is requested output tokens over wall time.
+Every engine runs in a process of its own (benchmarks/process.py), which ends with this one.
+Throughput is requested output tokens over wall time.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ import itertools
 import json
 import os
 import platform
-import signal
 import statistics
 import subprocess
 import sys
@@ -29,67 +29,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.limit import LARGE_GPU_STEP, PAGE, Machine, Sizes, limit, probe, sizes_of
+from benchmarks.limit import LARGE_GPU_STEP, Machine, Sizes, limit, probe, sizes_of
+from benchmarks.ours import Host, default_dtype, model_config
 from benchmarks.peer_files import gguf_file, hf_folder
-from benchmarks.workloads import SHAPES, WORKLOADS, Workload, draw, sequences, smollm2, write_shape
-from nanovllm import loader
-from nanovllm.engine.batch import build_batch
-from nanovllm.engine.scheduler import Scheduler
-from nanovllm.models.config import read_config
-from nanovllm.runner.setup import pick_dtype
-
-ROOT = Path(__file__).resolve().parent
-
-# -- engines -----------------------------------------------------------------------------------------------------------
-
-
-class Engine:
-    """An engine in its own process. Between turns it is stopped, so that whatever it polls costs the others nothing."""
-
-    def __init__(self, name: str, python: str, job: dict[str, Any], env: dict[str, str]) -> None:
-        self.name = name
-        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115
-        launched = time.time()
-        self.process = subprocess.Popen(
-            [python, str(ROOT / "benchmarks" / "engines.py")],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self.log,
-            text=True,
-            env={**os.environ, **env},
-            preexec_fn=os.setpgrp,  # a group to stop and go on together; it hears of it if we die
-        )
-        self.startup = self.ask({"engine": name, **job})["first_token_at"] - launched
-        self.pause()
-
-    def ask(self, message: dict[str, Any]) -> dict[str, Any]:
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        with contextlib.suppress(BrokenPipeError):
-            self.process.stdin.write(json.dumps(message) + "\n")
-            self.process.stdin.flush()
-        answer = self.process.stdout.readline()
-        if not answer:
-            self.process.wait()
-            self.log.seek(0)
-            raise RuntimeError(f"{self.name} failed:\n{self.log.read()[-3000:]}")
-        return json.loads(answer)
-
-    def run(self, prompts: list[list[int]], outputs: list[int], profile: bool = False) -> dict[str, Any]:
-        os.killpg(self.process.pid, signal.SIGCONT)
-        try:
-            return self.ask({"prompts": prompts, "outputs": outputs, "profile": profile})
-        finally:
-            self.pause()
-
-    def pause(self) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGSTOP)
-
-    def close(self) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+from benchmarks.process import Engine, exit_on_signals
+from benchmarks.workloads import SHAPES, WORKLOADS, Workload, draw, smollm2, write_shape
 
 
 def peer_environment(name: str, device: str) -> dict[str, str]:
@@ -146,7 +90,7 @@ class Bench:
         self.options = options
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         auto = options.dtype == "auto"
-        dtype = pick_dtype("auto", torch.bfloat16, torch.device(self.device)) if auto else getattr(torch, options.dtype)
+        dtype = default_dtype(self.device) if auto else getattr(torch, options.dtype)
         self.dtype, self.itemsize = str(dtype).removeprefix("torch."), dtype.itemsize
         self.scratch = tempfile.TemporaryDirectory()
         self.probes: list[Machine] = []
@@ -264,8 +208,7 @@ class Bench:
         result.rss, result.memory = reply["rss"], reply.get("memory")
 
     def sizes(self, model: Path) -> Sizes:
-        files = loader.resolve(str(model), load_format="dummy" if self.options.model is None else "auto")
-        return sizes_of(read_config(loader.load_hf_config(files)), self.itemsize)
+        return sizes_of(model_config(str(model), dummy=self.options.model is None), self.itemsize)
 
     def step_tokens(self) -> int:
         given = self.options.engine_arg.get("max_num_batched_tokens")
@@ -293,25 +236,15 @@ def host_time(count: int = 256, steps: int = 200) -> dict[str, float]:
     """
     prompts, _ = draw(count, 100, 1024)
     outputs = [steps + 50] * count
-    scheduler = Scheduler(
-        num_blocks=sum(-(-(len(p) + n) // PAGE) for p, n in zip(prompts, outputs)),
-        block_size=PAGE,
-        max_model_len=1024 + outputs[0],
-        max_num_seqs=count,
-        max_num_batched_tokens=LARGE_GPU_STEP,
-    )
-    for seq in sequences(prompts, outputs):
-        scheduler.add(seq)
+    host = Host(prompts, outputs, 1024 + outputs[0], LARGE_GPU_STEP)
     parts: dict[str, list[float]] = {"schedule": [], "prepare": [], "update": [], "sum": []}
-    tokens = np.full(count, 7, np.int64)
     while len(parts["sum"]) < steps:
         times = [time.perf_counter()]
-        step = scheduler.schedule()
-        assert step is not None
+        step = host.schedule()
         times.append(time.perf_counter())
-        build_batch(scheduler.table, step, PAGE, 10001)[0].pack()
+        host.prepare(step)
         times.append(time.perf_counter())
-        scheduler.update(step, tokens[: len(step.sampled)])
+        host.update(step)
         times.append(time.perf_counter())
         if len(step.rows) == int((step.ends - step.starts).sum()) == count:
             for name, seconds in zip(parts, (*np.diff(times), times[-1] - times[0])):
@@ -489,4 +422,5 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    exit_on_signals()
     main()

@@ -23,8 +23,6 @@ class LLMApi:
     """nanovllm and vLLM: the same calls."""
 
     def __init__(self, job: dict[str, Any]) -> None:
-        if job["engine"] == "nanovllm":
-            sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
         api = importlib.import_module(job["engine"])
         dummy = {"load_format": "dummy", "skip_tokenizer_init": True} if job["dummy"] else {}
         self.make_params = api.SamplingParams
@@ -36,45 +34,20 @@ class LLMApi:
 
 
 class NanoVLLM(LLMApi):
+    def __init__(self, job: dict[str, Any]) -> None:
+        sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+        super().__init__(job)
+        self.ours = importlib.import_module("benchmarks.ours")
+
     def settle(self) -> None:
-        """Writes all KV pages once. On a CPU their memory is there only from the first use on, which costs as much as
-        attention itself; peers have paid that at their start, and so has an engine that has run for a while.
-        """
-        self.llm.llm_engine.runner.attention.cache.zero_()
+        self.ours.settle(self.llm)
 
     def memory(self) -> dict[str, int]:
         """Bytes of the KV cache."""
-        runner = self.llm.llm_engine.runner
-        return {"kv_cache": runner.num_blocks * runner.attention.page_bytes()}
+        return {"kv_cache": self.ours.kv_cache_bytes(self.llm)}
 
     def profile(self) -> Parts:
-        from nanovllm import kernels
-        from nanovllm.engine import llm_engine
-        from nanovllm.engine.detokenizer import Detokenizer
-        from nanovllm.runner import model_runner
-
-        engine = self.llm.llm_engine
-        attention = engine.runner.attention
-        attention.run_layers = lambda layers, x: None  # all layers in one call would hide the parts
-        return Parts(
-            [
-                (engine, "add_request", "add requests"),
-                (engine.scheduler, "schedule", "schedule"),
-                (llm_engine, "build_batch", "prepare"),
-                (engine.runner, "launch", "model: the rest"),
-                (kernels, "linear", "model: matrix products"),
-                (attention, "write", "model: QK-norm, RoPE, K/V store"),
-                (attention, "attend", "model: attention"),
-                (kernels, "rms_norm", "model: norms, SwiGLU"),
-                (kernels, "add_rms_norm", "model: norms, SwiGLU"),
-                (kernels, "silu_and_mul", "model: norms, SwiGLU"),
-                (model_runner, "sample", "sample"),
-                (model_runner.Launch, "collect", "wait for the device"),
-                (engine.scheduler, "update", "update"),
-                (engine.processor, "process", "make outputs"),
-                (Detokenizer, "decode", "detokenise"),
-            ]
-        )
+        return Parts(self.ours.profile_targets(self.llm))
 
 
 class Parts:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from benchmarks.workloads import Workload, sequences
-from nanovllm.engine.scheduler import Scheduler
+from benchmarks.ours import Host, ModelConfig
+from benchmarks.workloads import Workload
 
 LARGE_GPU_STEP = 16384  # tokens, the default of vLLM and ours on GPUs of 70 GiB and more
-PAGE = 16
 
 
 @dataclass
@@ -59,8 +58,7 @@ class Sizes:
     itemsize: int
 
 
-def sizes_of(config: Any, itemsize: int) -> Sizes:
-    """`config` is a nanovllm.models.config.ModelConfig."""
+def sizes_of(config: ModelConfig, itemsize: int) -> Sizes:
     q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     hidden, inner = config.hidden_size, config.intermediate_size
     matrices = [(q + 2 * kv, hidden), (hidden, q), (2 * inner, hidden), (hidden, inner)]
@@ -79,23 +77,6 @@ def sizes_of(config: Any, itemsize: int) -> Sizes:
     )
 
 
-def passes(work: Workload, step_tokens: int) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
-    """The steps that our scheduler makes of a workload when all of it fits: (starts, ends, how many sample) of each."""
-    longest = max(len(p) + n for p, n in zip(work.prompts, work.outputs))
-    scheduler = Scheduler(
-        num_blocks=sum(-(-(len(p) + n) // PAGE) for p, n in zip(work.prompts, work.outputs)),
-        block_size=PAGE,
-        max_model_len=longest,
-        max_num_seqs=len(work.prompts),
-        max_num_batched_tokens=step_tokens,
-    )
-    for seq in sequences(work.prompts, work.outputs):
-        scheduler.add(seq)
-    while step := scheduler.schedule():
-        yield step.starts, step.ends, len(step.sampled)
-        scheduler.update(step, np.zeros(len(step.sampled), np.int64))
-
-
 def limit(work: Workload, model: Sizes, machine: Machine, step_tokens: int) -> dict[str, float]:
     """Seconds that a workload takes where every kernel is at its own roofline, one after another, and the host is free.
 
@@ -105,7 +86,8 @@ def limit(work: Workload, model: Sizes, machine: Machine, step_tokens: int) -> d
     """
     attention = products = head = 0.0
     per_pair = 4 * model.num_layers * model.num_heads * model.head_dim
-    for starts, ends, sampled in passes(work, step_tokens):
+    longest = max(len(p) + n for p, n in zip(work.prompts, work.outputs))
+    for starts, ends, sampled in Host(work.prompts, work.outputs, longest, step_tokens).passes():
         starts, ends = starts.astype(np.int64), ends.astype(np.int64)
         tokens = int((ends - starts).sum())
         pairs = int((ends * (ends + 1) // 2 - starts * (starts + 1) // 2).sum())

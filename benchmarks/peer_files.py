@@ -1,4 +1,4 @@
-"""Gives the peers of bench.py the model that we run, in the formats they read; made once and kept in a folder.
+"""Writes the model of the benchmark in the formats that the peers read, once, into a cache folder.
 
 vLLM and transformers want a folder in Hugging Face's layout, llama.cpp a GGUF file, all of them in bfloat16.
 """
@@ -11,24 +11,41 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from safetensors.torch import save_file
+
+from benchmarks.ours import Checkpoint
 
 
 def hf_folder(model: Path, cache: Path) -> Path:
-    """The folder (or hub name) itself, or a GGUF file's weights (dequantised by transformers), config and tokenizer as a folder."""
+    """`model` itself, or for a GGUF file a folder with its weights in bfloat16.
+
+    Our own loader reads the file, because transformers reads GGUF files only beside accelerate.
+    tests/test_loader.py compares the two.
+    """
     if model.suffix != ".gguf":
         return model
     folder = cache / f"{model.name.removesuffix('.gguf')}-bf16"
     if not (folder / "model.safetensors").exists():
-        import torch
-        import transformers
-
-        how: dict[str, Any] = {"gguf_file": model.name}
-        transformers.AutoTokenizer.from_pretrained(model.parent, **how).save_pretrained(folder)
-        if hasattr(transformers, "GgufConfig"):  # version 5 keeps quantised weights unless it is told otherwise
-            how["quantization_config"] = transformers.GgufConfig(dequantize=True)
-        loaded = transformers.AutoModelForCausalLM.from_pretrained(model.parent, **how)
-        loaded.to(torch.bfloat16).save_pretrained(folder)
+        checkpoint = Checkpoint(model)
+        checkpoint.save_tokenizer(folder)
+        write_hf_model(checkpoint, folder)
     return folder
+
+
+def write_hf_model(checkpoint: Checkpoint, folder: Path) -> None:
+    """Writes config.json and model.safetensors, in bfloat16."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = checkpoint.config() | {"torch_dtype": "bfloat16"}
+    # transformers 4 reads rope_theta and rope_scaling, transformers 5 reads rope_parameters.
+    rope = dict(config["rope_parameters"])
+    config["rope_theta"] = rope.pop("rope_theta")
+    config["rope_scaling"] = None if rope["rope_type"] == "default" else rope
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    tensors = {name: tensor.to(torch.bfloat16) for name, tensor in checkpoint.weights()}
+    part = folder / "model.part"
+    save_file(tensors, part, metadata={"format": "pt"})
+    shutil.move(part, folder / "model.safetensors")
 
 
 def gguf_file(model: Path, cache: Path, dummy: bool) -> Path:

@@ -9,11 +9,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
-from nanovllm.engine.sequence import Sequence
-from nanovllm.sampling_params import SamplingParams
-
 # Qwen3's sizes: layers, hidden, intermediate, query heads, KV heads, head_dim, vocabulary, tied embeddings.
 SHAPES = {
     "tiny": (2, 64, 128, 4, 2, 16, 512, True),
@@ -111,19 +106,6 @@ def write_shape(shape: str, parent: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
     return folder
-
-
-def sequences(prompts: list[list[int]], outputs: list[int]) -> list[Sequence]:
-    return [
-        Sequence(
-            seq_id=i,
-            params=SamplingParams(temperature=0.6, max_tokens=n, ignore_eos=True),
-            token_ids=np.array(p, np.int32),
-            end=len(p) + n,
-            seed=i,
-        )
-        for i, (p, n) in enumerate(zip(prompts, outputs))
-    ]
 
 
 def smollm2() -> Path:

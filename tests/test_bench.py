@@ -1,24 +1,33 @@
-"""bench.py: its workloads and limits against published figures, and that every mode runs. No peer, and nothing timed."""
+"""bench.py: workloads and limits against published figures, every mode on a tiny model, no engine left behind.
+
+No peer runs here, and no test depends on time.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import select
+import signal
+import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 import bench
-from benchmarks import engines, limit, peer_files, workloads
+from benchmarks import engines, limit, ours, peer_files, workloads
 from nanovllm import loader
-from nanovllm.models.config import read_config
+
+ROOT = Path(__file__).parent.parent
 
 
 def sizes(shape: str, tmp_path: Path) -> limit.Sizes:
-    files = loader.resolve(str(workloads.write_shape(shape, tmp_path)), load_format="dummy")
-    return limit.sizes_of(read_config(loader.load_hf_config(files)), itemsize=2)
+    folder = workloads.write_shape(shape, tmp_path)
+    return limit.sizes_of(ours.model_config(str(folder), dummy=True), itemsize=2)
 
 
 def test_the_field_s_workload_has_its_published_token_counts() -> None:
@@ -116,18 +125,12 @@ def test_an_engine_that_fails_says_why(tmp_path: Path) -> None:
 def test_a_shape_as_gguf_reads_back_as_the_same_model(tmp_path: Path) -> None:
     pytest.importorskip("gguf")
     folder = workloads.write_shape("tiny", tmp_path)
-    gguf = loader.resolve(str(peer_files.gguf_file(folder, tmp_path / "cache", dummy=True)))
-    ours = read_config(loader.load_hf_config(loader.resolve(str(folder), load_format="dummy")))
-    theirs = read_config(loader.load_hf_config(gguf))
-    assert (ours.num_layers, ours.num_heads, ours.num_kv_heads, ours.head_dim, ours.hidden_size, ours.vocab_size) == (
-        theirs.num_layers,
-        theirs.num_heads,
-        theirs.num_kv_heads,
-        theirs.head_dim,
-        theirs.hidden_size,
-        theirs.vocab_size,
-    )
-    names = {name for name, _ in loader.iter_weights(gguf)}
+    file = peer_files.gguf_file(folder, tmp_path / "cache", dummy=True)
+    given = ours.model_config(str(folder), dummy=True)
+    found = ours.model_config(str(file))
+    for field in ("num_layers", "num_heads", "num_kv_heads", "head_dim", "hidden_size", "vocab_size"):
+        assert getattr(found, field) == getattr(given, field), field
+    names = {name for name, _ in loader.iter_weights(loader.resolve(str(file)))}
     assert {"model.layers.1.self_attn.q_norm.weight", "model.layers.0.mlp.down_proj.weight"} < names
 
 
@@ -145,3 +148,127 @@ def test_what_the_command_line_refuses(capsys: pytest.CaptureFixture[str]) -> No
     assert isinstance(options, argparse.Namespace)
     assert options.compare == {"hf": sys.executable, "llama.cpp": "/other/python"}
     assert options.engine_arg == {"block_size": 32}
+
+
+# -- engines end with bench.py -------------------------------------------------------------------------------------
+
+# Answers each message. Its child computes for ever. Both ignore every signal that can be ignored.
+# Both hold the pipe that FAKE_ENGINE_ALIVE names open for writing until they are dead.
+FAKE_ENGINE = """#!/bin/sh
+trap '' TERM INT HUP
+exec 9>"$FAKE_ENGINE_ALIVE"
+echo started >&9
+(while true; do :; done) &
+while read -r message; do echo '{"first_token_at": 0, "seconds": 1, "rss": 1}'; done
+while true; do :; done
+"""
+# Starts a fake engine as bench.py does, and says so. The engine then computes, or it is stopped.
+STARTS_AN_ENGINE = """
+import signal, sys
+from benchmarks.process import Engine
+engine = Engine("fake", sys.argv[1], {}, {})
+if sys.argv[2] == "running":
+    engine.send(signal.SIGCONT)
+print("ready", flush=True)
+signal.pause()
+"""
+# bench.py itself, with fake engines and so many rounds that it does not end.
+RUNS_BENCH = """
+import runpy, sys
+sys.executable, sys.argv = sys.argv[1], ["bench.py", *sys.argv[2:]]
+runpy.run_path("bench.py", run_name="__main__")
+"""
+
+
+class FakeEngine:
+    """`interpreter` takes the place of Python; the rest tells whether such a process lives."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.interpreter = str(folder / "fake")
+        Path(self.interpreter).write_text(FAKE_ENGINE)
+        Path(self.interpreter).chmod(0o755)
+        os.mkfifo(folder / "alive")
+        monkeypatch.setenv("FAKE_ENGINE_ALIVE", str(folder / "alive"))
+        self.reader = os.open(folder / "alive", os.O_RDONLY | os.O_NONBLOCK)
+
+    def read(self) -> bytes:
+        """Waits for what the next writer writes, or for b"": no process has the pipe open."""
+        ready, _, _ = select.select([self.reader], [], [], 60)
+        assert ready, "no engine has started, or an engine has outlived bench.py by a minute"
+        return os.read(self.reader, 100)
+
+    def wait_until_started(self) -> None:
+        assert self.read() == b"started\n"
+
+    def wait_until_dead(self) -> None:
+        assert self.read() == b""
+
+
+@pytest.fixture
+def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeEngine]:
+    made = FakeEngine(tmp_path, monkeypatch)
+    yield made
+    os.close(made.reader)
+
+
+@pytest.mark.parametrize("state", ["running", "stopped"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGKILL])
+def test_an_engine_ends_when_its_parent_is_killed(number: signal.Signals, state: str, fake: FakeEngine) -> None:
+    command = [sys.executable, "-c", STARTS_AN_ENGINE, fake.interpreter, state]
+    parent = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE)
+    assert parent.stdout is not None
+    assert parent.stdout.readline() == b"ready\n"
+    fake.wait_until_started()
+    parent.send_signal(number)
+    parent.communicate()
+    assert parent.returncode == -number
+    fake.wait_until_dead()
+
+
+def test_bench_ends_its_engines_and_deletes_its_files_on_sigterm(
+    fake: FakeEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setenv("TMPDIR", str(scratch))
+    command = [sys.executable, "-c", RUNS_BENCH, fake.interpreter, "--shape", "tiny", "--workload", "B"]
+    process = subprocess.Popen([*command, "--repeats", "1000000"], cwd=ROOT, stderr=subprocess.DEVNULL)
+    fake.wait_until_started()
+    assert list(scratch.iterdir())
+    process.terminate()
+    assert process.wait() == 128 + signal.SIGTERM
+    fake.wait_until_dead()
+    assert not list(scratch.iterdir())
+
+
+def test_a_closed_engine_leaves_no_process(fake: FakeEngine) -> None:
+    engine = bench.Engine("fake", fake.interpreter, {}, {})
+    fake.wait_until_started()
+    assert engine.run([[1]], [1])["seconds"] == 1
+    engine.close()
+    fake.wait_until_dead()
+    assert engine.guard.returncode == -signal.SIGKILL
+
+
+# -- peers' files --------------------------------------------------------------------------------------------------
+
+
+def test_transformers_reads_the_folder_of_a_gguf_file_as_the_same_model(tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    import torch
+    import transformers
+
+    shape, folder = workloads.write_shape("tiny", tmp_path), tmp_path / "folder"
+    gguf = peer_files.gguf_file(shape, tmp_path / "cache", dummy=True)
+    peer_files.write_hf_model(ours.Checkpoint(gguf), folder)
+    loaded, report = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert isinstance(loaded, transformers.Qwen3ForCausalLM)
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    state = loaded.state_dict()
+    for name, tensor in ours.Checkpoint(gguf).weights():
+        assert torch.equal(state[name].bfloat16(), tensor.bfloat16()), name
+    given = transformers.AutoConfig.from_pretrained(shape)
+    for field in ("rope_parameters", "rope_theta", "rope_scaling", "tie_word_embeddings", "head_dim"):
+        assert getattr(loaded.config, field, None) == getattr(given, field, None), field
+    assert loaded.config.rms_norm_eps == pytest.approx(given.rms_norm_eps)  # GGUF files hold it as a float32
