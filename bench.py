@@ -30,7 +30,7 @@ import numpy as np
 import torch
 
 from benchmarks.limit import LARGE_GPU_STEP, Machine, Sizes, limit, probe, sizes_of
-from benchmarks.ours import Host, default_dtype, model_config
+from benchmarks.ours import Host, ceil_div, default_dtype, model_config
 from benchmarks.peer_files import gguf_file, hf_folder
 from benchmarks.process import Engine, exit_on_signals
 from benchmarks.workloads import SHAPES, WORKLOADS, Workload, draw, smollm2, write_shape
@@ -144,7 +144,7 @@ class Bench:
         return Engine(name, python, job, {**peer_environment(name, self.device), **(env or {})})
 
     def measure(self) -> list[Result]:
-        """All workloads by all engines. Those that share a model share processes."""
+        """All workloads by all engines. Workloads with the same model share processes."""
         works = {name: WORKLOADS[name]() for name in self.names()}
         groups: dict[tuple[Path, bool], list[str]] = {}
         for name, work in works.items():
@@ -156,7 +156,7 @@ class Bench:
 
     def measure_model(self, model: Path, dummy: bool, works: dict[str, Workload]) -> list[Result]:
         longest = max(len(p) + n for w in works.values() for p, n in zip(w.prompts, w.outputs))
-        longest = -(-longest // 256) * 256
+        longest = ceil_div(longest, 256) * 256
         sizes = self.sizes(model)
         pythons = {"nanovllm": sys.executable, **self.options.compare}
         table = {
@@ -165,7 +165,7 @@ class Bench:
             for engine in pythons
         }
         engines: dict[str, Engine] = {}
-        numbers = itertools.count(1)  # of variants: nobody sees the same tokens twice
+        numbers = itertools.count(1)  # of variants: no engine sees the same tokens twice
 
         def running(engine: str) -> Engine:
             if engine not in engines:
@@ -177,12 +177,13 @@ class Bench:
             return engines[engine]
 
         try:
-            for turn in range(self.options.repeats):
+            for number in range(self.options.repeats):
                 self.probe()
-                # The order changes from round to round, so that nobody always follows the same neighbour.
-                order = list(pythons)[turn % len(pythons) :] + list(pythons)[: turn % len(pythons)]
+                # Each round begins with another engine, so that no engine always follows the same neighbour.
+                first = number % len(pythons)
+                this_round = list(pythons)[first:] + list(pythons)[:first]
                 for name, work in works.items():
-                    for engine in order:
+                    for engine in this_round:
                         self.once(running(engine), table[engine, name], work, next(numbers), sizes.vocab_size)
                         if self.device == "cuda" and len(pythons) > 1:  # a stopped process still holds its memory
                             engines.pop(engine).close()

@@ -131,13 +131,13 @@ class LlamaCpp:
 
     def make_context(self, count: int, length: int, shared: bool) -> Any:
         params = self.api.llama_context_default_params()
-        params.n_ctx = count * (-(-length // 256) * 256)
+        params.n_ctx = count * ((length + 255) // 256 * 256)
         params.n_batch, params.n_seq_max, params.kv_unified = self.BATCH, count, shared
         params.n_threads = params.n_threads_batch = self.threads
         return self.api.llama_init_from_model(self.model, params)
 
     def generate(self, prompts: list[list[int]], outputs: list[int], temperature: float) -> float:
-        """Returns the seconds it took, less those of making the context, which a server does once."""
+        """Returns the seconds it took, without the time to make the context, which a server makes once."""
         api = self.api
         shared = common_prefix(prompts) if len(prompts) > 1 else 0
         shared = (

@@ -45,7 +45,7 @@ def probe(device: str, dtype: str) -> Machine:
 
 @dataclass
 class Sizes:
-    """What the limit needs to know of a model; bytes are those of `itemsize`."""
+    """What the limit needs to know of a model; an element of a weight or of K/V has `itemsize` bytes."""
 
     matrices: list[tuple[int, int]]  # of one layer
     num_layers: int

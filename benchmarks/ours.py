@@ -26,6 +26,10 @@ from nanovllm.sampling_params import SamplingParams
 PAGE = 16  # tokens of a page of the KV cache
 
 
+def ceil_div(a: int, b: int) -> int:
+    return (a + b - 1) // b
+
+
 def default_dtype(device: str) -> torch.dtype:
     """The dtype of LLM(dtype="auto") for a checkpoint in bfloat16."""
     return pick_dtype("auto", torch.bfloat16, torch.device(device))
@@ -66,7 +70,7 @@ class Host:
         The KV cache has room for all requests, so that none is preempted.
         """
         self.tokens = np.full(len(prompts), 7, np.int64)
-        pages = sum(-(-(len(p) + n) // PAGE) for p, n in zip(prompts, outputs))
+        pages = sum(ceil_div(len(p) + n, PAGE) for p, n in zip(prompts, outputs))
         self.scheduler = Scheduler(
             num_blocks=pages,
             block_size=PAGE,

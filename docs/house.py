@@ -81,6 +81,7 @@ LONG_FUNCTIONS: dict[str, str] = {}
 
 # Where only the field's words may stand: Python files, and documents in prose.
 WORDS_IN = ("nanovllm/**/*.py", "bench.py", "benchmarks/*.py", "examples/*.py", "example.py", "tests/**/*.py")
+WORDS_NOT_IN = ("tests/test_house.py",)  # its examples are forbidden words
 DOCUMENTS = ("README.md", "CONTRIBUTING.md", "docs/*.md")
 # Private synonyms of the field's words: a pattern of whole identifiers, and the word to use.
 IDENTIFIERS = {
@@ -368,7 +369,8 @@ def all_words() -> list[Finding]:
     found: list[Finding | None] = []
     for pattern in WORDS_IN:
         for path in sorted(ROOT.glob(pattern)):
-            found += File(path).words()
+            if path.relative_to(ROOT).as_posix() not in WORDS_NOT_IN:
+                found += File(path).words()
     for pattern in DOCUMENTS:
         for path in sorted(ROOT.glob(pattern)):
             name = path.relative_to(ROOT).as_posix()

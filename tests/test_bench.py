@@ -172,7 +172,7 @@ if sys.argv[2] == "running":
 print("ready", flush=True)
 signal.pause()
 """
-# bench.py itself, with fake engines and so many rounds that it does not end.
+# bench.py itself, with fake engines and a million rounds: it does not end.
 RUNS_BENCH = """
 import runpy, sys
 sys.executable, sys.argv = sys.argv[1], ["bench.py", *sys.argv[2:]]
@@ -193,8 +193,8 @@ class FakeEngine:
 
     def read(self) -> bytes:
         """Waits for what the next writer writes, or for b"": no process has the pipe open."""
-        ready, _, _ = select.select([self.reader], [], [], 60)
-        assert ready, "no engine has started, or an engine has outlived bench.py by a minute"
+        ready, _, _ = select.select([self.reader], [], [], 600)
+        assert ready, "no engine has started, or an engine has outlived bench.py by ten minutes"
         return os.read(self.reader, 100)
 
     def wait_until_started(self) -> None:
@@ -233,10 +233,13 @@ def test_bench_ends_its_engines_and_deletes_its_files_on_sigterm(
     monkeypatch.setenv("TMPDIR", str(scratch))
     command = [sys.executable, "-c", RUNS_BENCH, fake.interpreter, "--shape", "tiny", "--workload", "B"]
     process = subprocess.Popen([*command, "--repeats", "1000000"], cwd=ROOT, stderr=subprocess.DEVNULL)
-    fake.wait_until_started()
-    assert list(scratch.iterdir())
-    process.terminate()
-    assert process.wait() == 128 + signal.SIGTERM
+    try:
+        fake.wait_until_started()
+        assert list(scratch.iterdir())
+        process.terminate()
+        assert process.wait() == 128 + signal.SIGTERM
+    finally:
+        process.kill()
     fake.wait_until_dead()
     assert not list(scratch.iterdir())
 
