@@ -158,7 +158,7 @@ REFUSED = [  # the field that the sentence names, arguments, the type of error
     ("use_beam_search", {"use_beam_search": True}, ValueError),
     ("length_penalty", {"length_penalty": 0.9}, ValueError),
     ("early_stopping", {"early_stopping": True}, ValueError),
-    ("logits_processors", {"logits_processors": [lambda ids, logits: logits]}, ValueError),
+    ("logits_processors", {"logits_processors": [max]}, ValueError),
     ("truncate_prompt_tokens", {"truncate_prompt_tokens": 5}, ValueError),
     ("extra_args", {"extra_args": {"a": 1}}, ValueError),
 ]

@@ -37,13 +37,17 @@ def runs(test):
     return test if INTERPRETED else pytest.mark.gpu(test)
 
 
+ATTENTION = "test_attention or splits or decodes or same_bits"  # about half of the time
+
+
 @pytest.mark.skipif(RUNS, reason="this process runs the kernels itself")
-def test_under_the_interpreter():
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-    done = subprocess.run(
-        command, env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}, capture_output=True, text=True
-    )
+@pytest.mark.parametrize("tests", [ATTENTION, f"not ({ATTENTION})"], ids=["attention", "rest"])
+def test_under_the_interpreter(tests):
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", __file__]
+    env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, "-k", tests], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert "passed" in done.stdout
 
 
 # Attention
@@ -96,10 +100,11 @@ def test_attention_in_float32_is_exact(query_lens, context_lens, window):
 
 
 @runs
-def test_prompts_are_found_among_hundreds_of_decodes():
-    query_lens = [1, 20, 3] + [1] * 252 + [2, 1, 17, 1]
-    context_lens = [2, 25, 3] + [1 + i % 9 for i in range(252)] + [2, 9, 20, 5]
-    _, out, expected = attend(query_lens, context_lens)
+def test_prompts_are_found_among_many_decodes():
+    """The kernel reads the lengths of 128 sequences at a time: prompts stand on both sides of that border."""
+    query_lens = [1, 20, 3] + [1] * 124 + [2, 3, 1, 17, 1]
+    context_lens = [2, 25, 3] + [1 + i % 9 for i in range(124)] + [2, 5, 9, 20, 5]
+    _, out, expected = attend(query_lens, context_lens, heads=(2, 1))
     torch.testing.assert_close(out, expected, atol=2e-6, rtol=1e-5)
 
 
@@ -127,7 +132,7 @@ def test_whoever_comes_last_gives_the_same_bits(monkeypatch, window):
             set_index(order[x] if interpreter_builder.grid_dim[0] == programs else x, y, z)
 
         monkeypatch.setattr(interpreter_builder, "set_grid_idx", set_other)
-        backend, out, expected = attend([1, 1, 1], [3, 130, 77], programs, heads=(2, 2), head_dim=32, windows=(window,))
+        backend, out, expected = attend([1, 1, 1], [3, 130, 77], programs, heads=(1, 1), head_dim=32, windows=(window,))
         outs.append(out)
         assert not backend.arrived.any()
     torch.testing.assert_close(outs[0], expected, atol=2e-6, rtol=1e-5)
