@@ -1,10 +1,15 @@
-"""How fast nanovllm is here: throughput, share of the machine's limit, where the time goes, and peers beside it.
+"""Measures the speed of nanovllm on this machine, also as a share of the machine's limit
+and beside other engines ("peers").
 
-    python bench.py                                     # the workloads that suit this machine, with their share of the limit
-    python bench.py --compare hf,vllm=/path/to/python   # the same by other engines, in turn with ours
-    python bench.py --profile | --host | --startup      # time by part of a step; the host's half alone; process start
+    python bench.py                # throughput of the workloads that suit this machine
+    python bench.py --roofline     # the same, and the share of the limit
+    python bench.py --compare hf,vllm=/path/to/python    # the same with peers
+    python bench.py --profile      # the same, and the time of each part of a step
+    python bench.py --host         # only the host's part of a step
+    python bench.py --startup      # only the time from process start to the first token
 
-Every engine runs in a process of its own (benchmarks/engines.py). Throughput is requested output tokens over wall time.
+Every engine runs in a process of its own (benchmarks/process.py), which ends with this
+one. Throughput is requested output tokens over wall time.
 """
 
 from __future__ import annotations
@@ -16,7 +21,6 @@ import itertools
 import json
 import os
 import platform
-import signal
 import statistics
 import subprocess
 import sys
@@ -29,256 +33,191 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.limit import LARGE_GPU_STEP, PAGE, Machine, Sizes, limit, probe, sizes_of
+from benchmarks.limit import LARGE_GPU_STEP, Machine, Sizes, limit, probe, sizes_of
+from benchmarks.ours import Host, ceil_div, default_dtype, model_config
 from benchmarks.peer_files import gguf_file, hf_folder
-from benchmarks.workloads import SHAPES, WORKLOADS, Workload, draw, sequences, smollm2, write_shape
-from nanovllm import loader
-from nanovllm.engine.batch import build_batch
-from nanovllm.engine.scheduler import Scheduler
-from nanovllm.models.config import read_config
-from nanovllm.runner.setup import pick_dtype
+from benchmarks.process import Engine, exit_on_signals
+from benchmarks.workloads import SHAPES, WORKLOADS, Workload, draw, smollm2, write_shape
 
-ROOT = Path(__file__).resolve().parent
-
-# -- engines -----------------------------------------------------------------------------------------------------------
-
-
-class Engine:
-    """An engine in its own process. Between turns it is stopped, so that whatever it polls costs the others nothing."""
-
-    def __init__(self, name: str, python: str, job: dict[str, Any], env: dict[str, str]) -> None:
-        self.name = name
-        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115
-        launched = time.time()
-        self.process = subprocess.Popen(
-            [python, str(ROOT / "benchmarks" / "engines.py")],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self.log,
-            text=True,
-            env={**os.environ, **env},
-            preexec_fn=os.setpgrp,  # a group to stop and go on together; it hears of it if we die
-        )
-        self.startup = self.ask({"engine": name, **job})["first_token_at"] - launched
-        self.pause()
-
-    def ask(self, message: dict[str, Any]) -> dict[str, Any]:
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        with contextlib.suppress(BrokenPipeError):
-            self.process.stdin.write(json.dumps(message) + "\n")
-            self.process.stdin.flush()
-        answer = self.process.stdout.readline()
-        if not answer:
-            self.process.wait()
-            self.log.seek(0)
-            raise RuntimeError(f"{self.name} failed:\n{self.log.read()[-3000:]}")
-        return json.loads(answer)
-
-    def run(self, prompts: list[list[int]], outputs: list[int], profile: bool = False) -> dict[str, Any]:
-        os.killpg(self.process.pid, signal.SIGCONT)
-        try:
-            return self.ask({"prompts": prompts, "outputs": outputs, "profile": profile})
-        finally:
-            self.pause()
-
-    def pause(self) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGSTOP)
-
-    def close(self) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+PEERS = ("hf", "vllm", "llama.cpp")
+CPU_STEP = 2048  # tokens of one step on a CPU, by default
 
 
 def peer_environment(name: str, device: str) -> dict[str, str]:
-    """Each peer's best settings on this machine."""
+    """The environment variables with which a peer is fastest on this machine."""
     if name != "vllm" or device == "cuda":
         return {}
-    found = subprocess.run(["ldconfig", "-p"], capture_output=True, text=True).stdout.split()
-    preload = [word for word in found if "/libtcmalloc_minimal.so" in word or "/libtcmalloc.so" in word][:1]
-    return {
+    environment = {
         "VLLM_CPU_OMP_THREADS_BIND": f"0-{(os.cpu_count() or 1) - 1}",
         "VLLM_CPU_KVCACHE_SPACE": "4",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        **({"LD_PRELOAD": preload[0]} if preload else {}),
     }
+    libraries = subprocess.run(["ldconfig", "-p"], capture_output=True, text=True).stdout.split()
+    for word in libraries:
+        if "/libtcmalloc_minimal.so" in word or "/libtcmalloc.so" in word:
+            environment["LD_PRELOAD"] = word
+            break
+    return environment
 
 
-# -- measuring ---------------------------------------------------------------------------------------------------------
+# -- measuring -------------------------------------------------------------------------------------
 
 
 @dataclass
 class Result:
-    """One engine on one workload; lists have an entry a round."""
+    """One engine on one workload. Lists have one entry for each round."""
 
     engine: str
     workload: str
     model: str
     output_tokens: int
     seconds: list[float] = field(default_factory=list)
-    first_token: list[float] = field(default_factory=list)  # seconds, where the workload is one request
-    startup: list[float] = field(default_factory=list)  # seconds from process start to a first token
+    # Seconds to the first token. Empty unless the workload is one request.
+    first_token: list[float] = field(default_factory=list)
+    # Seconds from process start to the first token.
+    startup: list[float] = field(default_factory=list)
     rss: int = 0  # bytes, after the last round
-    memory: dict[str, int] | None = None  # bytes of weights and of the KV cache
+    memory: dict[str, int] | None = None  # bytes of the weights and of the KV cache
     profile: dict[str, Any] | None = None
     limit: dict[str, float] | None = None
 
     @property
     def throughput(self) -> float:
+        """Output tokens a second."""
         return self.output_tokens / statistics.median(self.seconds)
 
     @property
     def share(self) -> float | None:
-        return self.limit["seconds"] / statistics.median(self.seconds) if self.limit else None
+        """The throughput as a share of the machine's limit."""
+        if self.limit is None:
+            return None
+        return self.limit["seconds"] / statistics.median(self.seconds)
 
     @property
     def throughput_at_limit(self) -> float | None:
-        return self.output_tokens / self.limit["seconds"] if self.limit else None
+        """Output tokens a second at the machine's limit."""
+        if self.limit is None:
+            return None
+        return self.output_tokens / self.limit["seconds"]
 
     def record(self) -> dict[str, Any]:
-        return {**vars(self), "output_tokens_per_second": self.throughput, "share_of_limit": self.share}
+        """The result for --json."""
+        return {
+            **vars(self),
+            "output_tokens_per_second": self.throughput,
+            "share_of_limit": self.share,
+        }
 
 
 class Bench:
+    """One run of bench.py: the options, the machine, and a folder for written models."""
+
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        auto = options.dtype == "auto"
-        dtype = pick_dtype("auto", torch.bfloat16, torch.device(self.device)) if auto else getattr(torch, options.dtype)
-        self.dtype, self.itemsize = str(dtype).removeprefix("torch."), dtype.itemsize
+        if options.dtype == "auto":
+            dtype = default_dtype(self.device)
+        else:
+            dtype = getattr(torch, options.dtype)
+        self.dtype = str(dtype).removeprefix("torch.")
+        self.itemsize = dtype.itemsize
         self.scratch = tempfile.TemporaryDirectory()
         self.probes: list[Machine] = []
 
     def names(self) -> list[str]:
+        """The workloads to run."""
         default = ["field"] if self.device == "cuda" else ["A", "B", "C", "D"]
         return self.options.workload or default
 
     def model_of(self, work: Workload) -> tuple[Path, bool]:
-        """Where the model lies, and whether its weights are random."""
+        """(place of the model, whether its weights are random)."""
         if self.options.model:
             return Path(self.options.model), False
         shape = self.options.shape or work.shape
-        return (write_shape(shape, Path(self.scratch.name)), True) if shape else (smollm2(), False)
+        if shape:
+            return write_shape(shape, Path(self.scratch.name)), True
+        return smollm2(), False
 
     def probe(self) -> None:
+        """Measures the speed of the machine once more."""
         self.probes.append(probe(self.device, self.dtype))
         if self.device == "cuda":
             torch.cuda.empty_cache()
 
     def machine(self) -> Machine:
-        """Of all probes the median, less what the options give."""
-        options, tp = self.options, self.options.tensor_parallel_size
+        """The median of all probes, or the figures that the options give."""
+        options, ranks = self.options, self.options.tensor_parallel_size
         bandwidth = options.bandwidth or statistics.median(p.bandwidth for p in self.probes)
         flops = options.flops or statistics.median(p.flops for p in self.probes)
-        return Machine(bandwidth * tp, flops * tp)
+        return Machine(bandwidth * ranks, flops * ranks)
 
     def start(
-        self, name: str, python: str, model: Path, dummy: bool, longest: int, env: dict[str, str] | None = None
+        self,
+        name: str,
+        python: str,
+        model: Path,
+        dummy: bool,
+        longest: int,
+        env: dict[str, str] | None = None,
     ) -> Engine:
+        """Starts the process of an engine. Returns after its first token.
+
+        longest: the most tokens of one sequence. env: more environment variables.
+        """
         cache = Path(self.options.cache).expanduser()
-        args: dict[str, Any] = {}
-        job: dict[str, Any] = {}
-        if name in ("nanovllm", "vllm"):
-            args = {"max_model_len": longest, "tensor_parallel_size": self.options.tensor_parallel_size}
-        if name == "nanovllm":
-            args |= self.options.engine_arg
-        if name in ("hf", "vllm"):
-            model = hf_folder(model, cache)
-        if name == "llama.cpp":
-            job = {"gguf": str(gguf_file(model, cache, dummy))}
-        job |= {
-            "model": str(model),
+        job: dict[str, Any] = {
             "dummy": dummy,
             "dtype": self.dtype,
             "temperature": self.options.temperature,
             "threads": os.cpu_count(),
-            "args": args,
+            "args": {},
         }
+        if name in ("nanovllm", "vllm"):
+            job["args"] = {
+                "max_model_len": longest,
+                "tensor_parallel_size": self.options.tensor_parallel_size,
+            }
+        if name == "nanovllm":
+            job["args"] |= self.options.engine_arg
+        if name in ("hf", "vllm"):
+            model = hf_folder(model, cache)
+        if name == "llama.cpp":
+            job["gguf"] = str(gguf_file(model, cache, dummy))
+        job["model"] = str(model)
         print(f"starting {name} on {model.name}", file=sys.stderr)
         return Engine(name, python, job, {**peer_environment(name, self.device), **(env or {})})
 
     def measure(self) -> list[Result]:
-        """All workloads by all engines. Those that share a model share processes."""
-        works = {name: WORKLOADS[name]() for name in self.names()}
-        groups: dict[tuple[Path, bool], list[str]] = {}
-        for name, work in works.items():
-            groups.setdefault(self.model_of(work), []).append(name)
+        """All workloads by all engines. Workloads with the same model share processes."""
+        groups: dict[tuple[Path, bool], dict[str, Workload]] = {}
+        for name in self.names():
+            work = WORKLOADS[name]()
+            groups.setdefault(self.model_of(work), {})[name] = work
         results: list[Result] = []
-        for (model, dummy), names in groups.items():
-            results += self.measure_model(model, dummy, {name: works[name] for name in names})
+        for (model, dummy), works in groups.items():
+            results += ModelBench(self, model, dummy, works).measure()
         return results
 
-    def measure_model(self, model: Path, dummy: bool, works: dict[str, Workload]) -> list[Result]:
-        longest = max(len(p) + n for w in works.values() for p, n in zip(w.prompts, w.outputs))
-        longest = -(-longest // 256) * 256
-        sizes = self.sizes(model)
-        pythons = {"nanovllm": sys.executable, **self.options.compare}
-        table = {
-            (engine, name): Result(engine, name, model.name, work.output_tokens)
-            for name, work in works.items()
-            for engine in pythons
-        }
-        engines: dict[str, Engine] = {}
-        numbers = itertools.count(1)  # of variants: nobody sees the same tokens twice
-
-        def running(engine: str) -> Engine:
-            if engine not in engines:
-                engines[engine] = self.start(engine, pythons[engine], model, dummy, longest)
-                for name, work in works.items():
-                    table[engine, name].startup.append(engines[engine].startup)
-                    prompts = work.variant(next(numbers), sizes.vocab_size)
-                    engines[engine].run(prompts, [min(n, 4) for n in work.outputs])
-            return engines[engine]
-
-        try:
-            for turn in range(self.options.repeats):
-                self.probe()
-                # The order changes from round to round, so that nobody always follows the same neighbour.
-                order = list(pythons)[turn % len(pythons) :] + list(pythons)[: turn % len(pythons)]
-                for name, work in works.items():
-                    for engine in order:
-                        self.once(running(engine), table[engine, name], work, next(numbers), sizes.vocab_size)
-                        if self.device == "cuda" and len(pythons) > 1:  # a stopped process still holds its memory
-                            engines.pop(engine).close()
-            if self.options.profile:
-                for name, work in works.items():
-                    prompts = work.variant(next(numbers), sizes.vocab_size)
-                    table["nanovllm", name].profile = running("nanovllm").run(prompts, work.outputs, profile=True)
-        finally:
-            for started in engines.values():
-                started.close()
-        for (_, name), result in table.items():
-            if self.options.roofline:
-                result.limit = limit(works[name], sizes, self.machine(), self.step_tokens())
-            if result.memory is not None:
-                result.memory["weights"] = sizes.weight_bytes
-        return list(table.values())
-
-    def once(self, engine: Engine, result: Result, work: Workload, number: int, vocab_size: int) -> None:
-        if len(work.prompts) == 1:
-            result.first_token.append(engine.run(work.variant(-number, vocab_size), [1])["seconds"])
-        reply = engine.run(work.variant(number, vocab_size), work.outputs)
-        result.seconds.append(reply["seconds"])
-        result.rss, result.memory = reply["rss"], reply.get("memory")
-
     def sizes(self, model: Path) -> Sizes:
-        files = loader.resolve(str(model), load_format="dummy" if self.options.model is None else "auto")
-        return sizes_of(read_config(loader.load_hf_config(files)), self.itemsize)
+        config = model_config(str(model), dummy=self.options.model is None)
+        return sizes_of(config, self.itemsize)
 
     def step_tokens(self) -> int:
+        """The most tokens of one step of nanovllm."""
         given = self.options.engine_arg.get("max_num_batched_tokens")
-        return given or (LARGE_GPU_STEP if self.device == "cuda" else 2048)
+        return given or (LARGE_GPU_STEP if self.device == "cuda" else CPU_STEP)
 
     def startup(self) -> dict[str, list[float]]:
-        """Seconds from the start of a process to its first token: caches as they are, and all of ours empty."""
+        """Seconds from process start to the first token.
+
+        "warm": caches as they are. "cold": the caches of compiled kernels are empty.
+        """
         model, dummy = self.model_of(WORKLOADS[self.names()[0]]())
+        names = ("XDG_CACHE_HOME", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
         found: dict[str, list[float]] = {"warm": [], "cold": []}
         for _ in range(self.options.repeats):
             for caches, seconds in found.items():
                 with tempfile.TemporaryDirectory() as empty:
-                    names = ("XDG_CACHE_HOME", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
                     env = dict.fromkeys(names, empty) if caches == "cold" else {}
                     engine = self.start("nanovllm", sys.executable, model, dummy, 512, env)
                     engine.close()
@@ -286,40 +225,142 @@ class Bench:
         return found
 
 
-def host_time(count: int = 256, steps: int = 200) -> dict[str, float]:
-    """Median microseconds of the host's work on a decode step of `count` sequences, the model replaced by a constant.
+class ModelBench:
+    """The workloads of one model by all engines.
 
-    Prompts of 100..1024 tokens at temperature 0.6; a step is scheduled, prepared (packed into its one buffer) and updated.
+    `results`: (engine, workload) -> Result. `engines`: the processes that live.
+    """
+
+    def __init__(self, bench: Bench, model: Path, dummy: bool, works: dict[str, Workload]) -> None:
+        self.bench = bench
+        self.model = model
+        self.dummy = dummy
+        self.works = works
+        longest = max(len(p) + n for w in works.values() for p, n in zip(w.prompts, w.outputs))
+        self.longest = ceil_div(longest, 256) * 256
+        self.sizes = bench.sizes(model)
+        self.pythons = {"nanovllm": sys.executable, **bench.options.compare}
+        self.results = {
+            (engine, name): Result(engine, name, model.name, work.output_tokens)
+            for name, work in works.items()
+            for engine in self.pythons
+        }
+        self.engines: dict[str, Engine] = {}
+        # Every call takes another variant, so that no engine sees a prompt twice.
+        self.numbers = itertools.count(1)
+
+    def measure(self) -> list[Result]:
+        options = self.bench.options
+        try:
+            for number in range(options.repeats):
+                self.bench.probe()
+                self.measure_round(number)
+            if options.profile:
+                self.profile()
+        finally:
+            for engine in self.engines.values():
+                engine.close()
+        for (_, name), result in self.results.items():
+            if options.roofline:
+                step_tokens = self.bench.step_tokens()
+                machine = self.bench.machine()
+                result.limit = limit(self.works[name], self.sizes, machine, step_tokens)
+            if result.memory is not None:
+                result.memory["weights"] = self.sizes.weight_bytes
+        return list(self.results.values())
+
+    def measure_round(self, number: int) -> None:
+        """Every workload once by every engine.
+
+        Each round begins with another engine, so that neighbours change.
+        """
+        names = list(self.pythons)
+        first = number % len(names)
+        # On a GPU a stopped process still uses its memory.
+        one_at_a_time = self.bench.device == "cuda" and len(names) > 1
+        for name in self.works:
+            for engine in names[first:] + names[:first]:
+                self.measure_once(engine, name)
+                if one_at_a_time:
+                    self.engines.pop(engine).close()
+
+    def measure_once(self, engine: str, name: str) -> None:
+        process, work, result = self.running(engine), self.works[name], self.results[engine, name]
+        if len(work.prompts) == 1:
+            reply = process.run(self.variant(work), [1])
+            result.first_token.append(reply["seconds"])
+        reply = process.run(self.variant(work), work.outputs)
+        result.seconds.append(reply["seconds"])
+        result.rss = reply["rss"]
+        result.memory = reply.get("memory")
+
+    def running(self, engine: str) -> Engine:
+        """The process of an engine.
+
+        A new process first runs every workload with short outputs.
+        """
+        if engine not in self.engines:
+            process = self.bench.start(
+                engine, self.pythons[engine], self.model, self.dummy, self.longest
+            )
+            self.engines[engine] = process
+            for name, work in self.works.items():
+                self.results[engine, name].startup.append(process.startup)
+                process.run(self.variant(work), [min(n, 4) for n in work.outputs])
+        return self.engines[engine]
+
+    def variant(self, work: Workload) -> list[list[int]]:
+        return work.variant(next(self.numbers), self.sizes.vocab_size)
+
+    def profile(self) -> None:
+        """Runs every workload once more, with a timer on each part of a step of nanovllm."""
+        for name, work in self.works.items():
+            process = self.running("nanovllm")
+            reply = process.run(self.variant(work), work.outputs, profile=True)
+            self.results["nanovllm", name].profile = reply
+
+
+def host_time(count: int = 256, steps: int = 200) -> dict[str, float]:
+    """Median microseconds of the host's work on a decode step of `count` sequences.
+
+    The model is replaced by a constant. Prompts have 100 to 1024 tokens, the temperature
+    is 0.6. A step is scheduled, prepared (packed into the one buffer that the device
+    reads) and updated.
     """
     prompts, _ = draw(count, 100, 1024)
     outputs = [steps + 50] * count
-    scheduler = Scheduler(
-        num_blocks=sum(-(-(len(p) + n) // PAGE) for p, n in zip(prompts, outputs)),
-        block_size=PAGE,
-        max_model_len=1024 + outputs[0],
-        max_num_seqs=count,
-        max_num_batched_tokens=LARGE_GPU_STEP,
-    )
-    for seq in sequences(prompts, outputs):
-        scheduler.add(seq)
+    host = Host(prompts, outputs, 1024 + outputs[0], LARGE_GPU_STEP)
     parts: dict[str, list[float]] = {"schedule": [], "prepare": [], "update": [], "sum": []}
-    tokens = np.full(count, 7, np.int64)
     while len(parts["sum"]) < steps:
         times = [time.perf_counter()]
-        step = scheduler.schedule()
+        step = host.schedule()
         assert step is not None
         times.append(time.perf_counter())
-        build_batch(scheduler.table, step, PAGE, 10001)[0].pack()
+        host.prepare(step)
         times.append(time.perf_counter())
-        scheduler.update(step, tokens[: len(step.sampled)])
+        host.update(step)
         times.append(time.perf_counter())
-        if len(step.rows) == int((step.ends - step.starts).sum()) == count:
+        tokens = int((step.ends - step.starts).sum())
+        if len(step.rows) == tokens == count:  # a step of decodes only
             for name, seconds in zip(parts, (*np.diff(times), times[-1] - times[0])):
                 parts[name].append(float(seconds))
     return {name: 1e6 * statistics.median(seconds) for name, seconds in parts.items()}
 
 
-# -- reports -----------------------------------------------------------------------------------------------------------
+# -- reports ---------------------------------------------------------------------------------------
+
+COLUMNS = [
+    "workload",
+    "engine",
+    "model",
+    "output tok/s",
+    "ours / its",
+    "share of the limit",
+    "first token, ms",
+    "decode tok/s",
+    "start to first token, s",
+    "resident, MB",
+]
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
@@ -328,65 +369,89 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def spread(values: list[float], scale: float = 1.0, digits: int = 1) -> str:
-    """Median, and the range where there is more than one."""
+    """The median, and with several values their range."""
     text = f"{scale * statistics.median(values):.{digits}f}"
-    return text if len(values) == 1 else f"{text} ({scale * min(values):.{digits}f}-{scale * max(values):.{digits}f})"
+    if len(values) == 1:
+        return text
+    low, high = scale * min(values), scale * max(values)
+    return f"{text} ({low:.{digits}f}-{high:.{digits}f})"
 
 
 def report(results: list[Result], works: dict[str, Workload]) -> str:
     ours = {result.workload: result for result in results if result.engine == "nanovllm"}
-    head = ["workload", "engine", "model", "output tok/s", "ours / its", "share of the limit", "first token, ms"]
-    head += ["decode tok/s", "start to first token, s", "resident, MB"]
-    rows = []
-    for result in sorted(results, key=lambda r: list(works).index(r.workload)):
-        rates = [result.output_tokens / s for s in result.seconds]
-        ratio = ours[result.workload].throughput / result.throughput
-        decode = [(result.output_tokens - 1) / (s - f) for s, f in zip(result.seconds, result.first_token)]
-        rows.append(
-            [
-                result.workload,
-                result.engine,
-                result.model,
-                spread(rates, digits=0),
-                "" if result.engine == "nanovllm" else f"{ratio:.2f}",
-                f"{result.share:.0%} of {result.throughput_at_limit:.0f}" if result.limit else "",
-                spread(result.first_token, 1e3, 0) if decode else "",
-                spread(decode, digits=0) if decode else "",
-                spread(result.startup),
-                f"{result.rss / 2**20:.0f}",
-            ]
-        )
-    text = "".join(f"- {name}: {work.about}\n" for name, work in works.items()) + "\n" + table(head, rows)
-    for result in ours.values():
-        if result.memory is not None:
-            mb = {name: size / 2**20 for name, size in {"resident": result.rss, **result.memory}.items()}
-            rest = mb["resident"] - mb["weights"] - mb["kv_cache"]
-            text += (
-                f"\nMemory, {result.workload}: {mb['resident']:.0f} MB resident = weights {mb['weights']:.0f} + KV cache "
-                f"{mb['kv_cache']:.0f} + {rest:.0f}"
-            )
+    by_workload = sorted(results, key=lambda result: list(works).index(result.workload))
+    rows = [result_row(result, ours[result.workload]) for result in by_workload]
+    text = "".join(f"- {name}: {work.about}\n" for name, work in works.items())
+    text += "\n" + table(COLUMNS, rows)
+    text += "".join(map(memory_report, ours.values()))
     return text + "\n" + "".join(map(profile_report, ours.values()))
 
 
+def result_row(result: Result, ours: Result) -> list[str]:
+    """The cells of COLUMNS."""
+    ratio = "" if result is ours else f"{ours.throughput / result.throughput:.2f}"
+    share = ""
+    if result.limit is not None:
+        share = f"{result.share:.0%} of {result.throughput_at_limit:.0f}"
+    first_token = decode = ""
+    if result.first_token:
+        first_token = spread(result.first_token, 1e3, 0)
+        times = [total - first for total, first in zip(result.seconds, result.first_token)]
+        decode = spread([(result.output_tokens - 1) / seconds for seconds in times], digits=0)
+    return [
+        result.workload,
+        result.engine,
+        result.model,
+        spread([result.output_tokens / seconds for seconds in result.seconds], digits=0),
+        ratio,
+        share,
+        first_token,
+        decode,
+        spread(result.startup),
+        f"{result.rss / 2**20:.0f}",
+    ]
+
+
+def memory_report(result: Result) -> str:
+    """Resident memory as a sum of its parts."""
+    if result.memory is None:
+        return ""
+    resident = result.rss / 2**20
+    weights = result.memory["weights"] / 2**20
+    cache = result.memory["kv_cache"] / 2**20
+    return (
+        f"\nMemory, {result.workload}: {resident:.0f} MB resident = weights {weights:.0f} + "
+        f"KV cache {cache:.0f} + {resident - weights - cache:.0f}"
+    )
+
+
 def profile_report(result: Result) -> str:
-    """Milliseconds a step by part."""
+    """Milliseconds of each part of a step."""
     if result.profile is None:
         return ""
     steps, total = result.profile["steps"], result.profile["seconds"]
     parts = {name: seconds for name, seconds in result.profile["parts"].items() if seconds}
     parts["anything else"] = total - sum(parts.values())
-    rows = [[name, f"{1e3 * seconds / steps:.3f}", f"{seconds / total:.1%}"] for name, seconds in parts.items()]
-    title = f"\nWhere the time of {result.workload} goes ({steps} steps, {total:.2f} s with the timers on):\n\n"
-    return title + table(["part", "ms a step", "share"], rows)
+    rows = [
+        [name, f"{1e3 * seconds / steps:.3f}", f"{seconds / total:.1%}"]
+        for name, seconds in parts.items()
+    ]
+    title = f"Where the time of {result.workload} goes"
+    title += f" ({steps} steps, {total:.2f} s with the timers on):"
+    return f"\n{title}\n\n" + table(["part", "ms a step", "share"], rows)
 
 
 def machine_report(bench: Bench) -> str:
-    rates = f"{bench.dtype} matmul {spread([p.flops / 1e9 for p in bench.probes], digits=0)} GFLOP/s"
-    copies = f"copy {spread([p.bandwidth / 1e9 for p in bench.probes], digits=0)} GB/s"
-    return f"Machine: {processor(bench.device)}; {rates}; {copies}; Python {platform.python_version()}\n"
+    flops = spread([machine.flops / 1e9 for machine in bench.probes], digits=0)
+    bandwidth = spread([machine.bandwidth / 1e9 for machine in bench.probes], digits=0)
+    return (
+        f"Machine: {processor(bench.device)}; {bench.dtype} matmul {flops} GFLOP/s; "
+        f"copy {bandwidth} GB/s; Python {platform.python_version()}\n"
+    )
 
 
 def processor(device: str) -> str:
+    """The name of the GPU, or the number and the model of the CPU's cores."""
     if device == "cuda":
         return torch.cuda.get_device_name()
     with contextlib.suppress(OSError):
@@ -396,10 +461,11 @@ def processor(device: str) -> str:
     return f"{os.cpu_count()} x {platform.machine()}"
 
 
-# -- command line ------------------------------------------------------------------------------------------------------
+# -- command line ----------------------------------------------------------------------------------
 
 
-def engine_arg(text: str) -> tuple[str, Any]:
+def engine_arg(text: str) -> tuple[str, object]:
+    """name=value -> (name, value). A value that is no literal of Python is a text."""
     name, equals, value = text.partition("=")
     if not equals:
         raise argparse.ArgumentTypeError(f"{text!r} must be name=value")
@@ -410,83 +476,151 @@ def engine_arg(text: str) -> tuple[str, Any]:
 
 
 def peers(text: str) -> dict[str, str]:
-    """hf,vllm=/path/to/python -> the interpreter of each."""
+    """hf,vllm=/path/to/python -> the Python interpreter of each peer."""
     found = {}
     for item in text.split(","):
         name, _, python = item.partition("=")
-        if name not in ("hf", "vllm", "llama.cpp"):
-            raise argparse.ArgumentTypeError(f"{name!r} is not known; accepted are hf, vllm and llama.cpp")
+        if name not in PEERS:
+            raise argparse.ArgumentTypeError(
+                f"{name!r} is not known; accepted are hf, vllm and llama.cpp"
+            )
         found[name] = python or sys.executable
     return found
 
 
-def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_engine_options(parser)
+    add_measurement_options(parser)
+    return parser
+
+
+def add_engine_options(parser: argparse.ArgumentParser) -> None:
+    """The model and the settings of the engines."""
     add = parser.add_argument
     add(
-        "--workload",
-        type=lambda text: text.split(","),
-        help=f"comma-separated, of {', '.join(WORKLOADS)} (docs/benchmarks.md describes them); "
-        "default field on a GPU, else A,B,C,D",
+        "--model",
+        help="a folder, .gguf file or hub name; by default SmolLM2 for A, B and C, and random "
+        "weights for field and D",
     )
-    add("--model", help="a folder, .gguf file or hub name; default SmolLM2 for A, B and C, a shape for field and D")
     add("--shape", choices=SHAPES, help="random weights in this Qwen3 size, for every workload")
     add("--dtype", default="auto", choices=["auto", "bfloat16", "float16", "float32"])
     add("--tensor-parallel-size", type=int, default=1)
     add("--temperature", type=float, default=0.6)
-    add("--repeats", type=int, default=3, help="interleaved rounds")
-    add("--engine-arg", type=engine_arg, action="append", default=[], metavar="NAME=VALUE", help="to nanovllm.LLM")
+    add(
+        "--engine-arg",
+        type=engine_arg,
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="an argument for nanovllm.LLM",
+    )
     add(
         "--compare",
         type=peers,
         default={},
         metavar="ENGINES",
-        help="hf,vllm,llama.cpp, each optionally =/path/to/python",
+        help="peers: hf,vllm,llama.cpp, each with =/path/to/python if it has its own environment",
     )
-    add("--cache", default="~/.cache/nanovllm/bench", help="where peers' copies of the model are kept")
-    add("--roofline", action="store_true", help="share of the limit of this machine, measured between rounds")
-    add("--bandwidth", type=float, help="bytes a second for --roofline, instead of the measured copy")
     add(
-        "--flops", type=float, help="floating-point operations a second for --roofline, instead of the measured product"
+        "--cache",
+        default="~/.cache/nanovllm/bench",
+        help="the folder for copies of the model in the formats of peers",
     )
-    add("--profile", action="store_true", help="then one more run of ours with a timer on each part of a step")
-    add("--host", action="store_true", help="only: the host's half of a decode step of 256 sequences, without a model")
-    add("--startup", action="store_true", help="only: seconds from process start to first token, caches warm and cold")
-    add("--json", metavar="FILE", help="everything measured, for machines")
+
+
+def add_measurement_options(parser: argparse.ArgumentParser) -> None:
+    """The workloads and the figures to measure."""
+    add = parser.add_argument
+    add(
+        "--workload",
+        type=lambda text: text.split(","),
+        help=f"comma-separated, of {', '.join(WORKLOADS)} (docs/benchmarks.md describes them); "
+        "by default field on a GPU, and A,B,C,D on a CPU",
+    )
+    add("--repeats", type=int, default=3, help="rounds; the engines take turns in each round")
+    add(
+        "--roofline",
+        action="store_true",
+        help="the share of the limit of this machine, which is measured before each round",
+    )
+    add("--bandwidth", type=float, help="for --roofline: bytes a second, not the measured copy")
+    add(
+        "--flops",
+        type=float,
+        help="for --roofline: floating-point operations a second, not the measured product",
+    )
+    add(
+        "--profile",
+        action="store_true",
+        help="one more run of nanovllm, with a timer on each part of a step",
+    )
+    add(
+        "--host",
+        action="store_true",
+        help="only the host's part of a decode step of 256 sequences, without a model",
+    )
+    add(
+        "--startup",
+        action="store_true",
+        help="only the seconds from process start to first token, with warm and cold caches",
+    )
+    add("--json", metavar="FILE", help="writes all results to a file")
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = make_parser()
     options = parser.parse_args(arguments)
     unknown = sorted(set(options.workload or ()) - set(WORKLOADS))
     if unknown:
-        parser.error(f"--workload {','.join(unknown)} is not known; accepted are {', '.join(WORKLOADS)}")
+        parser.error(
+            f"--workload {','.join(unknown)} is not known; accepted are {', '.join(WORKLOADS)}"
+        )
     if options.model and options.shape:
         parser.error("--model and --shape exclude each other")
     options.engine_arg = dict(options.engine_arg)
     return options
 
 
+def run_host() -> dict[str, Any]:
+    parts = host_time()
+    print("Host, decode step of 256 sequences, microseconds (median):\n")
+    print(table(list(parts), [[f"{value:.0f}" for value in parts.values()]]))
+    return {"host_us": parts}
+
+
+def run_startup(bench: Bench) -> dict[str, Any]:
+    bench.probe()
+    startup = bench.startup()
+    print("Process start to first token, seconds:\n")
+    print(table(list(startup), [[spread(seconds, digits=2) for seconds in startup.values()]]))
+    return {"startup": startup}
+
+
+def run_workloads(bench: Bench) -> dict[str, Any]:
+    results = bench.measure()
+    print(report(results, {name: WORKLOADS[name]() for name in bench.names()}))
+    return {"results": [result.record() for result in results]}
+
+
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     record: dict[str, Any] = {"command": " ".join(sys.argv if arguments is None else arguments)}
     if options.host:
-        record["host_us"] = parts = host_time()
-        print("Host, decode step of 256 sequences, microseconds (median):\n")
-        print(table(list(parts), [[f"{value:.0f}" for value in parts.values()]]))
+        record |= run_host()
     else:
         bench = Bench(options)
-        if options.startup:
-            bench.probe()
-            record["startup"] = startup = bench.startup()
-            print("Process start to first token, seconds:\n")
-            print(table(list(startup), [[spread(seconds, digits=2) for seconds in startup.values()]]))
-        else:
-            results = bench.measure()
-            record["results"] = [result.record() for result in results]
-            print(report(results, {name: WORKLOADS[name]() for name in bench.names()}))
+        record |= run_startup(bench) if options.startup else run_workloads(bench)
         record["probes"] = [vars(machine) for machine in bench.probes]
-        record["processor"], record["dtype"] = processor(bench.device), bench.dtype
+        record["processor"] = processor(bench.device)
+        record["dtype"] = bench.dtype
         print(machine_report(bench))
     if options.json:
         Path(options.json).write_text(json.dumps(record, indent=1))
 
 
 if __name__ == "__main__":
+    exit_on_signals()
     main()

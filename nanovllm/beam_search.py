@@ -1,89 +1,132 @@
-"""Beam search on top of an engine: each round extends every beam by one token, and prefix caching keeps rounds cheap.
+"""Beam search by one-token requests with logprobs. It uses the engine as any client does.
 
-It uses the engine like any client does: one-token requests with logprobs.
+Each round extends every beam by one token. Prefix caching makes a round cheap.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from contextlib import closing
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
 
-from nanovllm.outputs import BeamSearchOutput, BeamSearchSequence
+from nanovllm.engine.llm_engine import LLMEngine
+from nanovllm.outputs import BeamSearchOutput, BeamSearchSequence, Logprob
 from nanovllm.progress import Progress, progress
 from nanovllm.sampling_params import BeamSearchParams, RequestOutputKind, SamplingParams
-
-if TYPE_CHECKING:
-    from nanovllm.llm import LLM
+from nanovllm.stream import Stream
 
 
-def beam_search(llm: LLM, prompts: list[Any], params: BeamSearchParams, use_tqdm: Progress) -> list[BeamSearchOutput]:
-    """The `beam_width` sequences of highest score = cumulative logprob / generated tokens ** length_penalty.
+def beam_search(
+    engine: LLMEngine, prompts: Iterable[object], params: BeamSearchParams, use_tqdm: Progress
+) -> list[BeamSearchOutput]:
+    """The `beam_width` sequences of highest score for each prompt, best first.
 
-    A beam ends at EOS (not counted as generated, and kept in `tokens` only with include_stop_str_in_output) or at
-    max_tokens. Logprobs are the model's own, so `temperature` has no effect, as in vLLM.
+    score = cumulative logprob / generated tokens ** length_penalty. EOS ends a beam and
+    does not count as generated. `temperature` has no effect on the model's logprobs.
+    Raises TypeError or ValueError for a refused value.
     """
     if not isinstance(params, BeamSearchParams):
         raise TypeError(f"params must be BeamSearchParams, got {type(params).__name__}")
     params.verify()
-    engine = llm.llm_engine
-    width, eos = params.beam_width, frozenset() if params.ignore_eos else engine.eos_token_ids
-    starts = [engine.tokenize(prompt)[1].tolist() for prompt in prompts]
-    lengths = [len(tokens) for tokens in starts]
-    beams = [[BeamSearchSequence(tokens)] for tokens in starts]
-    ended: list[list[BeamSearchSequence]] = [[] for _ in starts]
-
-    def score(beam: BeamSearchSequence, prompt_len: int) -> float:
-        generated = len(beam.tokens) - prompt_len - (beam.finish_reason == "stop" and params.include_stop_str_in_output)
-        return beam.cum_logprob / max(generated, 1) ** params.length_penalty
-
+    eos_token_ids = frozenset() if params.ignore_eos else engine.eos_token_ids
+    searches = []
+    for prompt in prompts:
+        tokens = engine.tokenize(prompt)[1].tolist()
+        searches.append(Search(params, eos_token_ids, len(tokens), [BeamSearchSequence(tokens)]))
     for _ in progress(range(params.max_tokens), use_tqdm, "Beam search"):
-        for i, own in enumerate(beams):
-            if own and len(own[0].tokens) >= engine.max_model_len:
-                ended[i], beams[i] = ended[i] + own, []
-                for beam in own:
-                    beam.finish_reason = "length"
-        candidates = next_tokens(llm, [beam.tokens for own in beams for beam in own], 2 * width)
-        if not candidates:
+        for search in searches:
+            search.end_at_length(engine.max_model_len)
+        sequences = [beam.tokens for search in searches for beam in search.running]
+        if not sequences:
             break
-        for i, own in enumerate(beams):
-            grown: list[BeamSearchSequence] = []
-            for beam in own:
-                entry = candidates.pop(0)
-                for token, logprob in entry.items():
-                    stops = token in eos
-                    keep = [] if stops and not params.include_stop_str_in_output else [token]
-                    child = BeamSearchSequence(
-                        [*beam.tokens, *keep],
-                        [*beam.logprobs, entry],
-                        beam.cum_logprob + logprob.logprob,
-                        finish_reason="stop" if stops else None,
-                    )
-                    (ended[i] if stops else grown).append(child)
-            grown.sort(key=lambda beam: score(beam, lengths[i]), reverse=True)
-            beams[i] = grown[:width]
+        candidates = iter(next_tokens(engine, sequences, 2 * params.beam_width))
+        for search in searches:
+            search.extend([next(candidates) for _ in search.running])
     outputs = []
-    for own, done, prompt_len in zip(beams, ended, lengths):
-        for beam in own:
-            beam.finish_reason = "length"
-        best = sorted(done + own, key=lambda beam: score(beam, prompt_len), reverse=True)[:width]
+    for search in searches:
+        best = search.best()
         for beam in best:
             if engine.tokenizer is not None:
-                beam.text = engine.tokenizer.decode(beam.tokens, skip_special_tokens=params.skip_special_tokens)
+                skip = params.skip_special_tokens
+                beam.text = engine.tokenizer.decode(beam.tokens, skip_special_tokens=skip)
         outputs.append(BeamSearchOutput(best))
     return outputs
 
 
-def next_tokens(llm: LLM, sequences: list[list[int]], k: int) -> list[dict[int, Any]]:
-    """The k most likely next tokens of each sequence, with their logprobs."""
-    from nanovllm.llm import Stream
+@dataclass
+class Search:
+    """The beams of one prompt. Invariant: all running beams have equally many tokens."""
 
+    params: BeamSearchParams
+    eos_token_ids: frozenset[int]
+    prompt_len: int
+    running: list[BeamSearchSequence]
+    finished: list[BeamSearchSequence] = field(default_factory=list)
+
+    def end_at_length(self, max_model_len: int) -> None:
+        """Finishes the running beams if they have max_model_len tokens."""
+        if self.running and len(self.running[0].tokens) >= max_model_len:
+            self._end_running()
+
+    def extend(self, candidates: Sequence[dict[int, Logprob]]) -> None:
+        """Extends each running beam by its candidate tokens, and keeps the best beams."""
+        extended = []
+        for beam, logprobs in zip(self.running, candidates):
+            for token in logprobs:
+                child = self._child(beam, token, logprobs)
+                if child.finish_reason:
+                    self.finished.append(child)
+                else:
+                    extended.append(child)
+        self.running = self._best(extended)
+
+    def best(self) -> list[BeamSearchSequence]:
+        """The best beams, finished by max_tokens at the latest."""
+        self._end_running()
+        return self._best(self.finished)
+
+    def _end_running(self) -> None:
+        for beam in self.running:
+            beam.finish_reason = "length"
+        self.finished += self.running
+        self.running = []
+
+    def _child(
+        self, beam: BeamSearchSequence, token: int, logprobs: dict[int, Logprob]
+    ) -> BeamSearchSequence:
+        is_end = token in self.eos_token_ids
+        tokens = list(beam.tokens)
+        if not is_end or self.params.include_stop_str_in_output:
+            tokens.append(token)
+        return BeamSearchSequence(
+            tokens,
+            [*beam.logprobs, logprobs],
+            beam.cum_logprob + logprobs[token].logprob,
+            finish_reason="stop" if is_end else None,
+        )
+
+    def _best(self, beams: list[BeamSearchSequence]) -> list[BeamSearchSequence]:
+        return sorted(beams, key=self._score, reverse=True)[: self.params.beam_width]
+
+    def _score(self, beam: BeamSearchSequence) -> float:
+        generated = len(beam.tokens) - self.prompt_len
+        if beam.finish_reason == "stop" and self.params.include_stop_str_in_output:
+            generated -= 1  # EOS
+        return beam.cum_logprob / max(generated, 1) ** self.params.length_penalty
+
+
+def next_tokens(engine: LLMEngine, sequences: list[list[int]], k: int) -> list[dict[int, Logprob]]:
+    """The k most likely next tokens of each sequence, with their logprobs."""
     params = SamplingParams(
         temperature=0,
         max_tokens=1,
-        logprobs=min(k, llm.llm_engine.vocab_size),
+        logprobs=min(k, engine.vocab_size),
         detokenize=False,
         output_kind=RequestOutputKind.FINAL_ONLY,
     )
-    with closing(Stream(llm, [(tokens, params) for tokens in sequences], max_logprobs=-1)) as stream:
-        found = {output.request_id: output.outputs[0].logprobs or [] for output in stream}
+    requests: list[tuple[object, SamplingParams]] = [(tokens, params) for tokens in sequences]
+    found: dict[str, list[dict[int, Logprob]]] = {}
+    with closing(Stream(engine, requests, max_logprobs=-1)) as stream:
+        for output in stream:
+            found[output.request_id] = output.outputs[0].logprobs or []
     return [found[request_id][0] for request_id in stream.request_ids]

@@ -1,145 +1,198 @@
-"""Whether a chat template reads a message's content as a list of parts. Knows Jinja's syntax tree, and no message."""
+"""Detects whether a chat template reads a message's content as a list of parts.
+
+It knows Jinja's syntax tree, and neither messages nor tokenizers.
+"""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from functools import lru_cache
 
-from jinja2 import Environment, TemplateSyntaxError, nodes
+from jinja2 import Environment, TemplateSyntaxError
 from jinja2.ext import Extension, loopcontrols
+from jinja2.nodes import (
+    Add,
+    And,
+    Assign,
+    Call,
+    CondExpr,
+    Const,
+    Filter,
+    For,
+    Getattr,
+    Getitem,
+    Macro,
+    Name,
+    Node,
+    NSRef,
+    Or,
+    Scope,
+    Slice,
+    Template,
+)
 from jinja2.parser import Parser
 
-# What an expression may stand for: the list of messages, one message, or a message's content.
-MESSAGES, MESSAGE, CONTENT = "messages", "message", "content"
+# Kinds of values: the list of messages, one message, a message's content.
+MESSAGES = "messages"
+MESSAGE = "message"
+CONTENT = "content"
 
 
 class Generation(Extension):
-    """The block {% generation %} of transformers' templates, which marks an assistant's text."""
+    """The block {% generation %} of transformers' templates: an assistant's text."""
 
-    tags = {"generation"}  # noqa: RUF012
+    tags = {"generation"}
 
-    def parse(self, parser: Parser) -> nodes.Node:
+    def parse(self, parser: Parser) -> Node:
         line = next(parser.stream).lineno
-        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return Scope(body, lineno=line)
 
 
 @lru_cache(maxsize=32)
 def iterates_content(template: str) -> bool:
     """Whether the template has a for loop over a message's content.
 
-    A template that Jinja cannot parse has none; the error shows when the template is used.
+    False for a template that Jinja cannot parse, because rendering it raises the error.
     """
     environment = Environment(extensions=[Generation, loopcontrols])
     try:
-        root = environment.parse(template)
+        tree = environment.parse(template)
     except TemplateSyntaxError:
         return False
-    return Reader(root).iterates_content()
+    return TemplateReader(tree).iterates_content()
 
 
-class Reader:
-    """Follows `messages` through assignments, loops and macros.
+class TemplateReader:
+    """Follows the variable `messages` through assignments, loops and macros.
 
-    Every name keeps all that it may stand for anywhere in its scope, so the order of statements does not matter. The scopes
-    are the template and, for its parameters, each macro.
+    Invariant: `values[scope, name]` holds all kinds of values that the variable may have.
+    The order of statements does not matter. A scope is a macro's name, for the macro's
+    parameters, or "" for the whole template. A namespace's field has a dotted name.
     """
 
-    def __init__(self, root: nodes.Template) -> None:
-        self.root = root
-        self.macros = {macro.name: macro for macro in root.find_all(nodes.Macro)}
-        self.values: dict[tuple[str, str], set[str]] = defaultdict(set)  # by macro, or "", and name
+    def __init__(self, tree: Template) -> None:
+        self.tree = tree
+        self.macros = {macro.name: macro for macro in tree.find_all(Macro)}
+        self.values: dict[tuple[str, str], set[str]] = defaultdict(set)
         self.values["", "messages"].add(MESSAGES)
         self.found = False
 
     def iterates_content(self) -> bool:
-        before = -1
-        while not self.found and before != (before := self.num_values()):
-            self.visit(self.root, "")
+        """Visits the tree until no visit adds a kind."""
+        num_known = -1
+        while not self.found and num_known < self.num_known():
+            num_known = self.num_known()
+            self.visit(self.tree, "")
         return self.found
 
-    def num_values(self) -> int:
-        return sum(map(len, self.values.values()))
+    def num_known(self) -> int:
+        return sum(len(kinds) for kinds in self.values.values())
 
-    def visit(self, node: nodes.Node, macro: str) -> None:
-        """Learns from every statement below `node`, which stands in the macro of that name."""
-        if isinstance(node, nodes.Macro):
+    def visit(self, node: Node, macro: str) -> None:
+        """Reads the statements below `node`, which stands in that macro."""
+        if isinstance(node, Macro):
             macro = node.name
-        elif isinstance(node, nodes.Assign):
-            self.assign(node.target, node.node, macro)
-        elif isinstance(node, nodes.Call):
-            self.bind(node, macro)
-        elif isinstance(node, nodes.For):
-            kinds = self.kinds(node.iter, macro)
-            self.found = self.found or CONTENT in kinds
-            if MESSAGES in kinds:
-                self.add(node.target, {MESSAGE}, macro)
+        elif isinstance(node, Assign):
+            self.read_assignment(node, macro)
+        elif isinstance(node, Call):
+            self.read_call(node, macro)
+        elif isinstance(node, For):
+            self.read_loop(node, macro)
         for child in node.iter_child_nodes():
             self.visit(child, macro)
 
-    def assign(self, target: nodes.Node, value: nodes.Node, macro: str) -> None:
-        fields = []
-        if isinstance(value, nodes.Call) and getattr(value.node, "name", None) == "namespace":
-            fields = value.kwargs
-        for field in fields:
-            name = getattr(target, "name", "")
-            self.values[self.scope(name, macro), f"{name}.{field.key}"] |= self.kinds(field.value, macro)
-        self.add(target, self.kinds(value, macro), macro)
+    def read_loop(self, loop: For, macro: str) -> None:
+        kinds = self.kinds(loop.iter, macro)
+        if CONTENT in kinds:
+            self.found = True
+        if MESSAGES in kinds:
+            self.add(loop.target, {MESSAGE}, macro)
 
-    def bind(self, call: nodes.Call, macro: str) -> None:
-        """Gives a macro's parameters what a call of it hands over."""
+    def read_assignment(self, statement: Assign, macro: str) -> None:
+        target = statement.target
+        value = statement.node
+        self.add(target, self.kinds(value, macro), macro)
+        if not isinstance(value, Call) or getattr(value.node, "name", "") != "namespace":
+            return
+        name = getattr(target, "name", "")
+        for field in value.kwargs:
+            kinds = self.kinds(field.value, macro)
+            self.variable(name, macro, field.key).update(kinds)
+
+    def read_call(self, call: Call, macro: str) -> None:
+        """Gives the arguments' kinds to the parameters of the called macro."""
         called = self.macros.get(getattr(call.node, "name", ""))
         if called is None:
             return
         for parameter, argument in zip(called.args, call.args):
-            self.values[called.name, parameter.name] |= self.kinds(argument, macro)
+            kinds = self.kinds(argument, macro)
+            self.values[called.name, parameter.name].update(kinds)
         for keyword in call.kwargs:
-            self.values[called.name, keyword.key] |= self.kinds(keyword.value, macro)
+            kinds = self.kinds(keyword.value, macro)
+            self.values[called.name, keyword.key].update(kinds)
 
-    def add(self, target: nodes.Node, kinds: set[str], macro: str) -> None:
-        if isinstance(target, nodes.NSRef):
-            self.values[self.scope(target.name, macro), f"{target.name}.{target.attr}"] |= kinds
-        elif isinstance(target, nodes.Name):
-            self.values[self.scope(target.name, macro), target.name] |= kinds
+    def add(self, target: Node, kinds: set[str], macro: str) -> None:
+        """Adds kinds to a variable that is assigned to."""
+        if isinstance(target, NSRef):
+            self.variable(target.name, macro, target.attr).update(kinds)
+        elif isinstance(target, Name):
+            self.variable(target.name, macro).update(kinds)
 
-    def scope(self, name: str, macro: str) -> str:
-        """The scope that a name seen in `macro` belongs to."""
-        parameters = self.macros[macro].args if macro else []
-        return macro if name in [parameter.name for parameter in parameters] else ""
+    def variable(self, name: str, macro: str, field: str = "") -> set[str]:
+        """The kinds of a variable or of a namespace's field, as `macro` sees the name."""
+        parameters = []
+        if macro:
+            parameters = [parameter.name for parameter in self.macros[macro].args]
+        scope = macro if name in parameters else ""
+        dotted = f"{name}.{field}" if field else name
+        return self.values[scope, dotted]
 
-    def kinds(self, node: nodes.Node | None, macro: str) -> set[str]:
-        """What an expression may stand for."""
-        if isinstance(node, nodes.Name):
-            return self.values[self.scope(node.name, macro), node.name]
-        if isinstance(node, nodes.Filter):
+    def kinds(self, node: Node | None, macro: str) -> set[str]:
+        """The kinds of values that an expression may have."""
+        if isinstance(node, Name):
+            return self.variable(node.name, macro)
+        if isinstance(node, Filter):
             kinds = self.kinds(node.node, macro)
-            return {MESSAGE} if node.name in ("first", "last") and MESSAGES in kinds else kinds
-        if isinstance(node, nodes.CondExpr):
+            is_item = node.name in ("first", "last") and MESSAGES in kinds
+            return {MESSAGE} if is_item else kinds
+        if isinstance(node, CondExpr):
             return self.kinds(node.expr1, macro) | self.kinds(node.expr2, macro)
-        if isinstance(node, (nodes.Or, nodes.And, nodes.Add)):
+        if isinstance(node, (Or, And, Add)):
             return self.kinds(node.left, macro) | self.kinds(node.right, macro)
-        if isinstance(node, nodes.Getattr):
+        if isinstance(node, Getattr):
             return self.member(node.node, node.attr, macro)
-        if isinstance(node, nodes.Getitem):
-            if isinstance(node.arg, nodes.Slice):
-                return self.kinds(node.node, macro)
-            if isinstance(node.arg, nodes.Const) and isinstance(node.arg.value, str):
-                return self.member(node.node, node.arg.value, macro)
-            return {MESSAGE} if MESSAGES in self.kinds(node.node, macro) else set()
-        if isinstance(node, nodes.Call):
-            return self.called(node, macro)
+        if isinstance(node, Getitem):
+            return self.item(node, macro)
+        if isinstance(node, Call):
+            return self.result(node, macro)
         return set()
 
-    def called(self, call: nodes.Call, macro: str) -> set[str]:
-        """What a call may stand for: `message.get("content")` is a content."""
-        key = call.args[0] if call.args else None
-        if not isinstance(call.node, nodes.Getattr) or not isinstance(key, nodes.Const):
-            return set()
-        return self.member(call.node.node, str(key.value), macro) if call.node.attr == "get" else set()
+    def item(self, node: Getitem, macro: str) -> set[str]:
+        """The kinds of `owner[index]`: a slice, a message's field, or one message."""
+        index = node.arg
+        if isinstance(index, Slice):
+            return self.kinds(node.node, macro)
+        if isinstance(index, Const) and isinstance(index.value, str):
+            return self.member(node.node, index.value, macro)
+        is_message = MESSAGES in self.kinds(node.node, macro)
+        return {MESSAGE} if is_message else set()
 
-    def member(self, owner: nodes.Node, name: str, macro: str) -> set[str]:
-        """What `owner.name` may stand for: a message's content, or a field of a namespace."""
-        if isinstance(owner, nodes.Name):
-            field = self.values[self.scope(owner.name, macro), f"{owner.name}.{name}"]
-            if field:
-                return field
-        return {CONTENT} if name == "content" and MESSAGE in self.kinds(owner, macro) else set()
+    def result(self, call: Call, macro: str) -> set[str]:
+        """The kinds of a call's result: `message.get("content")` is a content."""
+        method = call.node
+        if not isinstance(method, Getattr) or method.attr != "get" or not call.args:
+            return set()
+        key = call.args[0]
+        if not isinstance(key, Const):
+            return set()
+        return self.member(method.node, str(key.value), macro)
+
+    def member(self, owner: Node, name: str, macro: str) -> set[str]:
+        """The kinds of `owner.name`: a message's content, or a field of a namespace."""
+        if isinstance(owner, Name):
+            kinds = self.variable(owner.name, macro, name)
+            if kinds:
+                return kinds
+        is_content = name == "content" and MESSAGE in self.kinds(owner, macro)
+        return {CONTENT} if is_content else set()

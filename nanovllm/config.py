@@ -1,6 +1,6 @@
-"""The arguments of `LLM(...)`, vLLM's names: what each does here, what is accepted without effect, what is refused.
+"""The arguments of `LLM(...)` and their rules. Knows neither files nor devices.
 
-A value that would change results and that this engine cannot honour is refused by a sentence, never dropped.
+The engine refuses a value that would change results if the engine ignored it.
 """
 
 from __future__ import annotations
@@ -10,7 +10,14 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
+
+from nanovllm.compat import NANO_VLLM_NAMES, NEUTRAL, NO_EFFECT
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+# vLLM's names of dtypes -> torch's.
 
 DTYPES = {
     "auto": "auto",
@@ -24,11 +31,11 @@ DTYPES = {
 
 @dataclass(init=False)
 class EngineArgs:
-    """Everything an engine is made from; `None` means "decide for me".
+    """The arguments of an engine. None stands for the engine's own choice.
 
-    `EngineArgs(model, **kwargs)` takes every argument of vLLM's: those below do something here, `NO_EFFECT` ones nothing
-    that could be seen in results, `NEUTRAL` ones are accepted as long as they ask for nothing.
-    Raises TypeError for an unknown name, ValueError for a value that cannot be honoured.
+    `EngineArgs(model, **kwargs)` takes every argument of vLLM's. The fields below have an
+    effect. Arguments in `NO_EFFECT` are ignored. Arguments in `NEUTRAL` must have a
+    neutral value. Raises TypeError for an unknown name, ValueError for a refused value.
     """
 
     model: str
@@ -40,11 +47,11 @@ class EngineArgs:
     tokenizer_revision: str | None = None
     download_dir: str | None = None
     hf_token: str | bool | None = None
-    hf_overrides: dict[str, Any] | Callable[[Any], Any] | None = None
+    hf_overrides: dict[str, object] | Callable[[PretrainedConfig], object] | None = None
     generation_config: str = "auto"
     chat_template: str | None = None
     load_format: str = "auto"
-    dtype: Any = "auto"
+    dtype: str = "auto"  # a torch.dtype is accepted too
     device: str = "auto"
     attention_backend: str | None = None
     seed: int = 0
@@ -53,7 +60,7 @@ class EngineArgs:
     max_num_batched_tokens: int | None = None
     block_size: int | None = None
     kv_cache_dtype: str = "auto"
-    gpu_memory_utilization: float = 0.92
+    gpu_memory_utilization: float = 0.92  # share of the device's memory
     num_gpu_blocks_override: int | None = None
     kv_cache_memory_bytes: int | None = None
     enable_prefix_caching: bool = True
@@ -67,19 +74,17 @@ class EngineArgs:
     tensor_parallel_size: int = 1
     distributed_executor_backend: str | None = None
 
-    def __init__(self, model: str, **kwargs: Any) -> None:
+    def __init__(self, model: str, **kwargs: object) -> None:
         self.model = model
         defaults = {f.name: f.default for f in fields(self) if f.name != "model"}
         for name, value in defaults.items():
             setattr(self, name, value)
-        for name, value in kwargs.items():
-            name = NANO_VLLM_NAMES.get(name, name)
+        for given, value in kwargs.items():
+            name = NANO_VLLM_NAMES.get(given, given)
             if name in defaults:
                 setattr(self, name, defaults[name] if value is None else value)
             elif name in NEUTRAL:
-                if value is not None and value not in NEUTRAL[name]:
-                    accepted = ", ".join(map(repr, (None, *NEUTRAL[name])))
-                    raise ValueError(f"{name}={value!r} is not supported; accepted: {accepted}")
+                check_neutral(name, value)
             elif name not in NO_EFFECT:
                 close = difflib.get_close_matches(name, [*defaults, *NO_EFFECT, *NEUTRAL], 1)
                 hint = f"; did you mean {close[0]!r}?" if close else ""
@@ -100,145 +105,61 @@ class EngineArgs:
         one_of("kv_cache_dtype", self.kv_cache_dtype, ("auto", "fp8"))
         self._check_generation_config()
         one_of(
-            "distributed_executor_backend", self.distributed_executor_backend, (None, "uni", "mp", "external_launcher")
+            "distributed_executor_backend",
+            self.distributed_executor_backend,
+            (None, "uni", "mp", "external_launcher"),
         )
         limits = ("max_model_len", "max_num_seqs", "max_num_batched_tokens")
         for name in (*limits, "block_size", "num_gpu_blocks_override", "kv_cache_memory_bytes"):
             positive(name, getattr(self, name), optional=True)
         positive("tensor_parallel_size", self.tensor_parallel_size)
         if not 0 < self.gpu_memory_utilization <= 1:
-            raise ValueError(f"gpu_memory_utilization={self.gpu_memory_utilization} must be above 0 and at most 1")
+            raise ValueError(
+                f"gpu_memory_utilization={self.gpu_memory_utilization} must be above 0 and "
+                "at most 1"
+            )
         if self.max_logprobs < -1:
-            raise ValueError(f"max_logprobs={self.max_logprobs} must be at least 0, or -1 for the whole vocabulary")
+            raise ValueError(
+                f"max_logprobs={self.max_logprobs} must be at least 0, or -1 for the whole "
+                "vocabulary"
+            )
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise TypeError(f"seed={self.seed!r} must be an int")
 
     def _check_generation_config(self) -> None:
-        """ "auto" is the model's generation_config.json, "vllm" takes only the end tokens of it, else it is a folder."""
-        if not isinstance(self.generation_config, (str, os.PathLike)):
-            raise TypeError(f"generation_config={self.generation_config!r} must be 'auto', 'vllm' or a folder")
-        self.generation_config = str(self.generation_config)
-        if self.generation_config not in ("auto", "vllm") and not Path(self.generation_config).expanduser().is_dir():
+        """ "auto": the model's generation_config.json; "vllm": only its end tokens; or a folder."""
+        value = self.generation_config
+        if not isinstance(value, (str, os.PathLike)):
+            raise TypeError(f"generation_config={value!r} must be 'auto', 'vllm' or a folder")
+        self.generation_config = str(value)
+        is_name = self.generation_config in ("auto", "vllm")
+        if not is_name and not Path(self.generation_config).expanduser().is_dir():
             raise ValueError(
-                f"generation_config={self.generation_config!r} is no folder here; "
-                "accepted are 'auto', 'vllm' and a folder that holds a generation_config.json"
+                f"generation_config={value!r} is no folder here; accepted are 'auto', 'vllm' and a "
+                "folder that holds a generation_config.json"
             )
 
 
-NANO_VLLM_NAMES = {"kvcache_block_size": "block_size", "num_kvcache_blocks": "num_gpu_blocks_override"}
-
-# vLLM's arguments that change where or how fast things run, never what comes out.
-NO_EFFECT = frozenset(
-    [
-        "swap_space",
-        "cpu_offload_gb",
-        "compilation_config",
-        "disable_custom_all_reduce",
-        "max_seq_len_to_capture",
-        "max_parallel_loading_workers",
-        "use_v2_block_manager",
-        "num_scheduler_steps",
-        "multi_step_stream_outputs",
-        "disable_async_output_proc",
-        "ray_workers_use_nsight",
-        "model_loader_extra_config",
-        "max_num_partial_prefills",
-        "max_long_partial_prefills",
-        "long_prefill_token_threshold",
-        "disable_cascade_attn",
-        "enable_flashinfer_autotune",
-        "cuda_graph_sizes",
-        "optimization_level",
-        "performance_mode",
-        "show_hidden_metrics_for_version",
-        "served_model_name",
-        "use_tqdm_on_load",
-        "ignore_patterns",
-        "safetensors_load_strategy",
-        "pt_load_map_location",
-        "attention_config",
-        "cudagraph_capture_sizes",
-        "max_cudagraph_capture_size",
-        "disable_hybrid_kv_cache_manager",
-        "stream_interval",
-        "kv_offloading_size",
-        "kv_offloading_backend",
-        "kv_cache_metrics",
-        "otlp_traces_endpoint",
-        "collect_detailed_traces",
-        "profiler_config",
-        "aggregate_engine_logging",
-        "disable_log_requests",
-        "max_loras",
-        "max_lora_rank",
-        "max_cpu_loras",
-        "lora_dtype",
-        "fully_sharded_loras",
-        "mm_processor_cache_gb",
-        "disable_mm_preprocessor_cache",
-        "skip_mm_profiling",
-    ]
-)
-
-# Arguments with results behind them that this engine does not have: the values that ask for nothing.
-NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "pipeline_parallel_size": (1,),
-    "data_parallel_size": (1,),
-    "decode_context_parallel_size": (1,),
-    "enable_expert_parallel": (False,),
-    "quantization": (),
-    "calculate_kv_scales": (False,),
-    "enable_lora": (False,),
-    "lora_modules": (),
-    "speculative_config": (),
-    "speculative_model": (),
-    "num_speculative_tokens": (0,),
-    "guided_decoding_backend": ("auto",),
-    "structured_outputs_config": (),
-    "logits_processors": ([], ()),
-    "limit_mm_per_prompt": ({},),
-    "mm_processor_kwargs": ({},),
-    "allowed_local_media_path": ("",),
-    "task": ("auto", "generate"),
-    "runner": ("auto", "generate"),
-    "convert": ("auto", "none"),
-    "override_generation_config": ({},),
-    "override_neuron_config": ({},),
-    "rope_scaling": ({},),
-    "rope_theta": (),
-    "kv_transfer_config": (),
-    "kv_events_config": (),
-    "pooler_config": (),
-    "override_pooler_config": (),
-    "reasoning_parser": ("",),
-    "scheduling_policy": ("fcfs",),
-    "preemption_mode": ("recompute",),
-    "prefix_caching_hash_algo": ("xxhash", "builtin", "sha256"),
-    "model_impl": ("auto",),
-    "config_format": ("auto", "hf"),
-    "additional_config": ({},),
-    "code_revision": (),
-    "disable_sliding_window": (False,),
-    "return_tokens_as_token_ids": (False,),
-    "worker_cls": ("auto",),
-    "worker_extension_cls": ("",),
-    "scheduler_cls": (),
-    "hf_config_path": (),
-    "enable_prompt_embeds": (False,),
-    "enable_eplb": (False,),
-    "enable_dbo": (False,),
-    "prefill_context_parallel_size": (1,),
-    "nnodes": (1,),
-    "weight_transfer_config": (),
-}
+def check_neutral(name: str, value: object) -> None:
+    """Raises ValueError unless `value` is None or a neutral value of the argument."""
+    if value is not None and value not in NEUTRAL[name]:
+        accepted = ", ".join(map(repr, (None, *NEUTRAL[name])))
+        raise ValueError(f"{name}={value!r} is not supported; accepted: {accepted}")
 
 
-def one_of(name: str, value: Any, accepted: tuple[Any, ...]) -> None:
+def one_of(name: str, value: str | None, accepted: tuple[str | None, ...]) -> None:
+    """Raises ValueError unless `value` is one of `accepted`."""
     if value not in accepted:
-        raise ValueError(f"{name}={value!r} is not known; accepted are {', '.join(map(repr, accepted))}")
+        raise ValueError(
+            f"{name}={value!r} is not known; accepted are {', '.join(map(repr, accepted))}"
+        )
 
 
 def positive(name: str, value: int | None, optional: bool = False) -> None:
+    """Raises TypeError or ValueError unless `value` is an int of at least 1.
+
+    optional: whether None is accepted too.
+    """
     if optional and value is None:
         return
     if isinstance(value, bool) or not isinstance(value, int):

@@ -1,12 +1,13 @@
-"""The one exception that a request's own values can raise; TypeErrors are Python's."""
-
-from typing import Any
+"""The exception for refused values. It is a ValueError, because clients catch that."""
 
 
 class ValidationError(ValueError):
-    """A value that is refused. The sentence names the parameter, the value and what is accepted; both are attributes too."""
+    """A refused value. The message names parameter, value and accepted values.
 
-    def __init__(self, message: str, *, parameter: str | None = None, value: Any = None) -> None:
+    parameter, value: for programs. They are None if several parameters are the cause.
+    """
+
+    def __init__(self, message: str, *, parameter: str | None = None, value: object = None) -> None:
         super().__init__(message)
         self.parameter = parameter
         self.value = value

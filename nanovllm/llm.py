@@ -1,99 +1,158 @@
-"""vLLM's offline API over an `LLMEngine`: prompts of any form in, `RequestOutput`s out."""
+"""vLLM's offline API: prompts of any form -> `RequestOutput`s. Knows no scheduling."""
 
 from __future__ import annotations
 
-import itertools
-from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import fields
-from typing import Any
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, TypeVar, cast
 
+from nanovllm import control
 from nanovllm.beam_search import beam_search
 from nanovllm.chat import render
+from nanovllm.compat import REFUSED_METHODS, refused
 from nanovllm.config import EngineArgs, one_of, positive
-from nanovllm.engine import control
+from nanovllm.engine.input_processor import as_prompts, pair
 from nanovllm.engine.llm_engine import LLMEngine
+from nanovllm.engine.stats import Metric
 from nanovllm.errors import ValidationError
 from nanovllm.inputs import Tokenization
 from nanovllm.messages import as_conversations
 from nanovllm.outputs import BeamSearchOutput, RequestOutput
-from nanovllm.progress import Progress, ProgressBar, progress
-from nanovllm.prompts import as_prompts, pair
+from nanovllm.progress import Progress, ProgressBar
 from nanovllm.sampling_params import BeamSearchParams, RequestOutputKind, SamplingParams
+from nanovllm.stream import Stream
 
-NO_WEIGHT_TRANSFER = "weight transfer is not supported; load_weights of apply_model's model takes (name, tensor) pairs"
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+    from nanovllm.models.decoder import CausalLM
 
-def refused(reason: str) -> Callable[..., Any]:
-    """A method of vLLM's LLM that this engine lacks; calling it raises ValueError."""
-
-    def method(self: LLM, *args: Any, **kwargs: Any) -> Any:
-        raise ValidationError(reason)
-
-    return method
+Result = TypeVar("Result")
 
 
 class LLM:
-    """A model ready to generate: `model` is a folder, a .gguf file or a Hugging Face hub name; see `EngineArgs` for the rest."""
+    """A loaded model that generates."""
 
-    def __init__(self, model: str, **kwargs: Any) -> None:
-        self.llm_engine = LLMEngine(EngineArgs(model, **kwargs))
-        self._request_ids = map(str, itertools.count())  # they count on across calls
+    def __init__(
+        self,
+        model: str,
+        *,
+        tokenizer: str | None = None,
+        tokenizer_mode: str = "auto",
+        skip_tokenizer_init: bool = False,
+        trust_remote_code: bool = False,
+        revision: str | None = None,
+        tokenizer_revision: str | None = None,
+        download_dir: str | None = None,
+        hf_token: str | bool | None = None,
+        hf_overrides: dict[str, object] | Callable[[PretrainedConfig], object] | None = None,
+        generation_config: str = "auto",
+        chat_template: str | None = None,
+        load_format: str = "auto",
+        dtype: str | torch.dtype = "auto",
+        device: str = "auto",
+        attention_backend: str | None = None,
+        seed: int = 0,
+        max_model_len: int | None = None,
+        max_num_seqs: int | None = None,
+        max_num_batched_tokens: int | None = None,
+        block_size: int | None = None,
+        kv_cache_dtype: str = "auto",
+        gpu_memory_utilization: float = 0.92,
+        num_gpu_blocks_override: int | None = None,
+        kv_cache_memory_bytes: int | None = None,
+        enable_prefix_caching: bool = True,
+        enable_chunked_prefill: bool = True,
+        async_scheduling: bool | None = None,
+        enforce_eager: bool = False,
+        max_logprobs: int = 20,
+        logprobs_mode: str = "raw_logprobs",
+        disable_log_stats: bool = True,
+        enable_sleep_mode: bool = False,
+        tensor_parallel_size: int = 1,
+        distributed_executor_backend: str | None = None,
+        **others: object,
+    ) -> None:
+        """model: a folder in Hugging Face's layout, a .gguf file, or a name on their hub.
+
+        `EngineArgs` describes each argument. None stands for the engine's own choice.
+        others: further arguments of vLLM, without effect or neutral (compat.py).
+        Raises TypeError for an unknown name and ValueError for a refused value.
+        """
+        given = dict(locals())  # the arguments, because no other local exists yet
+        for name in ("self", "model", "others"):
+            del given[name]
+        self.llm_engine = LLMEngine(EngineArgs(model, **given, **others))
 
     @classmethod
     def from_engine_args(cls, engine_args: EngineArgs) -> LLM:
-        return cls(**{field.name: getattr(engine_args, field.name) for field in fields(engine_args)})
+        """`LLM(...)` with the arguments in `engine_args`."""
+        return cls(**vars(engine_args))
 
-    # -- generating --------------------------------------------------------------------------------------------------
+    # -- generating --------------------------------------------------------------------------------
 
     def generate(
         self,
-        prompts: Any = None,
+        prompts: object = None,
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         use_tqdm: Progress = True,
         lora_request: None = None,
         priority: int | Sequence[int] | None = None,
-        tokenization_kwargs: dict[str, Any] | None = None,
-        mm_processor_kwargs: dict[str, Any] | None = None,
+        tokenization_kwargs: Mapping[str, object] | None = None,
+        mm_processor_kwargs: Mapping[str, object] | None = None,
         *,
-        prompt_token_ids: Any = None,
+        prompt_token_ids: object = None,
     ) -> list[RequestOutput]:
-        """Completes every prompt and returns the outputs in the order of the prompts.
+        """Completes every prompt. Returns one output for each prompt, in the same order.
 
-        A prompt is text, a list of token ids, or a dict with "prompt" or "prompt_token_ids"; `prompts` is one of them or
-        a list. `sampling_params` is for all, or one each; None is what the model's generation_config.json says.
-        `use_tqdm` may be a callable that is used like tqdm. `tokenization_kwargs` are the fields of
-        `nanovllm.inputs.Tokenization`. Raises ValueError or TypeError for what is refused; then nothing was run.
+        prompts: one prompt or a list. A prompt is text, a list of token ids, or a dict
+        with "prompt" or "prompt_token_ids".
+        sampling_params: one for all prompts, or a list with one for each prompt. None
+        stands for `get_default_sampling_params()`.
+        use_tqdm: whether to show a progress bar, or a callable that replaces tqdm.
+        tokenization_kwargs: fields of `nanovllm.inputs.Tokenization`.
+
+        Raises ValueError or TypeError for a refused value. No request runs then.
         """
         refuse_options(lora_request, priority, mm_processor_kwargs)
         inputs = as_prompts(prompts, prompt_token_ids)
         if tokenization_kwargs:
             inputs = self._tokenized(inputs, Tokenization.of(tokenization_kwargs))
-        batch = pair(inputs, sampling_params, self.get_default_sampling_params)
+        requests = pair(inputs, sampling_params, self.get_default_sampling_params)
         outputs: dict[str, RequestOutput] = {}
-        with self.llm_engine.turn():
-            alone = not self.llm_engine.has_unfinished_requests()
-            stream = Stream(self, [(p, final_only(params)) for p, params in batch], use_tqdm)
-            if alone:
-                self.llm_engine.scheduler.longest_first()
-        with closing(stream), ProgressBar(len(batch), use_tqdm) as bar:
+        engine = self.llm_engine
+        with engine.exclusive():
+            # Only requests that arrived together are sorted.
+            is_alone = not engine.has_unfinished_requests()
+            stream = Stream(engine, requests, use_tqdm, output_kind=RequestOutputKind.FINAL_ONLY)
+            if is_alone:
+                engine.scheduler.sort_waiting_longest_first()
+        with closing(stream), ProgressBar(len(requests), use_tqdm) as bar:
             for output in stream:
                 outputs[output.request_id] = output
                 bar.add(output)
         return [outputs[request_id] for request_id in stream.request_ids]
 
-    def stream(self, prompts: Any, sampling_params: SamplingParams | Sequence[SamplingParams] | None = None) -> Stream:
-        """Like `generate`, but yields a `RequestOutput` whenever a request has something new, requests interleaved.
+    def stream(
+        self,
+        prompts: object,
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> Stream:
+        """Yields a `RequestOutput` whenever a request has new tokens.
 
-        `output_kind` says whether an output holds all text so far (CUMULATIVE), the new text (DELTA), or comes once
-        (FINAL_ONLY). Leaving the iterator early, or closing it, aborts what is left.
+        `output_kind` of the params says what an output holds: all text so far
+        (CUMULATIVE), the new text (DELTA), or the final text only (FINAL_ONLY). Closing
+        the iterator aborts the unfinished requests.
         """
-        return Stream(self, pair(as_prompts(prompts, None), sampling_params, self.get_default_sampling_params))
+        inputs = as_prompts(prompts, None)
+        requests = pair(inputs, sampling_params, self.get_default_sampling_params)
+        return Stream(self.llm_engine, requests)
 
     def chat(
         self,
-        messages: Sequence[Any],
+        messages: Iterable[object],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         use_tqdm: Progress = True,
         lora_request: None = None,
@@ -102,18 +161,21 @@ class LLM:
         chat_template_content_format: str = "auto",
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
-        tools: list[dict[str, Any]] | None = None,
-        chat_template_kwargs: dict[str, Any] | None = None,
-        tokenization_kwargs: dict[str, Any] | None = None,
-        mm_processor_kwargs: dict[str, Any] | None = None,
+        tools: Sequence[Mapping[str, object]] | None = None,
+        chat_template_kwargs: Mapping[str, object] | None = None,
+        tokenization_kwargs: Mapping[str, object] | None = None,
+        mm_processor_kwargs: Mapping[str, object] | None = None,
     ) -> list[RequestOutput]:
-        """Answers one conversation (a list of {"role", "content"} messages) or a list of them, by the model's template.
+        """Answers one conversation or a list of them.
 
-        `chat_template_kwargs` reach the template, and replace the arguments of the same name.
+        messages: a conversation is a list of messages, which are dicts with "role" and
+        "content". The model's chat template turns the messages into a prompt.
+        chat_template_kwargs: variables of the template. They replace equal names.
+        Raises ValueError or TypeError for a refused value. No request runs then.
         """
         refuse_options(lora_request, priority, mm_processor_kwargs)
         if self.llm_engine.tokenizer is None:
-            raise ValidationError("chat needs a tokenizer, and skip_tokenizer_init=True was given")
+            raise ValidationError("chat needs a tokenizer; skip_tokenizer_init=True leaves none")
         texts = render(
             self.llm_engine.tokenizer,
             as_conversations(messages),
@@ -126,187 +188,137 @@ class LLM:
             },
             chat_template_kwargs=chat_template_kwargs,
         )
-        # The template has written BOS and its like already.
+        # The template writes the special tokens.
         how = Tokenization.of(tokenization_kwargs, add_special_tokens=False)
         return self.generate(self._tokenized(texts, how), sampling_params, use_tqdm)
 
     def beam_search(
         self,
-        prompts: Any,
+        prompts: object,
         params: BeamSearchParams,
         lora_request: None = None,
         use_tqdm: Progress = False,
         concurrency_limit: int | None = None,
         priority: int | Sequence[int] | None = None,
     ) -> list[BeamSearchOutput]:
-        """The `beam_width` best continuations of each prompt, best first; see `nanovllm.beam_search`.
+        """The `beam_width` best continuations of each prompt, best first.
 
-        `concurrency_limit` changes nothing: the scheduler runs what fits, and lets the rest wait.
+        concurrency_limit: no effect, because the scheduler limits the running requests.
+        Raises ValueError or TypeError for a refused value.
         """
         refuse_options(lora_request, priority)
         positive("concurrency_limit", concurrency_limit, optional=True)
-        return beam_search(self, as_prompts(prompts, None), params, use_tqdm)
+        return beam_search(self.llm_engine, as_prompts(prompts, None), params, use_tqdm)
 
-    def _tokenized(self, prompts: Sequence[Any], how: Tokenization) -> list[dict[str, Any]]:
-        """The prompts as token ids, which keep their text to be echoed."""
-        with self.llm_engine.turn():
+    def _tokenized(self, prompts: Sequence[object], how: Tokenization) -> list[object]:
+        """The prompts as dicts of text and token ids. Outputs echo the text."""
+        with self.llm_engine.exclusive():
             pairs = [self.llm_engine.tokenize(prompt, how) for prompt in prompts]
         return [{"prompt": text, "prompt_token_ids": token_ids} for text, token_ids in pairs]
 
-    encode = embed = classify = score = reward = refused("encode, embed, classify and score need a pooling model")
-    enqueue = enqueue_chat = wait_for_completion = refused(
-        "enqueue and wait_for_completion have no queue here; use LLM.stream, or LLMEngine.add_request and step"
-    )
+    # -- the engine's state ------------------------------------------------------------------------
 
-    # -- the engine's state ------------------------------------------------------------------------------------------
-
-    def get_tokenizer(self) -> Any:
-        """The live Hugging Face tokenizer, or None with skip_tokenizer_init."""
+    def get_tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """The engine's Hugging Face tokenizer. None with skip_tokenizer_init."""
         return self.llm_engine.tokenizer
 
-    def set_tokenizer(self, tokenizer: Any) -> None:
-        """Uses another tokenizer from now on."""
+    def set_tokenizer(self, tokenizer: PreTrainedTokenizerBase | None) -> None:
+        """Replaces the tokenizer for new requests."""
         self.llm_engine.set_tokenizer(tokenizer)
 
     def get_default_sampling_params(self) -> SamplingParams:
-        """What the model's generation_config.json recommends."""
-        return SamplingParams.from_optional(**control.default_sampling(self.llm_engine))
+        """The defaults of the model's generation_config.json."""
+        return control.default_sampling_params(self.llm_engine)
 
     @property
-    def model_config(self) -> Any:
-        """What clients of vLLM read of the model, such as max_model_len and hf_config."""
+    def model_config(self) -> SimpleNamespace:
+        """Facts that clients of vLLM read, such as max_model_len and hf_config."""
         return self.llm_engine.model_config
 
     def get_world_size(self, include_dp: bool = True) -> int:
-        """The number of ranks. Data parallelism adds none."""
+        """The number of ranks.
+
+        include_dp: no effect, because the engine has no data parallelism.
+        """
         return self.llm_engine.args.tensor_parallel_size
 
-    def reset_prefix_cache(self, reset_running_requests: bool = False, reset_connector: bool = False) -> bool:
-        """Forgets all cached prefixes: needed after new weights. Running requests go on.
+    def reset_prefix_cache(
+        self, reset_running_requests: bool = False, reset_connector: bool = False
+    ) -> bool:
+        """Unregisters all cached prefixes. New weights need this. Running requests go on.
 
-        `reset_connector` changes nothing, because no KV cache lies outside the engine.
+        reset_connector: no effect, because all KV cache is inside the engine.
+        Raises ValueError for reset_running_requests while requests are unfinished.
         """
         if reset_running_requests and self.llm_engine.has_unfinished_requests():
-            raise ValidationError("reset_running_requests=True is not supported while requests are unfinished")
+            raise ValidationError(
+                "reset_running_requests=True is not supported while requests are unfinished"
+            )
         return self.llm_engine.reset_prefix_cache()
 
     def reset_mm_cache(self) -> None:
-        """Does nothing, because no media are cached."""
+        """No effect, because the engine takes text only."""
 
     def sleep(self, level: int = 1, mode: str = "abort") -> None:
-        """Frees the KV cache and moves the weights to the host's memory (level 1) or drops them (level 2).
+        """Frees the KV cache and the weights' device memory.
 
-        `mode` changes nothing, because it is about unfinished requests, and `sleep` raises ValueError while there are any.
+        level: 1 moves the weights to host memory, 2 drops them.
+        mode: no effect, because vLLM's modes treat unfinished requests.
+        Raises ValueError while requests are unfinished.
         """
         one_of("mode", mode, ("abort", "wait", "keep"))
         control.sleep(self.llm_engine, level)
 
     def wake_up(self, tags: list[str] | None = None) -> None:
-        """Undoes `sleep`: all, or of "weights" and "kv_cache" what `tags` name. Dropped weights are loaded again."""
+        """Undoes `sleep`. Dropped weights are loaded from the checkpoint.
+
+        tags: "weights", "kv_cache" or both. None stands for both.
+        """
         control.wake_up(self.llm_engine, tags)
 
     def collective_rpc(
         self,
-        method: str | Callable[..., Any],
+        method: str | Callable[..., object],
         timeout: float | None = None,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> list[Any]:
-        """Calls a method of each rank's worker, by name or as a function of the worker; one result a rank."""
-        return self.llm_engine.collective_rpc(method, args, kwargs or {})
+        args: tuple[object, ...] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> list[object]:
+        """Calls `method(worker, ...)`, or the worker's method of that name, on each rank.
 
-    def apply_model(self, func: Callable[[Any], Any]) -> list[Any]:
-        """`func(model)` on each rank."""
-        return self.collective_rpc(control.apply_to_model, args=(func,))
+        Returns one result for each rank. timeout: no effect.
+        """
+        return self.llm_engine.collective_rpc(method, args, dict(kwargs or {}))
 
-    def get_metrics(self) -> list[control.Metric]:
-        """Counters and gauges of the engine since it was made."""
-        return control.metrics(self.llm_engine)
+    def apply_model(self, func: Callable[[CausalLM], Result]) -> list[Result]:
+        """Calls `func(model)` on each rank. Returns one result for each rank."""
+        return cast(list[Result], self.collective_rpc(control.apply_to_model, args=(func,)))
 
-    start_profile = stop_profile = refused("this engine has no profiler of its own; use torch.profiler around generate")
-    release_kv_cache_memory = refused("release_kv_cache_memory is not supported; sleep(level=1) frees the KV cache")
-    init_weight_transfer_engine = shutdown_weight_transfer_engine = refused(NO_WEIGHT_TRANSFER)
-    start_weight_update = start_draft_weight_update = update_weights = finish_weight_update = refused(
-        NO_WEIGHT_TRANSFER
-    )
-    update_weight_version = get_weight_version = refused(NO_WEIGHT_TRANSFER)
+    def get_metrics(self) -> list[Metric]:
+        """Counters and gauges since the start of the engine."""
+        return self.llm_engine.get_metrics()
 
 
-class Stream:
-    """Iterator over the outputs of some requests. Invariant: once it ends, for whatever reason, none of them is left."""
-
-    def __init__(
-        self,
-        llm: LLM,
-        requests: list[tuple[Any, SamplingParams]],
-        use_tqdm: Progress = False,
-        max_logprobs: int | None = None,
-    ) -> None:
-        self._engine = engine = llm.llm_engine
-        self.request_ids: list[str] = []
-        self._open: set[str] = set()
-        self._queue: deque[RequestOutput] = deque()
-        try:
-            for prompt, params in progress(requests, use_tqdm, "Adding requests"):
-                with engine.turn():
-                    request_id = next(i for i in llm._request_ids if i not in engine.processor.requests)
-                    self._open.add(request_id)  # before it is added: an interrupt may come any time
-                    engine.add_request(request_id, prompt, params, max_logprobs, self._queue)
-                self.request_ids.append(request_id)
-        except BaseException:
-            self.close()
-            raise
-
-    def __iter__(self) -> Stream:
-        return self
-
-    def __next__(self) -> RequestOutput:
-        try:
-            while self._open:
-                if self._queue:
-                    output = self._queue.popleft()
-                    if output.finished:
-                        self._open.remove(output.request_id)
-                    return output
-                with self._engine.turn():
-                    # Another thread's step may have brought something while this one waited for its turn.
-                    if not self._queue:
-                        self._check_none_lost()
-                        self._engine.run_step()
-        except BaseException:
-            self.close()
-            raise
-        raise StopIteration
-
-    def _check_none_lost(self) -> None:
-        lost = self._open - self._engine.processor.requests.keys()
-        if lost:
-            raise RuntimeError(f"requests {', '.join(sorted(lost))} were aborted, or dropped by a failed step")
-
-    def close(self) -> None:
-        """Aborts what is unfinished and frees its pages."""
-        self._engine.abort_request(list(self._open))
-        self._open.clear()
-
-    def __del__(self) -> None:
-        self.close()
+for _name, _reason in REFUSED_METHODS.items():
+    setattr(LLM, _name, refused(_name, _reason))
 
 
-def refuse_options(lora_request: Any, priority: Any, mm_processor_kwargs: Any = None) -> None:
-    """Raises ValueError unless each of these options of a request is neutral."""
-    if any(lora_request) if isinstance(lora_request, (list, tuple)) else lora_request is not None:
-        raise ValidationError("lora_request is not supported; accepted is None (merge the adapter into the weights)")
-    if any(priority) if isinstance(priority, Iterable) else priority:
-        raise ValidationError(f"priority={priority!r} is not supported; accepted is None: first come, first served")
+def refuse_options(
+    lora_request: object, priority: object, mm_processor_kwargs: object = None
+) -> None:
+    """Raises ValueError unless each option is None, 0, or a list of these."""
+    adapters = lora_request if isinstance(lora_request, (list, tuple)) else [lora_request]
+    if any(adapter is not None for adapter in adapters):
+        raise ValidationError(
+            "lora_request is not supported; accepted is None (merge the adapter into the weights)"
+        )
+    priorities = priority if isinstance(priority, Iterable) else [priority]
+    if any(priorities):
+        raise ValidationError(
+            f"priority={priority!r} is not supported; accepted is None, because requests run "
+            "in order of arrival"
+        )
     if mm_processor_kwargs:
         raise ValidationError(
-            f"mm_processor_kwargs={mm_processor_kwargs!r} is not supported: the model takes text only"
+            f"mm_processor_kwargs={mm_processor_kwargs!r} is not supported; accepted is None, "
+            "because the model takes text only"
         )
-
-
-def final_only(params: SamplingParams) -> SamplingParams:
-    """`generate` shows nothing on the way, so nothing need be made on the way."""
-    if isinstance(params, SamplingParams) and params.output_kind is not RequestOutputKind.FINAL_ONLY:
-        params = params.clone()
-        params.output_kind = RequestOutputKind.FINAL_ONLY
-    return params

@@ -1,17 +1,19 @@
-"""What comes back from a request, with vLLM's names. Plain records; nothing here knows how they were made.
+"""The results of a request, with vLLM's names. Plain records that know no engine.
 
-Times are seconds, all on one clock.
+Times are seconds of `time.monotonic`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 
 @dataclass(slots=True)
 class Logprob:
-    """One token's natural log of its probability; `rank` counts from 1 among the whole vocabulary."""
+    """The natural log of one token's probability.
+
+    `rank` is the token's place in the whole vocabulary, from 1.
+    """
 
     logprob: float
     rank: int | None = None
@@ -20,15 +22,20 @@ class Logprob:
 
 @dataclass
 class CompletionOutput:
-    """One of a request's n completions. `token_ids` keeps the EOS or stop token that ended it; `text` does not."""
+    """One of a request's n completions.
+
+    The EOS or stop token that ends a completion is in `token_ids` and not in `text`.
+    """
 
     index: int
     text: str
     token_ids: list[int]
     cumulative_logprob: float | None = None
-    logprobs: list[dict[int, Logprob]] | None = None  # one dict per generated token, the sampled token first
-    finish_reason: str | None = None  # "stop", "length" or "abort"
-    stop_reason: int | str | None = None  # the stop token or stop string; None for EOS
+    # One dict for each generated token. The sampled token is the first key.
+    logprobs: list[dict[int, Logprob]] | None = None
+    finish_reason: str | None = None  # "stop", "length", "abort" or "error"
+    # The stop token or stop string; None for EOS. After an error its message.
+    stop_reason: int | str | None = None
 
     def finished(self) -> bool:
         return self.finish_reason is not None
@@ -36,7 +43,10 @@ class CompletionOutput:
 
 @dataclass
 class RequestMetrics:
-    """When things happened to a request; None until they do. vLLM's older and newer names both read."""
+    """Times of a request's events; None before the event.
+
+    The properties ending in _ts are newer names in vLLM.
+    """
 
     arrival_time: float
     first_scheduled_time: float | None = None
@@ -63,36 +73,50 @@ class RequestMetrics:
 
     @property
     def time_in_queue(self) -> float | None:
-        return None if self.first_scheduled_time is None else self.first_scheduled_time - self.arrival_time
+        """Seconds from arrival to the first scheduled step."""
+        if self.first_scheduled_time is None:
+            return None
+        return self.first_scheduled_time - self.arrival_time
 
     @property
     def first_token_latency(self) -> float | None:
-        return None if self.first_token_time is None else self.first_token_time - self.arrival_time
+        """Seconds from arrival to the first generated token."""
+        if self.first_token_time is None:
+            return None
+        return self.first_token_time - self.arrival_time
 
 
 @dataclass
 class RequestOutput:
-    """A request and its completions so far. `output["text"]` and `output["token_ids"]` are the first completion's."""
+    """A request and its completions so far.
+
+    `output["text"]` and `output["token_ids"]` are the first completion's (nano-vLLM).
+    """
 
     request_id: str
     prompt: str | None
     prompt_token_ids: list[int]
-    prompt_logprobs: list[dict[int, Logprob] | None] | None  # one per prompt token; the first has None
+    # One dict for each prompt token. The first has None, because no token precedes it.
+    prompt_logprobs: list[dict[int, Logprob] | None] | None
     outputs: list[CompletionOutput]
     finished: bool
     metrics: RequestMetrics | None = None
     lora_request: None = None
     num_cached_tokens: int | None = None
 
-    def __getitem__(self, key: str) -> Any:
+    def __getitem__(self, key: str) -> str | list[int]:
         if key not in ("text", "token_ids"):
-            raise KeyError(f"a RequestOutput has the keys 'text' and 'token_ids', not {key!r}; the rest are attributes")
-        return getattr(self.outputs[0], key)
+            raise KeyError(
+                f"a RequestOutput has the keys 'text' and 'token_ids', not {key!r}; "
+                "use attributes for other values"
+            )
+        first = self.outputs[0]
+        return first.text if key == "text" else first.token_ids
 
 
 @dataclass
 class BeamSearchSequence:
-    """One beam: `tokens` are the prompt's and the generated ones, `text` is of both."""
+    """One beam. `tokens` and `text` hold the prompt and the generated tokens."""
 
     tokens: list[int]
     logprobs: list[dict[int, Logprob]] = field(default_factory=list)

@@ -1,21 +1,49 @@
-"""The tensor-parallel group as layers see it: a rank, a size and four collectives. One rank needs no process group.
+"""The tensor-parallel group as layers see it: a rank, a size and four collectives.
 
-Collectives wait for the device only where the device is the CPU; with NCCL they are queued on the current stream, in
-place on the tensors given, so a CUDA graph can hold them.
+One rank needs no process group. On a CPU a collective waits for its result. NCCL queues a
+collective on the current stream and works in place, so a CUDA graph can record it.
 """
 
 from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import Any
+from datetime import timedelta
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import AllgatherOptions
+from torch.distributed.distributed_c10d import (
+    AllgatherOptions,
+    AllreduceOptions,
+    BroadcastOptions,
+)
 
-WATCHDOG = "TORCH_NCCL_ASYNC_ERROR_HANDLING"  # read when a group is made
+WATCHDOG = "TORCH_NCCL_ASYNC_ERROR_HANDLING"  # torch reads the variable when it makes a group
+
+
+class Work(Protocol):
+    """A started collective."""
+
+    def wait(self, timeout: timedelta = ...) -> bool: ...
+
+
+class Group(Protocol):
+    """The methods of ProcessGroupGloo and ProcessGroupNCCL that this file calls.
+
+    A method may return None instead of `Work` after a synchronous call.
+    """
+
+    def allreduce(self, tensors: list[Tensor], opts: AllreduceOptions) -> Work | None: ...
+    def broadcast(self, tensors: list[Tensor], opts: BroadcastOptions) -> Work | None: ...
+    def _allgather_base(
+        self, output: Tensor, input: Tensor, opts: AllgatherOptions
+    ) -> Work | None: ...
+    def abort(self) -> None: ...
+
+
+Options = TypeVar("Options", AllreduceOptions, AllgatherOptions, BroadcastOptions)
 
 
 @dataclass
@@ -24,32 +52,26 @@ class TensorParallel:
 
     rank: int = 0
     size: int = 1
-    group: Any = None  # ProcessGroupGloo or ProcessGroupNCCL
+    group: Group | None = None
 
     @classmethod
-    def join(cls, store: Any, rank: int, size: int, device: torch.device) -> TensorParallel:
-        """Meets the other ranks at `store`, a torch.distributed.Store that is theirs alone.
+    def join(cls, store: dist.Store, rank: int, size: int, device: torch.device) -> TensorParallel:
+        """Meets the other ranks at `store`, which only these ranks use.
 
-        The group is one of our own, as torch's default group can exist only once in a process.
+        It is not torch's default group, because a process can have only one of those.
         """
-        group: Any
-        if device.type == "cuda":
-            # The default is that NCCL's watchdog ends the process, rank 0's is the user's, when a peer is gone.
-            before = os.environ.get(WATCHDOG)
-            os.environ[WATCHDOG] = "0"
-            group = dist.ProcessGroupNCCL(store, rank, size, dist.ProcessGroupNCCL.Options())
-            os.environ.pop(WATCHDOG) if before is None else os.environ.update({WATCHDOG: before})
-        else:
-            gloo: Any = dist.ProcessGroupGloo
-            settings = gloo._Options()
-            settings._devices = [gloo.create_device(hostname="127.0.0.1")]
-            group = gloo(store, rank, size, settings)
-        tp = cls(rank, size, group)
-        tp.minimum(0, device)  # connects NCCL, so that free memory is measured with its buffers taken
+        make_group = nccl_group if device.type == "cuda" else gloo_group
+        tp = cls(rank, size, make_group(store, rank, size))
+        # The first collective connects NCCL, because NCCL's buffers must exist before the
+        # runner measures free memory.
+        tp.minimum(0, device)
         return tp
 
     def split(self, total: int) -> range:
-        """This rank's part of `total` items that divide evenly; of fewer items than ranks, the one that it shares."""
+        """This rank's part of `total` items, which the number of ranks divides.
+
+        If there are fewer items than ranks, several ranks share one item.
+        """
         if total < self.size:
             start = self.rank * total // self.size
             return range(start, start + 1)
@@ -57,24 +79,26 @@ class TensorParallel:
         return range(self.rank * share, (self.rank + 1) * share)
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        """Sums x over the ranks, in place."""
+        """Sums x of any shape over the ranks, in place."""
         if self.size > 1:
-            finish(self.group.allreduce([x], options(dist.AllreduceOptions)))
+            finish(self._open_group().allreduce([x], synchronous(AllreduceOptions())))
         return x
 
     def gather(self, x: Tensor) -> Tensor:
-        """Concatenates x [K, n] of all ranks along the last dimension, on every rank."""
+        """Concatenates x [K, n] of all ranks along the last dimension: [K, size * n]."""
         if self.size == 1:
             return x
         parts = x.new_empty(self.size * len(x), x.shape[1])
         if x.numel():
-            finish(self.group._allgather_base(parts, x.contiguous(), options(AllgatherOptions)))
-        return parts.unflatten(0, (self.size, len(x))).transpose(0, 1).flatten(1)
+            options = synchronous(AllgatherOptions())
+            finish(self._open_group()._allgather_base(parts, x.contiguous(), options))
+        by_rank = parts.unflatten(0, (self.size, len(x)))  # [size, K, n]
+        return by_rank.transpose(0, 1).flatten(1)
 
     def broadcast(self, x: Tensor) -> Tensor:
-        """Rank 0's x on every rank, in place."""
+        """Copies rank 0's x of any shape to every rank, in place."""
         if self.size > 1 and x.numel():
-            finish(self.group.broadcast([x], options(dist.BroadcastOptions)))
+            finish(self._open_group().broadcast([x], synchronous(BroadcastOptions())))
         return x
 
     def minimum(self, value: int, device: torch.device) -> int:
@@ -82,23 +106,46 @@ class TensorParallel:
         if self.size == 1:
             return value
         x = torch.tensor([value], dtype=torch.int64, device=device)
-        least = options(dist.AllreduceOptions)
-        least.reduceOp = dist.ReduceOp.MIN
-        finish(self.group.allreduce([x], least))
+        options = synchronous(AllreduceOptions())
+        options.reduceOp = dist.ReduceOp.MIN  # type: ignore[assignment]
+        finish(self._open_group().allreduce([x], options))
         return int(x)
+
+    def _open_group(self) -> Group:
+        assert self.group is not None, "the connections to the other ranks are closed"
+        return self.group
 
     def close(self) -> None:
         """Closes the connections to the other ranks."""
         self.group = None
 
 
-def options(kind: Any) -> Any:
-    """What `torch.distributed`'s own functions pass for async_op=False: NCCL then runs on the current stream."""
-    made = kind()
-    made.asyncOp = False
-    return made
+def nccl_group(store: dist.Store, rank: int, size: int) -> Group:
+    # By default NCCL's watchdog ends this process when another rank dies. Rank 0 is the
+    # user's process, so the watchdog is off for this group.
+    before = os.environ.get(WATCHDOG)
+    os.environ[WATCHDOG] = "0"
+    group = dist.ProcessGroupNCCL(store, rank, size, dist.ProcessGroupNCCL.Options())
+    if before is None:
+        del os.environ[WATCHDOG]
+    else:
+        os.environ[WATCHDOG] = before
+    return cast(Group, group)
 
 
-def finish(work: Any) -> None:
+def gloo_group(store: dist.Store, rank: int, size: int) -> Group:
+    gloo: Any = dist.ProcessGroupGloo  # torch's stubs lack parts of the class
+    options = gloo._Options()
+    options._devices = [gloo.create_device(hostname="127.0.0.1")]
+    return cast(Group, gloo(store, rank, size, options))
+
+
+def synchronous(options: Options) -> Options:
+    """Options of a call with async_op=False. NCCL then uses the current stream."""
+    options.asyncOp = False
+    return options
+
+
+def finish(work: Work | None) -> None:
     if work is not None:
         work.wait()

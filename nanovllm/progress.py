@@ -1,34 +1,42 @@
-"""Progress bars: tqdm, or a callable that the user passes in its place."""
+"""Progress bars of tqdm, or of a callable that the user passes. Knows no engine."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, TypeVar
 
 from nanovllm.outputs import RequestOutput
 
-Progress = bool | Callable[..., Any]
+Item = TypeVar("Item")
+ProgressClass = Callable[..., Any]  # like the untyped tqdm.tqdm
+Progress = bool | ProgressClass
 
 
 class ProgressBar:
-    """tqdm with input and output tokens per second, or whatever callable stands in for it."""
+    """A bar over finished requests. It shows prompt and generated tokens per second."""
 
     def __init__(self, total: int, use_tqdm: Progress) -> None:
-        self.bar, self.start, self.tokens_in, self.tokens_out = None, time.perf_counter(), 0, 0
+        self.start = time.perf_counter()
+        self.num_prompt_tokens = 0
+        self.num_generated_tokens = 0
+        self.bar = None
         if use_tqdm:
-            self.bar = tqdm_like(use_tqdm)(
+            self.bar = progress_class(use_tqdm)(
                 total=total, desc="Processed prompts", dynamic_ncols=True, postfix=self._speed()
             )
 
     def _speed(self) -> str:
         elapsed = max(time.perf_counter() - self.start, 1e-9)
-        per_second = (self.tokens_in / elapsed, self.tokens_out / elapsed)
-        return "est. speed input: {:.2f} toks/s, output: {:.2f} toks/s".format(*per_second)
+        prompt_speed = self.num_prompt_tokens / elapsed
+        output_speed = self.num_generated_tokens / elapsed
+        return f"est. speed input: {prompt_speed:.2f} toks/s, output: {output_speed:.2f} toks/s"
 
     def add(self, output: RequestOutput) -> None:
-        self.tokens_in += len(output.prompt_token_ids)
-        self.tokens_out += sum(len(completion.token_ids) for completion in output.outputs)
+        """Counts one finished request."""
+        self.num_prompt_tokens += len(output.prompt_token_ids)
+        for completion in output.outputs:
+            self.num_generated_tokens += len(completion.token_ids)
         if self.bar is not None:
             self.bar.postfix = self._speed()
             self.bar.update(1)
@@ -41,7 +49,8 @@ class ProgressBar:
             self.bar.close()
 
 
-def tqdm_like(use_tqdm: Progress) -> Callable[..., Any]:
+def progress_class(use_tqdm: Progress) -> ProgressClass:
+    """The user's callable, or tqdm."""
     if callable(use_tqdm):
         return use_tqdm
     from tqdm.auto import tqdm
@@ -49,5 +58,8 @@ def tqdm_like(use_tqdm: Progress) -> Callable[..., Any]:
     return tqdm
 
 
-def progress(items: Iterable[Any], use_tqdm: Progress, desc: str) -> Iterable[Any]:
-    return tqdm_like(use_tqdm)(items, desc=desc) if use_tqdm else items
+def progress(items: Iterable[Item], use_tqdm: Progress, desc: str) -> Iterable[Item]:
+    """The same items, with a progress bar unless `use_tqdm` is False."""
+    if use_tqdm:
+        return progress_class(use_tqdm)(items, desc=desc)
+    return items

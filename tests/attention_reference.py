@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nanovllm.attention import AttentionBackend, AttentionMetadata, AttentionSpec
+from nanovllm.attention.base import AttentionBackend, AttentionSpec
+from nanovllm.core.batch import AttentionMetadata, ceil_div
 
 
 @dataclass
@@ -24,11 +25,14 @@ class Case:
     block_tables: Tensor  # [S, max_blocks] int32
     num_blocks: int
 
-    def metadata(self, begins: list[int], ends: list[int]) -> AttentionMetadata:
+    def metadata(self, begins: list[int], ends: list[int]) -> AttentionMetadata[Tensor]:
         """A step that computes positions begins[i]:ends[i] of sequence i."""
         size, device = self.spec.block_size, self.spec.device
         positions = [torch.arange(a, b) for a, b in zip(begins, ends)]
-        slots = [self.block_tables[i, p // size].cpu().long() * size + p % size for i, p in enumerate(positions)]
+        slots = [
+            self.block_tables[i, p // size].cpu().long() * size + p % size
+            for i, p in enumerate(positions)
+        ]
         lengths = [b - a for a, b in zip(begins, ends)]
         starts = torch.tensor([0, *lengths]).cumsum(0)
         return AttentionMetadata(
@@ -48,9 +52,13 @@ class Case:
         backend.allocate(self.num_blocks)
         if any(past):
             backend.begin(self.metadata([0] * len(past), past))
-            backend.store(layer, *(torch.cat([x[:p] for x, p in zip(xs, past)]) for xs in (self.k, self.v)))
+            backend.store(
+                layer, *(torch.cat([x[:p] for x, p in zip(xs, past)]) for xs in (self.k, self.v))
+            )
         backend.begin(self.metadata(past, self.context_lens))
-        backend.store(layer, *(torch.cat([x[p:] for x, p in zip(xs, past)]) for xs in (self.k, self.v)))
+        backend.store(
+            layer, *(torch.cat([x[p:] for x, p in zip(xs, past)]) for xs in (self.k, self.v))
+        )
         return backend.attend(layer, torch.cat(self.q))
 
     def expected(self, layer: int) -> Tensor:
@@ -84,12 +92,14 @@ def make_case(
     """A case with random contents whose pages are scattered over the cache in random order."""
     generator, shuffle = torch.Generator().manual_seed(seed), random.Random(seed)
     where = torch.device(device)
-    spec = AttentionSpec(len(windows), *heads, head_dim, head_dim**-0.5, windows, block_size, dtype, where)
+    spec = AttentionSpec(
+        len(windows), *heads, head_dim, head_dim**-0.5, windows, block_size, dtype, where
+    )
 
     def normal(tokens: int, num_heads: int) -> Tensor:
         return torch.randn(tokens, num_heads, head_dim, generator=generator).to(where, dtype)
 
-    needed = [-(-c // block_size) for c in context_lens]
+    needed = [ceil_div(c, block_size) for c in context_lens]
     num_blocks = sum(needed) + 3
     free = shuffle.sample(range(num_blocks), num_blocks)
     tables = torch.zeros(len(context_lens), max(needed) + 2, dtype=torch.int32)

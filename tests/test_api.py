@@ -1,4 +1,6 @@
-"""vLLM's offline API as scripts use it: every form of a call, every refusal, and an engine that is right afterwards."""
+"""vLLM's offline API as scripts use it: every form of a call, every refusal, and an engine that is
+right afterwards.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,9 @@ def expected(prompt: list[int], num_tokens: int = 8) -> list[int]:
 
 
 def tokens_of(llm: LLM, prompts: Any, params: Any = GREEDY, **kwargs: Any) -> list[list[int]]:
-    return [out.outputs[0].token_ids for out in llm.generate(prompts, params, use_tqdm=False, **kwargs)]
+    return [
+        out.outputs[0].token_ids for out in llm.generate(prompts, params, use_tqdm=False, **kwargs)
+    ]
 
 
 def assert_right(llm: LLM) -> None:
@@ -51,7 +55,7 @@ def assert_right(llm: LLM) -> None:
     assert_idle(llm)
 
 
-# -- forms of prompts and parameters -----------------------------------------------------------------------------------
+# -- forms of prompts and parameters ---------------------------------------------------------------
 
 
 def test_all_forms_of_prompts_mixed():
@@ -71,21 +75,32 @@ def test_all_forms_of_prompts_mixed():
     ]
     outs = shared_llm().generate(prompts, GREEDY, use_tqdm=False)
     forms = (
-        [(text, encoded), (None, ids)] * 2 + [("an echo", ids), (text, encoded)] + [(None, ids)] * 3 + [(text, encoded)]
+        [(text, encoded), (None, ids)] * 2
+        + [("an echo", ids), (text, encoded)]
+        + [(None, ids)] * 3
+        + [(text, encoded)]
     )
     assert [(out.prompt, out.prompt_token_ids) for out in outs] == forms
     assert [out["token_ids"] for out in outs] == [expected(token_ids) for _, token_ids in forms]
     assert all(out.finished and out.outputs[0].finished() for out in outs)
 
 
-@pytest.mark.parametrize("one", ["the", {"prompt": "the"}, [BOS, 257], (BOS, 257), np.array([BOS, 257])])
+@pytest.mark.parametrize(
+    "one", ["the", {"prompt": "the"}, [BOS, 257], (BOS, 257), np.array([BOS, 257])]
+)
 def test_one_prompt_need_not_be_in_a_list(one):
     assert tokens_of(shared_llm(), one) == [expected([BOS, 257])]
 
 
 def test_no_prompts_no_outputs():
     llm = shared_llm()
-    assert llm.generate([], GREEDY) == llm.generate([]) == llm.generate([], [GREEDY][:0]) == llm.chat([]) == []
+    assert (
+        llm.generate([], GREEDY)
+        == llm.generate([])
+        == llm.generate([], [GREEDY][:0])
+        == llm.chat([])
+        == []
+    )
 
 
 def test_former_keyword_prompt_token_ids():
@@ -93,7 +108,9 @@ def test_former_keyword_prompt_token_ids():
     whole = [expected(prompt) for prompt in PROMPTS]
     assert tokens_of(llm, None, prompt_token_ids=PROMPTS) == whole
     assert tokens_of(llm, None, prompt_token_ids=PROMPTS[0]) == whole[:1]
-    outs = llm.generate(prompts=["a", "b", "c"], prompt_token_ids=PROMPTS, sampling_params=GREEDY, use_tqdm=False)
+    outs = llm.generate(
+        prompts=["a", "b", "c"], prompt_token_ids=PROMPTS, sampling_params=GREEDY, use_tqdm=False
+    )
     assert [(out.prompt, out["token_ids"]) for out in outs] == list(zip("abc", whole))
     with pytest.raises(ValueError, match="prompts has 2 items and prompt_token_ids 3"):
         llm.generate(prompts=["a", "b"], prompt_token_ids=PROMPTS)
@@ -101,19 +118,27 @@ def test_former_keyword_prompt_token_ids():
 
 def test_one_set_of_parameters_for_each_prompt():
     params = [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True) for n in (2, 5, 1)]
-    assert tokens_of(shared_llm(), PROMPTS, params) == [expected(p, n) for p, n in zip(PROMPTS, (2, 5, 1))]
-    assert tokens_of(shared_llm(), PROMPTS, tuple(params)) == tokens_of(shared_llm(), PROMPTS, params)
+    assert tokens_of(shared_llm(), PROMPTS, params) == [
+        expected(p, n) for p, n in zip(PROMPTS, (2, 5, 1))
+    ]
+    assert tokens_of(shared_llm(), PROMPTS, tuple(params)) == tokens_of(
+        shared_llm(), PROMPTS, params
+    )
 
 
 @pytest.mark.parametrize(
     ("config", "params"),
     [
-        ({"temperature": 0.6, "top_p": 0.95, "top_k": 20}, {"temperature": 0.6, "top_p": 0.95, "top_k": 20}),
+        (
+            {"temperature": 0.6, "top_p": 0.95, "top_k": 20},
+            {"temperature": 0.6, "top_p": 0.95, "top_k": 20},
+        ),
         (
             {"min_p": 0.1, "repetition_penalty": 1.05, "max_new_tokens": 3},
             {"min_p": 0.1, "repetition_penalty": 1.05, "max_tokens": 3},
         ),
-        ({"do_sample": False, "max_new_tokens": 7}, {"max_tokens": 7}),  # vLLM does not read do_sample
+        # vLLM does not read do_sample.
+        ({"do_sample": False, "max_new_tokens": 7}, {"max_tokens": 7}),
         ({"eos_token_id": 7}, {}),
     ],
 )
@@ -125,7 +150,10 @@ def test_no_parameters_are_the_generation_configs(tmp_path, config, params):
     given = SamplingParams(**params, seed=5)
     llm.get_default_sampling_params = lambda: given
     assert tokens_of(llm, PROMPTS, None) == tokens_of(llm, PROMPTS, given)
-    assert make_llm(str(folder), generation_config="vllm").get_default_sampling_params() == SamplingParams()
+    assert (
+        make_llm(str(folder), generation_config="vllm").get_default_sampling_params()
+        == SamplingParams()
+    )
 
 
 def test_request_ids_hold_integers_that_count_on():
@@ -142,7 +170,7 @@ def test_the_callers_parameters_are_left_as_they_are():
     assert params == before
 
 
-# -- progress bars and interrupts --------------------------------------------------------------------------------------
+# -- progress bars and interrupts ------------------------------------------------------------------
 
 
 class Bar:
@@ -211,15 +239,18 @@ def test_an_interrupt_in_the_progress_bar_leaves_a_usable_engine(at, overlap):
 
 @pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("when", [0, 4])
-@pytest.mark.parametrize("where", ["schedule", "launch", "process"])
+@pytest.mark.parametrize("where", ["schedule", "launch", "take", "outputs"])
 def test_an_interrupt_in_a_step_leaves_a_usable_engine(where, when, overlap, monkeypatch):
-    """Also where blocks are findable already whose tokens were never computed: none of them may be hit afterwards."""
+    """Also where blocks are findable already whose tokens were never computed: none of them may be
+    hit afterwards.
+    """
     llm = make_llm(async_scheduling=overlap)
     engine = llm.llm_engine
     owner, name = {
         "schedule": (engine.scheduler, "schedule"),
-        "launch": (engine.runner, "launch"),
-        "process": (engine.processor, "process"),
+        "launch": (engine.executor.runner, "launch"),
+        "take": (engine.output_processor, "take"),
+        "outputs": (engine.output_processor, "outputs"),
     }[where]
     original, calls = getattr(owner, name), iter(range(100))
 
@@ -236,7 +267,7 @@ def test_an_interrupt_in_a_step_leaves_a_usable_engine(where, when, overlap, mon
     assert_right(llm)
 
 
-# -- chat --------------------------------------------------------------------------------------------------------------
+# -- chat ------------------------------------------------------------------------------------------
 
 
 MESSAGES = [{"role": "user", "content": "the tin"}]
@@ -259,7 +290,10 @@ def test_chat_of_several_conversations_with_parameters_each():
     ]
     params = [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True) for n in (2, 4)]
     outs = shared_llm().chat([MESSAGES, other], params, use_tqdm=False)
-    assert [out.prompt for out in outs] == [RENDERED, "<s>[system] be</s>[user] in</s>[assistant] h</s>[assistant] "]
+    assert [out.prompt for out in outs] == [
+        RENDERED,
+        "<s>[system] be</s>[user] in</s>[assistant] h</s>[assistant] ",
+    ]
     assert [len(out["token_ids"]) for out in outs] == [2, 4]
 
 
@@ -267,29 +301,61 @@ def test_chat_options(tmp_path):
     llm = shared_llm()
 
     def prompt(**kwargs: Any) -> str:
-        return llm.chat(kwargs.pop("messages", MESSAGES), GREEDY, use_tqdm=False, **kwargs)[0].prompt
+        return llm.chat(kwargs.pop("messages", MESSAGES), GREEDY, use_tqdm=False, **kwargs)[
+            0
+        ].prompt
 
     assert prompt(add_generation_prompt=False) == "<s>[user] the tin</s>"
     begun = [*MESSAGES, {"role": "assistant", "content": "on"}]
-    assert prompt(messages=begun, add_generation_prompt=False, continue_final_message=True).endswith("[assistant] on")
-    template = "{% for m in messages %}{{ m.content }}|{% endfor %}{{ tone }}{{ (tools or []) | length }}"
-    assert prompt(chat_template=template, chat_template_kwargs={"tone": "!"}, tools=[{}, {}]) == "the tin|!2"
+    assert prompt(
+        messages=begun, add_generation_prompt=False, continue_final_message=True
+    ).endswith("[assistant] on")
+    template = (
+        "{% for m in messages %}{{ m.content }}|{% endfor %}{{ tone }}{{ (tools or []) | length }}"
+    )
+    assert (
+        prompt(chat_template=template, chat_template_kwargs={"tone": "!"}, tools=[{}, {}])
+        == "the tin|!2"
+    )
     (tmp_path / "template.jinja").write_text(template)
     assert prompt(chat_template=str(tmp_path / "template.jinja"), tools=[{}]) == "the tin|1"
-    assert make_llm(chat_template=template).chat(MESSAGES, GREEDY, use_tqdm=False)[0].prompt == "the tin|0"
-    parts = [{"role": "user", "content": [{"type": "text", "text": "the"}, {"type": "text", "text": "tin"}]}]
+    assert (
+        make_llm(chat_template=template).chat(MESSAGES, GREEDY, use_tqdm=False)[0].prompt
+        == "the tin|0"
+    )
+    parts = [
+        {
+            "role": "user",
+            "content": [{"type": "text", "text": "the"}, {"type": "text", "text": "tin"}],
+        }
+    ]
     assert prompt(messages=parts) == "<s>[user] the\ntin</s>[assistant] "
 
 
 @pytest.mark.parametrize(
     ("messages", "options", "error", "message"),
     [
-        ([{"role": "nobody", "content": ""}], {}, ValueError, "cannot render them: who is nobody?"),
+        (
+            [{"role": "stranger", "content": ""}],
+            {},
+            ValueError,
+            "cannot render them: who is stranger?",
+        ),
         (MESSAGES, {"continue_final_message": True}, ValueError, "cannot render them"),
         (MESSAGES, {"chat_template": "{% for"}, ValueError, "cannot render them"),
-        (MESSAGES, {"chat_template_content_format": "json"}, ValueError, "accepted: 'auto', 'string', 'openai'"),
+        (
+            MESSAGES,
+            {"chat_template_content_format": "json"},
+            ValueError,
+            "accepted: 'auto', 'string', 'openai'",
+        ),
         ([["text"]], {}, TypeError, "a message must be a dict"),
-        ([{"role": "user", "content": [{"type": "image_url"}]}], {}, ValueError, "only parts of type 'text'"),
+        (
+            [{"role": "user", "content": [{"type": "image_url"}]}],
+            {},
+            ValueError,
+            "only parts of type 'text'",
+        ),
     ],
 )
 def test_chat_refuses(messages, options, error, message):
@@ -307,7 +373,7 @@ def test_chat_without_a_template_or_a_tokenizer():
         shared_llm(skip_tokenizer_init=True).chat(MESSAGES, GREEDY)
 
 
-# -- what is refused ---------------------------------------------------------------------------------------------------
+# -- what is refused -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -333,12 +399,22 @@ def test_chat_without_a_template_or_a_tokenizer():
         ([PROMPTS[0], {}], GREEDY, TypeError, "a dict needs 'prompt' or 'prompt_token_ids'"),
         ([PROMPTS[0], {"text": "a"}], GREEDY, TypeError, r"got the keys \['text'\]"),
         ([PROMPTS[0], {"prompt": 5}], GREEDY, TypeError, "text must be a str, got int"),
-        ([{"prompt": "a", "multi_modal_data": {"image": 1}}], GREEDY, ValueError, "multi_modal_data.* not supported"),
+        (
+            [{"prompt": "a", "multi_modal_data": {"image": 1}}],
+            GREEDY,
+            ValueError,
+            "multi_modal_data.* not supported",
+        ),
         (None, GREEDY, TypeError, "prompts is missing"),
         (5, GREEDY, TypeError, "got 5"),
         (b"bytes", GREEDY, TypeError, "got b'bytes'"),
         (PROMPTS, [GREEDY], ValueError, "sampling_params has 1 items for 3 prompts"),
-        (PROMPTS, {"temperature": 0}, TypeError, "must be SamplingParams or a list of them, got dict"),
+        (
+            PROMPTS,
+            {"temperature": 0},
+            TypeError,
+            "must be SamplingParams or a list of them, got dict",
+        ),
         (PROMPTS, [GREEDY, GREEDY, {}], TypeError, "must be SamplingParams, got dict"),
         (PROMPTS, [GREEDY, None, GREEDY], TypeError, "must be SamplingParams, got NoneType"),
         (PROMPTS, BeamSearchParams(2, 2), TypeError, "got BeamSearchParams"),
@@ -348,14 +424,36 @@ def test_chat_without_a_template_or_a_tokenizer():
             ValueError,
             "logprobs must be at most max_logprobs=20",
         ),
-        (PROMPTS, [GREEDY, GREEDY, SamplingParams(prompt_logprobs=-1)], ValueError, "prompt_logprobs must be at most"),
-        (PROMPTS, [GREEDY, GREEDY, SamplingParams(logit_bias={300: 1.0})], ValueError, "logit_bias .*inside the voc"),
-        (PROMPTS, [GREEDY, GREEDY, SamplingParams(allowed_token_ids=[-1])], ValueError, "allowed_token_ids .*inside"),
-        (PROMPTS, [GREEDY, GREEDY, SamplingParams(stop_token_ids=[999])], ValueError, "stop_token_ids .*inside"),
+        (
+            PROMPTS,
+            [GREEDY, GREEDY, SamplingParams(prompt_logprobs=-1)],
+            ValueError,
+            "prompt_logprobs must be at most",
+        ),
+        (
+            PROMPTS,
+            [GREEDY, GREEDY, SamplingParams(logit_bias={300: 1.0})],
+            ValueError,
+            "logit_bias .*inside the voc",
+        ),
+        (
+            PROMPTS,
+            [GREEDY, GREEDY, SamplingParams(allowed_token_ids=[-1])],
+            ValueError,
+            "allowed_token_ids .*inside",
+        ),
+        (
+            PROMPTS,
+            [GREEDY, GREEDY, SamplingParams(stop_token_ids=[999])],
+            ValueError,
+            "stop_token_ids .*inside",
+        ),
     ],
 )
 @pytest.mark.parametrize("overlap", [False, True])
-def test_one_bad_request_is_refused_and_those_before_it_aborted(prompts, params, error, message, overlap):
+def test_one_bad_request_is_refused_and_those_before_it_aborted(
+    prompts, params, error, message, overlap
+):
     llm = shared_llm(async_scheduling=overlap)
     with pytest.raises(error, match=message):
         llm.generate(prompts, params, use_tqdm=False)
@@ -378,7 +476,9 @@ def test_one_bad_request_is_refused_and_those_before_it_aborted(prompts, params,
         ("structured_outputs", object(), ValueError),
     ],
 )
-def test_parameters_changed_after_construction_are_checked_when_a_request_is_added(name, value, error):
+def test_parameters_changed_after_construction_are_checked_when_a_request_is_added(
+    name, value, error
+):
     params = GREEDY.clone()
     setattr(params, name, value)
     with pytest.raises(error, match=name):
@@ -409,7 +509,9 @@ def test_adapters_and_priorities():
     llm = shared_llm()
     adapter = LoRARequest("sql", 1, "/nowhere")
     for nothing in (None, [], [None, None, None]):
-        assert tokens_of(llm, PROMPTS, lora_request=nothing, priority=[0, 0, 0]) == [expected(p) for p in PROMPTS]
+        assert tokens_of(llm, PROMPTS, lora_request=nothing, priority=[0, 0, 0]) == [
+            expected(p) for p in PROMPTS
+        ]
     for something in (adapter, [None, adapter, None]):
         with pytest.raises(ValueError, match="lora_request is not supported"):
             llm.generate(PROMPTS, GREEDY, lora_request=something)
@@ -420,7 +522,10 @@ def test_adapters_and_priorities():
 def test_text_needs_a_tokenizer():
     llm = shared_llm(skip_tokenizer_init=True)
     assert llm.get_tokenizer() is None
-    for params in (GREEDY, SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, logprobs=1)):
+    for params in (
+        GREEDY,
+        SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, logprobs=1),
+    ):
         (out,) = llm.generate([PROMPTS[0]], params, use_tqdm=False)
         assert (out["text"], out["token_ids"]) == ("", expected(PROMPTS[0]))
     for prompts, params in (
@@ -433,7 +538,7 @@ def test_text_needs_a_tokenizer():
     assert_right(llm)
 
 
-# -- arguments of LLM --------------------------------------------------------------------------------------------------
+# -- arguments of LLM ------------------------------------------------------------------------------
 
 
 def test_arguments_without_effect_and_neutral_values_are_accepted():
@@ -507,33 +612,39 @@ def test_unknown_names_and_wrong_types(name, value, error, message):
 
 
 def test_dtype_in_torchs_own_words_and_nano_vllms_names():
-    assert EngineArgs("m", dtype=torch.float16).dtype == EngineArgs("m", dtype="half").dtype == "float16"
+    assert (
+        EngineArgs("m", dtype=torch.float16).dtype
+        == EngineArgs("m", dtype="half").dtype
+        == "float16"
+    )
     assert EngineArgs("m", kvcache_block_size=256).block_size == 256
     assert EngineArgs(Path("m")).model == "m"
 
 
 @pytest.mark.parametrize(("asked", "size"), [(None, 16), (32, 32)])
-def test_pages_on_a_cpu_hold_16_tokens_where_nobody_says(asked, size):
+def test_blocks_on_a_cpu_have_16_tokens_by_default(asked, size):
     assert make_llm(block_size=asked).llm_engine.scheduler.block_size == size
 
 
-# -- the engine's state ------------------------------------------------------------------------------------------------
+# -- the engine's state ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("level", [1, 2])
 def test_sleep_frees_weights_and_cache_and_wake_up_brings_them_back(level):
     llm = make_llm()
     assert_right(llm)
-    model = llm.llm_engine.runner.model
+    model = llm.llm_engine.executor.runner.model
     sizes = [parameter.shape for parameter in model.parameters()]
     llm.sleep(level)
     llm.sleep(level)
     assert sum(parameter.numel() for parameter in model.parameters()) == 0
-    with pytest.raises(ValueError, match=r"the engine sleeps \(kv_cache and weights are gone\): call wake_up"):
+    with pytest.raises(
+        ValueError, match=r"the engine sleeps \(kv_cache and weights are freed\): call wake_up"
+    ):
         llm.generate(PROMPTS, GREEDY)
     llm.wake_up(tags=["weights"])
     assert [parameter.shape for parameter in model.parameters()] == sizes
-    with pytest.raises(ValueError, match=r"\(kv_cache are gone\)"):
+    with pytest.raises(ValueError, match=r"\(kv_cache are freed\)"):
         llm.generate(PROMPTS, GREEDY)
     llm.wake_up(["kv_cache"])
     llm.wake_up()
@@ -568,14 +679,18 @@ def test_new_weights_in_the_running_model(tmp_path):
     for layer in other.modules():
         if hasattr(layer, "variance_epsilon"):
             layer.variance_epsilon = 1e-6
-    assert tokens_of(llm, [*PROMPTS, long]) == [greedy(other, prompt, 8) for prompt in [*PROMPTS, long]]
+    assert tokens_of(llm, [*PROMPTS, long]) == [
+        greedy(other, prompt, 8) for prompt in [*PROMPTS, long]
+    ]
     with pytest.raises(ValueError, match="no parameter"):
         model.load_weights([("model.nothing.weight", torch.zeros(1))])
 
 
 def test_collective_rpc_and_apply_model():
     llm = shared_llm()
-    assert llm.collective_rpc(lambda worker, a, b=0: (worker.rank, a + b), args=(1,), kwargs={"b": 2}) == [(0, 3)]
+    assert llm.collective_rpc(
+        lambda worker, a, b=0: (worker.rank, a + b), args=(1,), kwargs={"b": 2}
+    ) == [(0, 3)]
     (parameters,) = llm.apply_model(lambda model: sum(1 for _ in model.parameters()))
     assert parameters > 10
     with pytest.raises(ValueError, match="no method 'nonsense'"):
@@ -619,7 +734,12 @@ def test_metrics_count_tokens_over_all_calls(overlap):
         assert found["generation_tokens"] == calls * 3 * 2 * 5
     # Of 3, 20 and 37 tokens 0, 1 and 2 blocks of 16 are full.
     assert found["prefix_cache_hits"] == 3 * 48
-    assert found["num_requests_running"] == found["num_requests_waiting"] == found["kv_cache_usage_perc"] == 0
+    assert (
+        found["num_requests_running"]
+        == found["num_requests_waiting"]
+        == found["kv_cache_usage_perc"]
+        == 0
+    )
     stream = llm.stream(PROMPTS, GREEDY)
     next(stream)
     assert metrics(llm)["num_requests_running"] == 3
@@ -632,21 +752,38 @@ def test_metrics_count_tokens_over_all_calls(overlap):
 
 @pytest.mark.parametrize("overlap", [False, True])
 def test_an_output_carries_times_when_stats_are_on(overlap):
-    llm = make_llm(disable_log_stats=False, async_scheduling=overlap, num_gpu_blocks_override=10, max_model_len=100)
+    llm = make_llm(
+        disable_log_stats=False,
+        async_scheduling=overlap,
+        num_gpu_blocks_override=10,
+        max_model_len=100,
+    )
     prompts = PROMPTS * 4
-    for out in llm.generate(prompts, SamplingParams(max_tokens=20, n=2, ignore_eos=True, seed=1), use_tqdm=False):
+    for out in llm.generate(
+        prompts, SamplingParams(max_tokens=20, n=2, ignore_eos=True, seed=1), use_tqdm=False
+    ):
         m = out.metrics
-        assert m.arrival_time <= m.first_scheduled_time <= m.first_token_time <= m.last_token_time == m.finished_time
+        assert (
+            m.arrival_time
+            <= m.first_scheduled_time
+            <= m.first_token_time
+            <= m.last_token_time
+            == m.finished_time
+        )
         assert m.num_generation_tokens == 40
-    assert llm.llm_engine.scheduler.num_preemptions > 0
-    assert [out.metrics for out in shared_llm().generate(PROMPTS, GREEDY, use_tqdm=False)] == [None] * 3
+    assert llm.llm_engine.stats.num_preemptions > 0
+    assert [out.metrics for out in shared_llm().generate(PROMPTS, GREEDY, use_tqdm=False)] == [
+        None
+    ] * 3
 
 
-# -- LLMEngine by itself -----------------------------------------------------------------------------------------------
+# -- LLMEngine by itself ---------------------------------------------------------------------------
 
 
 def make_engine(**kwargs: Any) -> LLMEngine:
-    args = EngineArgs(model=shared_model()[0], dtype="float32", num_gpu_blocks_override=64, **kwargs)
+    args = EngineArgs(
+        model=shared_model()[0], dtype="float32", num_gpu_blocks_override=64, **kwargs
+    )
     return LLMEngine.from_engine_args(args)
 
 
@@ -702,14 +839,20 @@ def test_abort_at_any_step_frees_every_block(overlap):
         assert outs[-1]["token_ids"] == expected(PROMPTS[1])
 
 
-# -- imports -----------------------------------------------------------------------------------------------------------
+# -- imports ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("module", "names"),
     [
-        ("nanovllm", "LLM SamplingParams RequestOutput CompletionOutput LLMEngine EngineArgs TextPrompt TokensPrompt"),
-        ("nanovllm.sampling_params", "SamplingParams BeamSearchParams RequestOutputKind StructuredOutputsParams"),
+        (
+            "nanovllm",
+            "LLM SamplingParams RequestOutput CompletionOutput LLMEngine EngineArgs TextPrompt TokensPrompt",
+        ),
+        (
+            "nanovllm.sampling_params",
+            "SamplingParams BeamSearchParams RequestOutputKind StructuredOutputsParams",
+        ),
         ("nanovllm.outputs", "RequestOutput CompletionOutput"),
         ("nanovllm.engine.llm_engine", "LLMEngine"),
         ("nanovllm.engine.arg_utils", "EngineArgs"),
@@ -725,6 +868,7 @@ def test_names_are_where_vllms_scripts_import_them_from(module, names):
 def test_the_import_is_cheap_and_touches_no_device():
     code = (
         "import sys, nanovllm, torch\n"
+        "from nanovllm import *\n"
         "assert set(nanovllm.__all__) <= set(dir(nanovllm))\n"
         "heavy = {'transformers', 'tokenizers', 'huggingface_hub', 'triton', 'gguf', 'safetensors'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"

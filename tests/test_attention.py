@@ -19,7 +19,9 @@ SHAPES = [
 @pytest.mark.parametrize("window", [None, 7])
 def test_torch_backend_equals_the_reference(query_lens, context_lens, heads, window):
     case = make_case(query_lens, context_lens, heads=heads, head_dim=32, windows=(None, window))
-    torch.testing.assert_close(case.run(TorchAttention(case.spec), 1), case.expected(1), atol=2e-6, rtol=1e-5)
+    torch.testing.assert_close(
+        case.run(TorchAttention(case.spec), 1), case.expected(1), atol=2e-6, rtol=1e-5
+    )
 
 
 def test_slot_minus_one_writes_to_no_page_of_a_sequence():

@@ -8,7 +8,8 @@ from importlib import import_module
 import pytest
 import torch
 
-from nanovllm.attention import AttentionSpec, select
+from nanovllm.attention import select
+from nanovllm.attention.base import AttentionSpec
 from nanovllm.attention.select import BACKENDS, select_backend
 from nanovllm.attention.torch_backend import TorchAttention
 
@@ -43,8 +44,16 @@ def test_a_gpu_without_triton_and_flash_attn_runs_the_torch_backend(monkeypatch,
 @pytest.mark.parametrize(
     ("name", "kv_cache_dtype", "message"),
     [
-        ("nope", "auto", "attention_backend='nope' is not known; accepted are None, 'flash', 'triton', 'cpu', 'torch'"),
-        ("flash", "auto", "attention_backend='flash' cannot run here: not flash: .*not torch.float32 on cpu"),
+        (
+            "nope",
+            "auto",
+            "attention_backend='nope' is not known; accepted are None, 'flash', 'triton', 'cpu', 'torch'",
+        ),
+        (
+            "flash",
+            "auto",
+            "attention_backend='flash' cannot run here: not flash: .*not torch.float32 on cpu",
+        ),
         ("torch", "fp8", "not torch: kv_cache_dtype='fp8' is for the triton backend"),
         (
             None,
@@ -62,5 +71,5 @@ def test_a_backend_that_cannot_run_is_refused_by_a_sentence(name, kv_cache_dtype
 def test_every_name_stands_for_a_backend():
     pytest.importorskip("triton")
     for path in BACKENDS.values():
-        module, _, name = path.partition(".")
-        assert hasattr(import_module(f"nanovllm.attention.{module}"), name)
+        module, _, name = path.rpartition(".")
+        assert hasattr(import_module(module), name)

@@ -1,4 +1,6 @@
-"""Beam search against a plain one over transformers' logits: whole forward passes, a list of hypotheses, no cache."""
+"""Beam search against a plain one over transformers' logits: whole forward passes, a list of
+hypotheses, no cache.
+"""
 
 from __future__ import annotations
 
@@ -29,13 +31,21 @@ class Hypothesis(NamedTuple):
         return self.logprob / max(len(self.tokens), 1) ** penalty
 
 
-def reference(prompt: list[int], width: int, length: int, penalty: float, eos: set[int]) -> list[Hypothesis]:
-    """As vLLM's: each live hypothesis proposes its 2 * width best tokens; those with EOS are kept aside until the end."""
+def reference(
+    prompt: list[int], width: int, length: int, penalty: float, eos: set[int]
+) -> list[Hypothesis]:
+    """As vLLM's: each live hypothesis proposes its 2 * width best tokens; those with EOS are kept
+    aside until the end.
+    """
     live, ended = [Hypothesis((), 0.0, False)], []
     for _ in range(length):
         grown = []
         for hypothesis in live:
-            logprobs = next_logits(shared_model()[1], [*prompt, *hypothesis.tokens])[-1].double().log_softmax(-1)
+            logprobs = (
+                next_logits(shared_model()[1], [*prompt, *hypothesis.tokens])[-1]
+                .double()
+                .log_softmax(-1)
+            )
             for token in logprobs.argsort(descending=True)[: 2 * width].tolist():
                 logprob = hypothesis.logprob + logprobs[token].item()
                 if token in eos:
@@ -47,7 +57,8 @@ def reference(prompt: list[int], width: int, length: int, penalty: float, eos: s
 
 
 @pytest.mark.parametrize(
-    ("width", "length", "penalty"), [(1, 6, 1.0), (2, 8, 1.0), (4, 6, 0.0), (3, 8, 2.0), (5, 1, 1.0), (8, 4, -1.0)]
+    ("width", "length", "penalty"),
+    [(1, 6, 1.0), (2, 8, 1.0), (4, 6, 0.0), (3, 8, 2.0), (5, 1, 1.0), (8, 4, -1.0)],
 )
 def test_equals_the_reference(width, length, penalty):
     prompts = random_prompts([3, 17, 40], seed=51)
@@ -55,12 +66,16 @@ def test_equals_the_reference(width, length, penalty):
     for llm in (shared_llm(), shared_llm(async_scheduling=True)):
         for prompt, out in zip(prompts, llm.beam_search(prompts, params)):
             expected = reference(prompt, width, length, penalty, {EOS})
-            assert [tuple(beam.tokens[len(prompt) :]) for beam in out.sequences] == [h.tokens for h in expected]
+            assert [tuple(beam.tokens[len(prompt) :]) for beam in out.sequences] == [
+                h.tokens for h in expected
+            ]
             for beam, hypothesis in zip(out.sequences, expected):
                 assert beam.tokens[: len(prompt)] == prompt
                 assert beam.cum_logprob == pytest.approx(hypothesis.logprob, abs=1e-3)
                 assert beam.finish_reason == ("stop" if hypothesis.ended else "length")
-                assert beam.text == llm.get_tokenizer().decode(beam.tokens, skip_special_tokens=True)
+                assert beam.text == llm.get_tokenizer().decode(
+                    beam.tokens, skip_special_tokens=True
+                )
 
 
 def likely_eos(prompt: list[int]) -> int:
@@ -101,20 +116,28 @@ def test_temperature_changes_nothing_and_one_beam_is_greedy():
     llm = shared_llm()
     params = BeamSearchParams(beam_width=1, max_tokens=10, ignore_eos=True, temperature=0.7)
     greedy = SamplingParams(temperature=0, max_tokens=10, ignore_eos=True)
-    assert llm.beam_search(prompts, params)[0].sequences[0].tokens[9:] == llm.generate(prompts, greedy)[0]["token_ids"]
+    assert (
+        llm.beam_search(prompts, params)[0].sequences[0].tokens[9:]
+        == llm.generate(prompts, greedy)[0]["token_ids"]
+    )
 
 
 def test_prompts_in_any_form_one_or_many_and_at_the_longest_length():
     llm = shared_llm()
     params = BeamSearchParams(beam_width=2, max_tokens=3, ignore_eos=True)
-    text, one = llm.beam_search(["hi", {"prompt_token_ids": [BOS, *b"hi"]}], params), llm.beam_search("hi", params)
+    text, one = (
+        llm.beam_search(["hi", {"prompt_token_ids": [BOS, *b"hi"]}], params),
+        llm.beam_search("hi", params),
+    )
     assert [len(out.sequences) for out in text] == [2, 2]
     assert text[0] == text[1] == one[0]
     assert llm.beam_search([], params) == []
     (prompt,) = random_prompts([510], seed=54)
     params.max_tokens = 10
     (out,) = llm.beam_search([prompt], params)
-    assert [(len(beam.tokens), beam.finish_reason) for beam in out.sequences] == [(512, "length")] * 2
+    assert [(len(beam.tokens), beam.finish_reason) for beam in out.sequences] == [
+        (512, "length")
+    ] * 2
 
 
 def test_more_beams_than_the_vocabulary_has_tokens_or_logprobs_allow():

@@ -1,33 +1,50 @@
-"""bench.py: its workloads and limits against published figures, and that every mode runs. No peer, and nothing timed."""
+"""bench.py: workloads and limits against published figures, every mode on a tiny model, no engine left behind.
+
+No peer runs here, and no test depends on time.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import select
+import signal
+import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 import bench
-from benchmarks import engines, limit, peer_files, workloads
+from benchmarks import engines, limit, ours, peer_files, workloads
 from nanovllm import loader
-from nanovllm.models.config import read_config
+
+ROOT = Path(__file__).parent.parent
 
 
 def sizes(shape: str, tmp_path: Path) -> limit.Sizes:
-    files = loader.resolve(str(workloads.write_shape(shape, tmp_path)), load_format="dummy")
-    return limit.sizes_of(read_config(loader.load_hf_config(files)), itemsize=2)
+    folder = workloads.write_shape(shape, tmp_path)
+    return limit.sizes_of(ours.model_config(str(folder), dummy=True), itemsize=2)
 
 
 def test_the_field_s_workload_has_its_published_token_counts() -> None:
     work = workloads.field_workload()
-    assert (len(work.prompts), sum(map(len, work.prompts)), sum(work.outputs)) == (256, 142_827, 133_966)
+    assert (len(work.prompts), sum(map(len, work.prompts)), sum(work.outputs)) == (
+        256,
+        142_827,
+        133_966,
+    )
 
 
-@pytest.mark.parametrize(("shape", "kv_kib", "seconds"), [("0.6b", 112, 3.72), ("8b", 144, 10.59), ("14b", 160, 16.62)])
-def test_limit_of_an_h200_is_the_published_one(shape: str, kv_kib: int, seconds: float, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("shape", "kv_kib", "seconds"), [("0.6b", 112, 3.72), ("8b", 144, 10.59), ("14b", 160, 16.62)]
+)
+def test_limit_of_an_h200_is_the_published_one(
+    shape: str, kv_kib: int, seconds: float, tmp_path: Path
+) -> None:
     model = sizes(shape, tmp_path)
     h200 = limit.Machine(bandwidth=4.3e12, flops=790e12)
     found = limit.limit(workloads.field_workload(), model, h200, limit.LARGE_GPU_STEP)
@@ -37,10 +54,16 @@ def test_limit_of_an_h200_is_the_published_one(shape: str, kv_kib: int, seconds:
 
 def test_limit_of_one_request_is_its_weights_and_kv_once_a_token(tmp_path: Path) -> None:
     model = sizes("0.6b", tmp_path)
-    found = limit.limit(workloads.workload_b(), model, limit.Machine(bandwidth=1.0, flops=1e30), 2048)
-    context = sum(length + 1 for length in range(128, 255)) + 2 * 128 + 127  # read by 127 decodes; prefill and writes
+    found = limit.limit(
+        workloads.workload_b(), model, limit.Machine(bandwidth=1.0, flops=1e30), 2048
+    )
+    context = (
+        sum(length + 1 for length in range(128, 255)) + 2 * 128 + 127
+    )  # read by 127 decodes; prefill and writes
     logits = 128 * 2 * 2 * 151936
-    assert found["seconds"] == pytest.approx(128 * model.weight_bytes + context * model.kv_bytes + logits)
+    assert found["seconds"] == pytest.approx(
+        128 * model.weight_bytes + context * model.kv_bytes + logits
+    )
 
 
 def test_limit_counts_a_shared_prefix_s_products_once(tmp_path: Path) -> None:
@@ -59,7 +82,9 @@ def test_rounds_differ_in_tokens_and_agree_in_lengths_and_sharing() -> None:
     assert len({prompts[0][0] for prompts in rounds}) == 3
 
 
-def test_parts_charge_each_moment_to_the_innermost_function(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parts_charge_each_moment_to_the_innermost_function(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     clock = iter(range(100))
     monkeypatch.setattr(engines, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
     owner = SimpleNamespace(inner=lambda: None)
@@ -72,7 +97,9 @@ def test_parts_charge_each_moment_to_the_innermost_function(monkeypatch: pytest.
     assert vars(owner) == untouched
 
 
-def test_measure_profile_and_limit_of_a_tiny_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_measure_profile_and_limit_of_a_tiny_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     file = tmp_path / "found.json"
     arguments = "--shape tiny --workload B --repeats 2 --roofline --profile --engine-arg kv_cache_memory_bytes=20000000"
     bench.main([*arguments.split(), "--json", str(file)])
@@ -85,13 +112,17 @@ def test_measure_profile_and_limit_of_a_tiny_model(tmp_path: Path, capsys: pytes
     assert 0 < result["memory"]["kv_cache"] <= 20_000_000
     assert result["rss"] > 0
     assert result["profile"]["steps"] == 128
-    assert {"schedule", "prepare", "sample", "update", "detokenise"} < set(result["profile"]["parts"])
+    assert {"schedule", "prepare", "sample", "update", "detokenise"} < set(
+        result["profile"]["parts"]
+    )
     printed = capsys.readouterr().out
     assert "| B | nanovllm | qwen3-tiny |" in printed
     assert "| schedule |" in printed
 
 
-def test_host_and_startup(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_host_and_startup(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("CXX", "no-compiler")  # the cold start would otherwise wait for one
     file = tmp_path / "found.json"
     bench.main(["--host", "--json", str(file)])
@@ -99,7 +130,9 @@ def test_host_and_startup(tmp_path: Path, capsys: pytest.CaptureFixture[str], mo
     assert list(parts) == ["schedule", "prepare", "update", "sum"]
     assert all(value > 0 for value in parts.values())
     bench.main(["--startup", "--shape", "tiny", "--repeats", "1", "--json", str(file)])
-    assert {caches: len(seconds) for caches, seconds in json.loads(file.read_text())["startup"].items()} == {
+    assert {
+        caches: len(seconds) for caches, seconds in json.loads(file.read_text())["startup"].items()
+    } == {
         "warm": 1,
         "cold": 1,
     }
@@ -109,25 +142,29 @@ def test_host_and_startup(tmp_path: Path, capsys: pytest.CaptureFixture[str], mo
 def test_an_engine_that_fails_says_why(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match=r"nanovllm failed:(.|\n)*config\.json"):
         bench.Engine(
-            "nanovllm", sys.executable, {"model": str(tmp_path), "dummy": True, "dtype": "auto", "args": {}}, {}
+            "nanovllm",
+            sys.executable,
+            {"model": str(tmp_path), "dummy": True, "dtype": "auto", "args": {}},
+            {},
         )
 
 
 def test_a_shape_as_gguf_reads_back_as_the_same_model(tmp_path: Path) -> None:
     pytest.importorskip("gguf")
     folder = workloads.write_shape("tiny", tmp_path)
-    gguf = loader.resolve(str(peer_files.gguf_file(folder, tmp_path / "cache", dummy=True)))
-    ours = read_config(loader.load_hf_config(loader.resolve(str(folder), load_format="dummy")))
-    theirs = read_config(loader.load_hf_config(gguf))
-    assert (ours.num_layers, ours.num_heads, ours.num_kv_heads, ours.head_dim, ours.hidden_size, ours.vocab_size) == (
-        theirs.num_layers,
-        theirs.num_heads,
-        theirs.num_kv_heads,
-        theirs.head_dim,
-        theirs.hidden_size,
-        theirs.vocab_size,
-    )
-    names = {name for name, _ in loader.iter_weights(gguf)}
+    file = peer_files.gguf_file(folder, tmp_path / "cache", dummy=True)
+    given = ours.model_config(str(folder), dummy=True)
+    found = ours.model_config(str(file))
+    for field in (
+        "num_layers",
+        "num_heads",
+        "num_kv_heads",
+        "head_dim",
+        "hidden_size",
+        "vocab_size",
+    ):
+        assert getattr(found, field) == getattr(given, field), field
+    names = {name for name, _ in loader.iter_weights(loader.resolve(str(file)))}
     assert {"model.layers.1.self_attn.q_norm.weight", "model.layers.0.mlp.down_proj.weight"} < names
 
 
@@ -141,7 +178,163 @@ def test_what_the_command_line_refuses(capsys: pytest.CaptureFixture[str]) -> No
         with pytest.raises(SystemExit):
             bench.parse(arguments)
         assert reason in capsys.readouterr().err
-    options = bench.parse(["--compare", "hf,llama.cpp=/other/python", "--engine-arg", "block_size=32"])
+    options = bench.parse(
+        ["--compare", "hf,llama.cpp=/other/python", "--engine-arg", "block_size=32"]
+    )
     assert isinstance(options, argparse.Namespace)
     assert options.compare == {"hf": sys.executable, "llama.cpp": "/other/python"}
     assert options.engine_arg == {"block_size": 32}
+
+
+# -- engines end with bench.py -------------------------------------------------------------------------------------
+
+# Answers each message. Says that it is started when the first has come, because an engine that
+# was not asked anything ends with its input. Its child computes for ever. Both ignore every signal that can be ignored.
+# Both hold the pipe that FAKE_ENGINE_ALIVE names open for writing until they are dead.
+FAKE_ENGINE = """#!/bin/sh
+trap '' TERM INT HUP
+exec 9>"$FAKE_ENGINE_ALIVE"
+answer() { echo '{"first_token_at": 0, "seconds": 1, "rss": 1}'; }
+read -r message
+echo started >&9
+(while true; do :; done) &
+answer
+while read -r message; do answer; done
+while true; do :; done
+"""
+# Starts a fake engine as bench.py does, and says so. The engine then computes, or it is stopped.
+STARTS_AN_ENGINE = """
+import signal, sys
+from benchmarks.process import Engine
+engine = Engine("fake", sys.argv[1], {}, {})
+if sys.argv[2] == "running":
+    engine.send(signal.SIGCONT)
+print("ready", flush=True)
+signal.pause()
+"""
+# bench.py itself, with fake engines and a million rounds: it does not end.
+RUNS_BENCH = """
+import runpy, sys
+sys.executable, sys.argv = sys.argv[1], ["bench.py", *sys.argv[2:]]
+runpy.run_path("bench.py", run_name="__main__")
+"""
+
+
+class FakeEngine:
+    """`interpreter` takes the place of Python; the rest tells whether such a process lives."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.interpreter = str(folder / "fake")
+        Path(self.interpreter).write_text(FAKE_ENGINE)
+        Path(self.interpreter).chmod(0o755)
+        os.mkfifo(folder / "alive")
+        monkeypatch.setenv("FAKE_ENGINE_ALIVE", str(folder / "alive"))
+        self.reader = os.open(folder / "alive", os.O_RDONLY | os.O_NONBLOCK)
+
+    def read(self) -> bytes:
+        """Waits for what the next writer writes, or for b"": no process has the pipe open."""
+        ready, _, _ = select.select([self.reader], [], [], 600)
+        assert ready, "no engine has started, or an engine has outlived bench.py by ten minutes"
+        return os.read(self.reader, 100)
+
+    def wait_until_started(self) -> None:
+        assert self.read() == b"started\n"
+
+    def wait_until_dead(self) -> None:
+        assert self.read() == b""
+
+
+@pytest.fixture
+def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeEngine]:
+    made = FakeEngine(tmp_path, monkeypatch)
+    yield made
+    os.close(made.reader)
+
+
+@pytest.mark.parametrize("state", ["running", "stopped"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGKILL])
+def test_an_engine_ends_when_its_parent_is_killed(
+    number: signal.Signals, state: str, fake: FakeEngine
+) -> None:
+    command = [sys.executable, "-c", STARTS_AN_ENGINE, fake.interpreter, state]
+    parent = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE)
+    assert parent.stdout is not None
+    assert parent.stdout.readline() == b"ready\n"
+    fake.wait_until_started()
+    parent.send_signal(number)
+    parent.communicate()
+    assert parent.returncode == -number
+    fake.wait_until_dead()
+
+
+def test_bench_ends_its_engines_and_deletes_its_files_on_sigterm(
+    fake: FakeEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setenv("TMPDIR", str(scratch))
+    command = [
+        sys.executable,
+        "-c",
+        RUNS_BENCH,
+        fake.interpreter,
+        "--shape",
+        "tiny",
+        "--workload",
+        "B",
+    ]
+    process = subprocess.Popen(
+        [*command, "--repeats", "1000000"], cwd=ROOT, stderr=subprocess.DEVNULL
+    )
+    try:
+        fake.wait_until_started()
+        assert list(scratch.iterdir())
+        process.terminate()
+        assert process.wait() == 128 + signal.SIGTERM
+    finally:
+        process.kill()
+    fake.wait_until_dead()
+    assert not list(scratch.iterdir())
+
+
+def test_a_closed_engine_leaves_no_process(fake: FakeEngine) -> None:
+    engine = bench.Engine("fake", fake.interpreter, {}, {})
+    fake.wait_until_started()
+    assert engine.run([[1]], [1])["seconds"] == 1
+    engine.close()
+    fake.wait_until_dead()
+    assert engine.guard.returncode == -signal.SIGKILL
+
+
+# -- peers' files --------------------------------------------------------------------------------------------------
+
+
+def test_transformers_reads_the_folder_of_a_gguf_file_as_the_same_model(tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    import torch
+    import transformers
+
+    shape, folder = workloads.write_shape("tiny", tmp_path), tmp_path / "folder"
+    gguf = peer_files.gguf_file(shape, tmp_path / "cache", dummy=True)
+    peer_files.write_hf_model(ours.Checkpoint(gguf), folder)
+    loaded, report = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, output_loading_info=True
+    )
+    assert isinstance(loaded, transformers.Qwen3ForCausalLM)
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    state = loaded.state_dict()
+    for name, tensor in ours.Checkpoint(gguf).weights():
+        assert torch.equal(state[name].bfloat16(), tensor.bfloat16()), name
+    given = transformers.AutoConfig.from_pretrained(shape)
+    for field in (
+        "rope_parameters",
+        "rope_theta",
+        "rope_scaling",
+        "tie_word_embeddings",
+        "head_dim",
+    ):
+        assert getattr(loaded.config, field, None) == getattr(given, field, None), field
+    assert loaded.config.rms_norm_eps == pytest.approx(
+        given.rms_norm_eps
+    )  # GGUF files hold it as a float32

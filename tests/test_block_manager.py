@@ -1,4 +1,6 @@
-"""The block manager against a plain LRU cache of prefixes, and one test for each thing that it promises."""
+"""The block manager against a plain LRU cache of prefixes, and one test for each thing that it
+promises.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from xxhash import xxh64_intdigest
 
+from nanovllm.core.batch import ceil_div
 from nanovllm.engine.block_manager import BlockManager
 
 
@@ -19,68 +22,76 @@ def ints(*token_ids: int) -> np.ndarray:
     return np.array(token_ids, np.int32)
 
 
-def take(blocks: BlockManager, tokens: np.ndarray, root: int = 0) -> tuple[list[int], int] | None:
-    """What the scheduler does for a whole sequence: (its blocks, how many of them were hits), or None if it does not fit."""
+def take(
+    blocks: BlockManager, tokens: np.ndarray, hash_seed: int = 0
+) -> tuple[list[int], int] | None:
+    """What the scheduler does for a whole sequence: (its blocks, how many of them were hits), or
+    None if it does not fit.
+    """
     size = blocks.block_size
-    hit = blocks.match(tokens, root)
-    needed = -(-len(tokens) // size) - len(hit)
+    hit = blocks.match(tokens, hash_seed)
+    needed = ceil_div(len(tokens), size) - len(hit)
     if needed + blocks.num_free_in(hit) > blocks.num_free:
         return None
-    held = blocks.hold(hit) + blocks.allocate(needed)
+    used = blocks.acquire(hit) + blocks.allocate(needed)
     parent = hit[-1] if hit else None
     for i in range(len(hit), len(tokens) // size):
-        parent = blocks.register(held[i], tokens[i * size : (i + 1) * size], parent, root)
-    return held, len(hit)
+        parent = blocks.register(used[i], tokens[i * size : (i + 1) * size], parent, hash_seed)
+    return used, len(hit)
 
 
-def num_hits(blocks: BlockManager, tokens: np.ndarray, root: int = 0) -> int:
-    return len(blocks.match(tokens, root))
+def num_hits(blocks: BlockManager, tokens: np.ndarray, hash_seed: int = 0) -> int:
+    return len(blocks.match(tokens, hash_seed))
 
 
 class Page:
-    """Of the oracle: who holds it is counted, what it holds is compared by eye."""
+    """A block of the oracle. It counts the sequences that use it."""
 
     def __init__(self) -> None:
-        self.holders = 1
+        self.users = 1
 
 
 class PlainCache:
-    """An LRU cache of whole prefixes, told without hashes, ids or chains."""
+    """An LRU cache of whole prefixes, without hashes, ids or chains."""
 
     def __init__(self, num_blocks: int, size: int) -> None:
         self.num_free, self.size = num_blocks, size
         self.resident: dict[tuple[int, ...], Page] = {}
-        self.idle: list[tuple[int, ...]] = []  # resident and held by nobody, least recently released first
+        # Resident prefixes that no sequence uses, least recently released first.
+        self.idle: list[tuple[int, ...]] = []
 
     def hits(self, tokens: tuple[int, ...]) -> list[tuple[int, ...]]:
         ends = range(self.size, len(tokens) + 1, self.size)
         return list(takewhile(self.resident.__contains__, (tokens[:end] for end in ends)))
 
-    def take(self, tokens: tuple[int, ...]) -> tuple[list[tuple[tuple[int, ...], Page]], int] | None:
+    def take(
+        self, tokens: tuple[int, ...]
+    ) -> tuple[list[tuple[tuple[int, ...], Page]], int] | None:
         hits = self.hits(tokens)
-        needed = -(-len(tokens) // self.size) - len(hits)
+        needed = ceil_div(len(tokens), self.size) - len(hits)
         woken = [prefix for prefix in hits if prefix in self.idle]
         if needed + len(woken) > self.num_free:
             return None
         self.num_free -= needed + len(woken)
         self.idle = [prefix for prefix in self.idle if prefix not in woken]
-        held = []
+        used = []
         for prefix in hits:
-            self.resident[prefix].holders += 1
-            held.append((prefix, self.resident[prefix]))
-        while len(self.idle) > self.num_free:  # pages without contents are gone: the least recently used go next
+            self.resident[prefix].users += 1
+            used.append((prefix, self.resident[prefix]))
+        # Pages without contents are taken first, then the least recently used pages.
+        while len(self.idle) > self.num_free:
             del self.resident[self.idle.pop(0)]
         for i in range(len(hits), len(hits) + needed):
             prefix, page = tokens[: (i + 1) * self.size], Page()
-            held.append((prefix, page))
+            used.append((prefix, page))
             if len(prefix) == (i + 1) * self.size:
                 self.resident[prefix] = page
-        return held, len(hits)
+        return used, len(hits)
 
-    def release(self, held: list[tuple[tuple[int, ...], Page]], keep: bool) -> None:
-        for prefix, page in reversed(held):
-            page.holders -= 1
-            if page.holders == 0:
+    def release(self, used: list[tuple[tuple[int, ...], Page]], keep: bool) -> None:
+        for prefix, page in reversed(used):
+            page.users -= 1
+            if page.users == 0:
                 self.num_free += 1
                 if self.resident.get(prefix) is page:
                     if keep:
@@ -92,7 +103,8 @@ class PlainCache:
         self.resident, self.idle = {}, []
 
 
-TREE = [tuple(branch >> depth & 1 for depth in range(6)) for branch in range(8)]  # of blocks: they share beginnings
+# Sequences of blocks that begin alike.
+TREE = [tuple(branch >> depth & 1 for depth in range(6)) for branch in range(8)]
 
 
 @given(
@@ -105,7 +117,7 @@ TREE = [tuple(branch >> depth & 1 for depth in range(6)) for branch in range(8)]
 def test_hits_and_evictions_are_those_of_a_plain_lru_cache(size, num_blocks, keep, actions):
     blocks, oracle = BlockManager(num_blocks, size), PlainCache(num_blocks, size)
     texts = [tuple(int(t) for t in np.repeat(branch, size)) for branch in TREE]
-    held = []
+    used = []
     for action in actions:
         kind, argument = action % 8, action // 8
         if kind < 5:
@@ -115,56 +127,63 @@ def test_hits_and_evictions_are_those_of_a_plain_lru_cache(size, num_blocks, kee
             assert (ours is None) == (theirs is None)
             if ours and theirs:
                 assert ours[1] == theirs[1]
-                held.append((ours[0], theirs[0]))
-        elif kind < 7 and held:
-            ours, theirs = held.pop(argument % len(held))
+                used.append((ours[0], theirs[0]))
+        elif kind < 7 and used:
+            ours, theirs = used.pop(argument % len(used))
             blocks.release(ours, keep)
             oracle.release(theirs, keep)
         elif argument == 31:
             blocks.reset()
             oracle.reset()
         assert blocks.num_free == oracle.num_free
-        assert [num_hits(blocks, ints(*text)) for text in texts] == [len(oracle.hits(text)) for text in texts]
-        holders = Counter(block_id for ours, _ in held for block_id in ours)
-        assert blocks.ref_counts == [holders[block_id] for block_id in range(num_blocks)]
-    for ours, _ in held:
+        assert [num_hits(blocks, ints(*text)) for text in texts] == [
+            len(oracle.hits(text)) for text in texts
+        ]
+        users = Counter(block_id for ours, _ in used for block_id in ours)
+        assert blocks.ref_counts == [users[block_id] for block_id in range(num_blocks)]
+    for ours, _ in used:
         blocks.release(ours)
     assert blocks.num_free == num_blocks
-    assert sorted([*blocks.blank, *blocks.evictable]) == list(range(num_blocks))
+    assert sorted([*blocks.empty_blocks, *blocks.evictable]) == list(range(num_blocks))
 
 
-@given(actions=st.lists(st.tuples(st.integers(0, 3), st.integers(0, 7), st.integers(1, 6)), max_size=40))
+@given(
+    actions=st.lists(
+        st.tuples(st.integers(0, 3), st.integers(0, 7), st.integers(1, 6)), max_size=40
+    )
+)
 @settings(max_examples=200, deadline=None, derandomize=True)
 def test_a_hit_is_right_even_if_every_hash_is_the_same(actions):
     with mock.patch("nanovllm.engine.block_manager.xxh64_intdigest", return_value=7):
-        blocks, held, contents = BlockManager(12, 1), [], {}
+        blocks, used, contents = BlockManager(12, 1), [], {}
         for kind, branch, length in actions:
-            if kind == 0 and held:
-                blocks.release(held.pop(0))
+            if kind == 0 and used:
+                blocks.release(used.pop(0))
             elif (taken := take(blocks, ints(*TREE[branch][:length]))) is not None:
                 block_ids, hits = taken
                 for i, block_id in enumerate(block_ids):
                     prefix = TREE[branch][: i + 1]
                     assert i >= hits or contents[block_id] == prefix
                     contents[block_id] = prefix
-                held.append(block_ids)
+                used.append(block_ids)
 
 
 def test_a_hit_needs_equal_tokens_from_the_start():
     blocks = BlockManager(8, 2)
     take(blocks, ints(1, 2, 3, 4, 5, 6, 7))
-    assert num_hits(blocks, ints(1, 2, 3, 4, 5, 6, 7, 8)) == 3, "the last block is not full: it is not registered"
+    assert num_hits(blocks, ints(1, 2, 3, 4, 5, 6, 7, 8)) == 3, "the last block is not full"
     assert num_hits(blocks, ints(1, 2, 3, 4, 5)) == 2
     assert num_hits(blocks, ints(1, 2, 3)) == 1, "half a block is no hit"
     assert num_hits(blocks, ints(1, 2, 9, 4, 5, 6)) == 1
-    assert num_hits(blocks, ints(3, 4, 5, 6)) == 0, "equal tokens after another beginning are other contents"
-    assert num_hits(blocks, ints(1, 2, 3, 4), root=1) == 0
+    assert num_hits(blocks, ints(3, 4, 5, 6)) == 0, "equal tokens after another beginning"
+    assert num_hits(blocks, ints(1, 2, 3, 4), hash_seed=1) == 0
 
 
 @pytest.mark.parametrize("bits", [0, 1, 2])
 def test_colliding_hashes_are_told_apart_by_tokens_and_by_parent(bits):
     with mock.patch(
-        "nanovllm.engine.block_manager.xxh64_intdigest", lambda data, seed: xxh64_intdigest(data, seed) % 2**bits
+        "nanovllm.engine.block_manager.xxh64_intdigest",
+        lambda data, seed: xxh64_intdigest(data, seed) % 2**bits,
     ):
         blocks = BlockManager(8, 1)
         take(blocks, ints(1, 2))
@@ -190,7 +209,7 @@ def test_least_recently_used_contents_go_first_and_a_sequence_loses_its_tail_fir
     blocks.release(new)
     assert blocks.allocate(1) == [old[2]]
     assert [num_hits(blocks, t) for t in (ints(1, 2, 3), ints(4, 5, 6))] == [2, 3]
-    blocks.release(blocks.hold(blocks.match(ints(1, 2), 0)))  # a use: now the other is the older
+    blocks.release(blocks.acquire(blocks.match(ints(1, 2), 0)))  # a use: now the other is the older
     assert blocks.allocate(3) == [new[2], new[1], new[0]]
     assert [num_hits(blocks, t) for t in (ints(1, 2, 3), ints(4, 5, 6))] == [2, 0]
 
@@ -218,7 +237,7 @@ def test_a_block_is_not_handed_out_while_somebody_holds_it():
     assert num_hits(blocks, ints(1, 2)) == 2
 
 
-def test_of_blocks_with_equal_contents_the_first_is_the_one_to_hit_and_the_others_are_blank_when_free():
+def test_of_blocks_with_equal_contents_the_first_is_hit_and_the_others_are_empty_when_free():
     blocks = BlockManager(4, 1)
     (first,), (second,) = blocks.allocate(1), blocks.allocate(1)
     prefix = blocks.register(first, ints(1), None, 0)
@@ -230,7 +249,7 @@ def test_of_blocks_with_equal_contents_the_first_is_the_one_to_hit_and_the_other
     assert num_hits(blocks, ints(1)) == 1
 
 
-def test_what_is_released_without_keeping_is_forgotten_once_nobody_holds_it():
+def test_a_block_released_without_keeping_is_unregistered_after_its_last_user():
     blocks = BlockManager(4, 1)
     first, _ = take(blocks, ints(1, 2))
     second, _ = take(blocks, ints(1, 3))
@@ -244,11 +263,11 @@ def test_what_is_released_without_keeping_is_forgotten_once_nobody_holds_it():
 def test_after_a_reset_nothing_is_hit_and_what_is_held_stays_held():
     blocks = BlockManager(4, 1)
     blocks.release(take(blocks, ints(1, 2))[0])
-    held, _ = take(blocks, ints(3))
+    used, _ = take(blocks, ints(3))
     blocks.reset()
     assert [num_hits(blocks, t) for t in (ints(1, 2), ints(3))] == [0, 0]
     assert blocks.num_free == 3
-    assert held[0] not in blocks.allocate(3)
-    blocks.release(held)
+    assert used[0] not in blocks.allocate(3)
+    blocks.release(used)
     assert num_hits(blocks, ints(3)) == 0
     assert blocks.num_free == 1

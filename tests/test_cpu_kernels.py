@@ -11,9 +11,13 @@ from attention_reference import make_case
 from nanovllm import kernels
 from nanovllm.attention.cpu_backend import CpuAttention
 from nanovllm.kernels import cpu
-from nanovllm.layers.rotary import QKNormRope
+from nanovllm.kernels.rope import Rope
 
-needs_library = pytest.mark.skipif(cpu.load() is None, reason="cpu.cpp does not build here (no C++ compiler)")
+needs_library = pytest.mark.skipif(
+    cpu.load() is None, reason="cpu.cpp does not build here (no C++ compiler)"
+)
+# A machine with AVX-512 runs what a machine without it runs, too.
+LEVELS = ["native", "avx2"] if "avx512f" in cpu.cpu_features().split() else ["native"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Of a result's scale; the float32 rounding of sums, or the rounding of the result.
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
@@ -25,19 +29,47 @@ def normal(*shape, dtype, seed=0):
 
 def assert_close(actual, expected, dtype, scale=1.0):
     assert actual.dtype == dtype
-    torch.testing.assert_close(actual.double(), expected.double(), atol=TOLERANCE[dtype] * scale, rtol=TOLERANCE[dtype])
+    torch.testing.assert_close(
+        actual.double(), expected.double(), atol=TOLERANCE[dtype] * scale, rtol=TOLERANCE[dtype]
+    )
 
 
 def bits(x):
     return x.view(torch.int32 if x.dtype == torch.float32 else torch.int16)
 
 
+def forget_the_library() -> None:
+    for cached in (cpu.load, cpu.kernel, cpu.panel, cpu.replay_function):
+        cached.cache_clear()
+
+
+@pytest.fixture(scope="class", params=LEVELS)
+def instructions(request):
+    """The kernels of this class's tests may use these instructions."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NANOVLLM_CPU_ISA", request.param)
+        forget_the_library()
+        yield request.param
+    forget_the_library()
+
+
+on_every_cpu = pytest.mark.usefixtures("instructions")
+
+
 @needs_library
+@on_every_cpu
 class TestAttention:
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize(
         ("heads", "head_dim", "block_size"),
-        [((9, 3), 64, 16), ((4, 4), 80, 8), ((14, 2), 96, 32), ((8, 1), 128, 16), ((2, 1), 256, 2), ((32, 1), 16, 128)],
+        [
+            ((9, 3), 64, 16),
+            ((4, 4), 80, 8),
+            ((14, 2), 96, 32),
+            ((8, 1), 128, 16),
+            ((2, 1), 256, 2),
+            ((32, 1), 16, 128),
+        ],
     )
     def test_ragged_batches_of_prefill_chunks_and_decodes(self, dtype, heads, head_dim, block_size):
         queries, contexts = [1, 5, 1, 33, 2, 1], [1, 5, 77, 150, 200, 257]
@@ -54,7 +86,9 @@ class TestAttention:
             assert_close(case.run(CpuAttention(case.spec), 1), case.expected(1), dtype)
 
     @pytest.mark.parametrize("dtype", DTYPES)
-    def test_a_row_is_the_same_alone_in_company_in_chunks_and_with_any_number_of_threads(self, dtype):
+    def test_a_row_is_the_same_alone_in_company_in_chunks_and_with_any_number_of_threads(
+        self, dtype
+    ):
         alone = make_case([700], [700], heads=(6, 2), dtype=dtype)
         whole = alone.run(CpuAttention(alone.spec), 0)
         last = make_case([1], [700], heads=(6, 2), dtype=dtype)
@@ -66,7 +100,9 @@ class TestAttention:
             for number in (1, 2, 3):
                 torch.set_num_threads(number)
                 for case in (last, many):
-                    assert torch.equal(bits(case.run(CpuAttention(case.spec), 0)[0]), bits(whole[-1]))
+                    assert torch.equal(
+                        bits(case.run(CpuAttention(case.spec), 0)[0]), bits(whole[-1])
+                    )
         finally:
             torch.set_num_threads(threads)
 
@@ -92,7 +128,9 @@ class TestAttention:
     def test_offsets_beyond_31_bits(self):
         case = make_case([1], [40], heads=(1, 1), head_dim=256, block_size=32, dtype=torch.float16)
         table = case.block_tables.clone()
-        table[0, :2] = torch.tensor([300_000, 299_999])  # at 4.9e9 elements; pages that nobody touches take no memory
+        table[0, :2] = torch.tensor(
+            [300_000, 299_999]
+        )  # at 4.9e9 elements; untouched pages take no memory
         case.block_tables, case.num_blocks = table, 300_001
         assert_close(case.run(CpuAttention(case.spec), 0), case.expected(0), torch.float16)
 
@@ -103,20 +141,21 @@ class TestAttention:
         heads = (6, 2)
         case = make_case([1, 40], [30, 40], heads=heads, head_dim=head_dim, dtype=dtype)
         angles = torch.rand(64, head_dim // 2) * 6
-        rope = QKNormRope(*heads, head_dim, torch.cat((angles.cos(), angles.sin()), -1), eps)
-        for norm in (rope.q_norm, rope.k_norm):
-            if norm is not None:
-                norm.weight.data = normal(head_dim, dtype=dtype, seed=3)
+        cos_sin = torch.cat((angles.cos(), angles.sin()), -1)
+        rope = Rope(*heads, head_dim, cos_sin)
+        if eps is not None:
+            weight = normal(head_dim, dtype=dtype, seed=3)
+            rope = Rope(*heads, head_dim, cos_sin, weight, weight, eps)
         fused, plain = CpuAttention(case.spec), CpuAttention(case.spec)
         qkv = normal(41, 10 * head_dim, dtype=dtype)
         meta = case.metadata([29, 0], [30, 40])
         for backend in (fused, plain):
             backend.allocate(case.num_blocks)
             backend.begin(meta)
-        wide = QKNormRope(*heads, head_dim, rope.cos_sin, eps).double()
-        if wide.q_norm is not None:
-            wide.q_norm.weight.data, wide.k_norm.weight.data = rope.q_norm.weight.double(), rope.k_norm.weight.double()
-        q, k, v = wide(meta.positions, qkv.double())
+        wide = Rope(
+            *(field.double() if isinstance(field, torch.Tensor) else field for field in rope)
+        )
+        q, k, v = kernels.qk_norm_rope(qkv.double(), meta.positions, wide)
         plain.store(0, k.to(dtype), v.to(dtype))
         assert_close(fused.write(0, qkv, rope), q, dtype, scale=4)
         assert_close(fused.cache, plain.cache, dtype, scale=4)
@@ -131,24 +170,19 @@ class TestAttention:
             CpuAttention(spec)
 
 
-def packed_copy(weight: torch.Tensor) -> torch.Tensor:
+def in_panels(weight: torch.Tensor) -> torch.Tensor:
     copy = weight.clone()
-    assert cpu.pack(copy)
+    cpu.to_panels(copy)
     return copy
 
 
 @needs_library
+@on_every_cpu
 class TestLinear:
-    @pytest.fixture(autouse=True)
-    def pack_on_any_machine(self, monkeypatch):
-        monkeypatch.setattr(cpu, "cpu_features", lambda: "avx512f")
-        cpu.panel.cache_clear()
-        yield
-        cpu.panel.cache_clear()
-
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize(
-        ("depth", "cols"), [(576, 192), (1536, 40), (33, 17), (1, 1), (34, 17), (9000, 5), (256, 65)]
+        ("depth", "cols"),
+        [(576, 192), (1536, 40), (33, 17), (1, 1), (34, 17), (9000, 5), (256, 65)],
     )
     @pytest.mark.parametrize("rows", [1, 2, 3, 5, 7, 8, 13, 64])
     def test_product_and_bias(self, dtype, depth, cols, rows):
@@ -157,73 +191,91 @@ class TestLinear:
             normal(cols, depth, dtype=dtype, seed=1),
             normal(cols, dtype=dtype),
         )
-        expected = x.double() @ weight.double().T
-        turned, scale = weight.clone(), depth**0.5
-        packed = cpu.pack(turned)
-        assert packed or depth % 2, "where two neighbours meet in one step, an odd depth cannot be packed"
-        assert_close(kernels.linear(x, turned, None, packed), expected, dtype, scale=scale)
-        assert_close(kernels.linear(x, turned, bias, packed), expected + bias.double(), dtype, scale=scale)
-        few = x[:4]
-        assert_close(cpu.linear(few, weight, bias, False), expected[:4] + bias.double(), dtype, scale=scale)
-        assert cpu.linear(normal(5, depth, dtype=dtype), weight, None, False) is None, "torch's is faster"
+        expected, scale = x.double() @ weight.double().T, depth**0.5
+        assert_close(kernels.linear(x, weight, None), expected, dtype, scale=scale)
+        assert_close(cpu.linear(x, weight, bias), expected + bias.double(), dtype, scale=scale)
+        assert cpu.fits_panels(depth, dtype) or depth % 2, (
+            "only where two neighbours meet in one step, an odd depth does not"
+        )
+        if cpu.fits_panels(depth, dtype):
+            panels = in_panels(weight)
+            assert_close(cpu.linear_panels(x, panels, None), expected, dtype, scale=scale)
+            assert_close(
+                cpu.linear_panels(x, panels, bias), expected + bias.double(), dtype, scale=scale
+            )
 
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize(("cols", "depth"), [(192, 64), (40, 6), (17, 2), (65, 100)])
-    def test_a_packed_weight_has_the_same_rows_and_comes_back(self, dtype, cols, depth):
+    def test_panels_hold_the_same_rows_and_become_rows_again(self, dtype, cols, depth):
         weight = normal(cols, depth, dtype=dtype)
-        turned = packed_copy(weight)
-        assert torch.equal(turned, weight) is (cols < cpu.panel(dtype)[0])
+        panels = in_panels(weight)
+        assert torch.equal(panels, weight) is (cols < cpu.panel(dtype)[0])
         ids = torch.tensor([0, cols - 1, cols // 2, 0, 3])
-        assert torch.equal(kernels.embedding(ids, turned, True), weight[ids])
-        cpu.unpack(turned)
-        assert torch.equal(turned, weight)
-
-    def test_what_cannot_be_packed_is_left_alone(self):
-        odd = normal(64, 33, dtype=torch.bfloat16)
-        before = odd.clone()
-        assert cpu.pack(odd) is (cpu.panel(torch.bfloat16)[1] == 1)
-        assert cpu.panel(torch.bfloat16)[1] == 1 or torch.equal(odd, before)
-        assert not cpu.pack(normal(64, 32, dtype=torch.float64))
-        assert not cpu.pack(normal(64, 64, dtype=torch.float32).T)
-
-    @pytest.mark.parametrize("features", ["avx512f amx_tile", "avx2", ""])
-    def test_weights_stay_where_torchs_product_is_faster(self, features, monkeypatch):
-        monkeypatch.setattr(cpu, "cpu_features", lambda: features)
-        cpu.panel.cache_clear()
-        assert not cpu.pack(normal(64, 32, dtype=torch.float32))
+        assert torch.equal(cpu.embedding_panels(ids, panels), weight[ids])
+        assert torch.equal(kernels.embedding(ids, weight), weight[ids])
+        cpu.to_rows(panels)
+        assert torch.equal(panels, weight)
 
     @pytest.mark.parametrize("dtype", DTYPES)
-    def test_a_row_is_the_same_alone_and_in_company(self, dtype):
-        x, weight = normal(100, 5000, dtype=dtype), packed_copy(normal(50, 5000, dtype=dtype, seed=1))
-        together = cpu.linear(x, weight, None, True)
-        for row in (0, 3, 57, 99):
-            assert torch.equal(bits(cpu.linear(x[row : row + 1], weight, None, True)[0]), bits(together[row]))
+    def test_an_id_outside_the_weight_gives_zeros(self, dtype):
+        weight = normal(40, 64, dtype=dtype)
+        ids = torch.tensor([-1, 40, 2**40, -(2**62)])
+        for rows in (cpu.embedding(ids, weight), cpu.embedding_panels(ids, in_panels(weight))):
+            assert torch.equal(rows, torch.zeros(4, 64, dtype=dtype))
+
+    def test_a_dtype_without_kernels_has_no_panels(self):
+        assert not cpu.fits_panels(64, torch.float64)
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("depth", [5000, 333])
+    def test_a_row_is_the_same_alone_and_in_company(self, dtype, depth):
+        x, weight = normal(100, depth, dtype=dtype), normal(50, depth, dtype=dtype, seed=1)
+        products = [(cpu.linear, weight)]
+        if cpu.fits_panels(depth, dtype):
+            products.append((cpu.linear_panels, in_panels(weight)))
+        for product, matrix in products:
+            together = product(x, matrix, None)
+            for first, last in ((0, 1), (3, 4), (57, 58), (99, 100), (10, 17), (20, 60)):
+                assert torch.equal(
+                    bits(product(x[first:last], matrix, None)), bits(together[first:last])
+                )
 
     def test_rows_may_lie_apart_and_there_may_be_none(self):
         x, weight = normal(10, 96, dtype=torch.float32), normal(40, 32, dtype=torch.float32)
-        turned, expected = packed_copy(weight), x[::3, 32:64] @ weight.T
-        assert_close(cpu.linear(x[::3, 32:64], turned, None, True), expected, torch.float32, scale=6)
-        assert cpu.linear(x[:0, :32], turned, None, True).shape == (0, 40)
+        panels, expected = in_panels(weight), x[::3, 32:64] @ weight.T
         assert_close(
-            cpu.linear(normal(32, 7, dtype=torch.float32).T, turned, None, True),
+            cpu.linear_panels(x[::3, 32:64], panels, None), expected, torch.float32, scale=6
+        )
+        assert cpu.linear_panels(x[:0, :32], panels, None).shape == (0, 40)
+        assert_close(
+            cpu.linear_panels(normal(32, 7, dtype=torch.float32).T, panels, None),
             normal(32, 7, dtype=torch.float32).T @ weight.T,
             torch.float32,
             scale=6,
         )
-        assert_close(kernels.linear(x.T[:, ::2], weight[:, :5], None), x.T[:, ::2] @ weight[:, :5].T, torch.float32, 6)
+        assert_close(
+            kernels.linear(x.T[:, ::2], weight[:, :5], None),
+            x.T[:, ::2] @ weight[:, :5].T,
+            torch.float32,
+            6,
+        )
 
 
 @needs_library
+@on_every_cpu
 class TestNormAndActivation:
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize(("rows", "size"), [(1, 576), (3, 77), (130, 1024), (2, 5), (0, 16)])
     def test_rms_norm_alone_and_after_an_addition(self, dtype, rows, size):
         x, residual, weight = (
-            normal(*s, dtype=dtype, seed=i) for i, s in enumerate([(rows, size), (rows, size), (size,)])
+            normal(*s, dtype=dtype, seed=i)
+            for i, s in enumerate([(rows, size), (rows, size), (size,)])
         )
 
         def reference(x):
-            return weight.double() * (x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-5).sqrt()).to(dtype)
+            return weight.double() * (
+                x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-5).sqrt()
+            ).to(dtype)
 
         assert_close(cpu.rms_norm(x, weight, 1e-5), reference(x), dtype)
         total = x + residual
@@ -241,6 +293,7 @@ class TestNormAndActivation:
 
 
 @needs_library
+@on_every_cpu
 class TestSampling:
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("vocab", [1, 7, 1000, 1024, 5003])
@@ -252,11 +305,11 @@ class TestSampling:
         u[:2], u[2:4] = 0, 1 - 2**-24
         tokens = kernels.draw(logits, temperature, u)
         weights = (logits.double() / temperature.double()[:, None]).softmax(-1)
-        mass = weights.cumsum(-1)
+        total = weights.cumsum(-1)
         got = tokens[:, None]
         assert (weights.gather(1, got) > 0).all()
-        assert (mass.gather(1, got)[:, 0] > u - 1e-6).all()
-        assert ((mass - weights).gather(1, got)[:, 0] <= u + 1e-6).all()
+        assert (total.gather(1, got)[:, 0] > u - 1e-6).all()
+        assert ((total - weights).gather(1, got)[:, 0] <= u + 1e-6).all()
 
     @pytest.mark.parametrize("dtype", DTYPES)
     def test_temperature_0_takes_the_first_of_the_largest(self, dtype):
@@ -265,9 +318,15 @@ class TestSampling:
         assert tokens.tolist() == [row.index(max(row)) for row in logits.tolist()]
 
     def test_a_row_is_the_same_alone_in_company_and_with_any_number_of_threads(self):
-        logits, temperature, u = normal(40, 4000, dtype=torch.float32), torch.rand(40), torch.rand(40)
+        logits, temperature, u = (
+            normal(40, 4000, dtype=torch.float32),
+            torch.rand(40),
+            torch.rand(40),
+        )
         together = cpu.draw(logits, temperature, u)
-        alone = [cpu.draw(logits[i : i + 1], temperature[i : i + 1], u[i : i + 1]) for i in range(40)]
+        alone = [
+            cpu.draw(logits[i : i + 1], temperature[i : i + 1], u[i : i + 1]) for i in range(40)
+        ]
         assert torch.equal(torch.cat(alone), together)
 
     def test_frequencies_follow_the_softmax(self):
@@ -275,7 +334,9 @@ class TestSampling:
         u = torch.rand(20000, generator=torch.Generator().manual_seed(5))
         counts = torch.bincount(cpu.draw(logits, torch.full((20000,), 0.7), u), minlength=4)
         expected = (logits[0] / 0.7).softmax(-1) * 20000
-        assert ((counts - expected).square() / expected).sum() < 16.3  # chi-square, 3 degrees of freedom: 1 in 1000
+        assert (
+            (counts - expected).square() / expected
+        ).sum() < 16.3  # chi-square, 3 degrees of freedom: 1 in 1000
 
 
 LINEAR = "import torch; from nanovllm import kernels; print(kernels.linear(torch.ones(2, 3), torch.ones(1, 3), None).tolist())"
@@ -285,7 +346,9 @@ def start(cache, **environment):
     env = {**os.environ, "XDG_CACHE_HOME": str(cache), "OMP_NUM_THREADS": "1", **environment}
     code = f"import logging; logging.basicConfig(level=logging.INFO); {LINEAR}"
     pipe = subprocess.PIPE
-    return subprocess.Popen([sys.executable, "-c", code], env=env, stdout=pipe, stderr=pipe, text=True)
+    return subprocess.Popen(
+        [sys.executable, "-c", code], env=env, stdout=pipe, stderr=pipe, text=True
+    )
 
 
 @needs_library
@@ -312,8 +375,9 @@ def test_without_a_working_compiler_torch_computes_and_one_line_says_so(tmp_path
 def test_there_is_one_openmp_runtime_and_no_thread_beyond_torchs():
     x, weight = torch.ones(64, 576), torch.ones(576, 576)
     x @ weight
+    cpu.to_panels(weight)
     before = len(os.listdir("/proc/self/task"))
-    cpu.linear(x, weight, None, cpu.pack(weight))
+    cpu.linear_panels(x, weight, None)
     assert len(os.listdir("/proc/self/task")) == before
     with open("/proc/self/maps") as maps:
         assert len({line.split()[-1] for line in maps if "omp" in line.rsplit("/", 1)[-1]}) == 1
@@ -321,5 +385,13 @@ def test_there_is_one_openmp_runtime_and_no_thread_beyond_torchs():
 
 def test_a_dtype_without_kernels_is_left_to_torch():
     x = torch.ones(2, 3, dtype=torch.float64)
-    assert cpu.linear(x, x, None, False) is None
+    assert cpu.linear(x, x, None) is None
     assert torch.equal(kernels.linear(x, x, None), x @ x.T)
+
+
+def test_unknown_instructions_are_refused_by_a_sentence(monkeypatch):
+    monkeypatch.setenv("NANOVLLM_CPU_ISA", "avx3")
+    with pytest.raises(
+        ValueError, match="NANOVLLM_CPU_ISA='avx3' is not known; accepted are native, avx512, avx2"
+    ):
+        cpu.build()

@@ -23,9 +23,11 @@ from hypothesis import strategies as st
 from tiny import greedy, make_llm, nothing_is_left, random_prompts, shared_model  # noqa: F401
 
 from nanovllm import LLM, SamplingParams
-from nanovllm.engine.batch import Batch, build_batch
+from nanovllm.core.batch import Batch
+from nanovllm.core.sequence import Sequence
+from nanovllm.engine.batch_builder import build_batch
+from nanovllm.engine.input_processor import InputProcessor
 from nanovllm.engine.scheduler import Scheduler
-from nanovllm.engine.sequence import Sequence
 from nanovllm.parallel import TensorParallel
 from nanovllm.runner import memory
 from nanovllm.runner.cuda_graphs import (
@@ -36,9 +38,13 @@ from nanovllm.runner.cuda_graphs import (
     graph_size,
     graph_sizes,
     is_decode,
-    is_plain,
 )
 from nanovllm.runner.decode_inputs import DecodeInputs
+from nanovllm.runner.readouts.prompt_logprobs import PromptLogprobs, PromptLogprobsPart
+from nanovllm.runner.setup import Setup
+from nanovllm.sampling.sampler import sampling_abilities
+
+ABILITIES = [*sampling_abilities(), PromptLogprobs()]
 
 
 def test_sizes_are_1_2_4_8_then_steps_of_16_up_to_the_most_sequences():
@@ -60,17 +66,33 @@ def test_a_batch_gets_the_smallest_size_that_holds_it(most, data):
 # -- batches of a real scheduler ---------------------------------------------------------------------------------------
 
 
-def batches(params: list[SamplingParams], prompt_len: int = 5, steps: int = 4) -> list[Batch]:
+def batches(
+    params: list[SamplingParams], prompt_len: int = 5, steps: int = 4
+) -> list[Batch[np.ndarray]]:
     """Of one sequence for each params, from the first step on; the tokens sampled are 7, and known a step late."""
     scheduler = Scheduler(
-        num_blocks=64, block_size=4, max_model_len=32, max_num_seqs=16, max_num_batched_tokens=prompt_len * len(params)
+        num_blocks=64,
+        block_size=4,
+        max_model_len=32,
+        max_num_seqs=16,
+        max_num_batched_tokens=prompt_len * len(params),
+        columns={name: dtype for ability in ABILITIES for name, dtype in ability.columns.items()},
+    )
+    processor = InputProcessor(
+        None,
+        vocab_size=100,
+        eos_token_ids=frozenset(),
+        max_model_len=30,
+        seed=0,
+        abilities=ABILITIES,
     )
     for i, p in enumerate(params):
-        scheduler.add(Sequence(i, p, np.arange(prompt_len, dtype=np.int32) + i, end=30, seed=i))
+        request = processor.process(str(i), np.arange(prompt_len) + i, p, max_logprobs=20)
+        scheduler.add(*request.seqs)
     made = []
     for _ in range(steps):
         step = scheduler.schedule()
-        made.append(build_batch(scheduler.table, step, 4, 100)[0])
+        made.append(build_batch(scheduler.table, step, 4, ABILITIES)[0])
         scheduler.update(step, np.full(len(step.sampled), 7))
     return made
 
@@ -80,15 +102,21 @@ def test_only_steps_of_one_sampled_token_a_sequence_are_decode_steps():
     assert not is_decode(first)
     assert all(map(is_decode, others))
     # The budget holds 4 tokens: the last step of a prompt of 9 computes one token, and so does a chunk before its end.
-    scheduler = Scheduler(num_blocks=64, block_size=4, max_model_len=32, max_num_seqs=16, max_num_batched_tokens=4)
+    scheduler = Scheduler(
+        num_blocks=64, block_size=4, max_model_len=32, max_num_seqs=16, max_num_batched_tokens=4
+    )
     for i, prompt_len in enumerate([1, 1, 1, 9]):
         scheduler.add(Sequence(i, SamplingParams(), np.arange(prompt_len, dtype=np.int32), end=30))
-    batch, _ = build_batch(scheduler.table, scheduler.schedule(), 4, 100)
-    assert batch.sizes[0] == 1
+    batch, _ = build_batch(scheduler.table, scheduler.schedule(), 4)
+    assert batch.attention.max_query_len == 1
     assert not is_decode(batch), "the fourth sequence has a token computed and none sampled"
     asked = others[0]
-    asked.prompt_at = np.zeros(1, np.int32)
-    assert not is_decode(asked), "logprobs of prompt tokens come from logits that graphs do not keep"
+    asked.parts["prompt_logprobs"] = PromptLogprobsPart(
+        np.zeros(1, np.int32), np.zeros(1, np.int32), 0
+    )
+    assert not is_decode(asked), (
+        "logprobs of prompt tokens come from logits that graphs do not keep"
+    )
 
 
 @pytest.mark.parametrize(
@@ -107,28 +135,40 @@ def test_only_steps_of_one_sampled_token_a_sequence_are_decode_steps():
 )
 def test_only_temperatures_are_sampled_inside_a_graph(extra, plain):
     *_, batch = batches([SamplingParams(), SamplingParams(**extra)])
-    assert is_plain(batch) is plain
+    assert (not batch.parts) is plain
 
 
-def check_rows(inputs: DecodeInputs, batch: Batch, size: int) -> None:
+def check_rows(inputs: DecodeInputs[np.ndarray], batch: Batch[np.ndarray], size: int) -> None:
     """A batch's rows are what it says, and those after it read one token and write nowhere."""
-    count, width = batch.block_tables.shape
-    for name in ("token_ids", "positions", "slot_mapping", "token_rows", "context_lens"):
-        np.testing.assert_array_equal(inputs.columns[name][:count], getattr(batch, name), err_msg=name)
-    np.testing.assert_array_equal(inputs.tables[:count, :width], batch.block_tables)
+    count, width = batch.attention.block_tables.shape
+    said = {
+        "token_ids": batch.tokens.ids,
+        "positions": batch.attention.positions,
+        "slot_mapping": batch.attention.slot_mapping,
+        "token_rows": batch.tokens.rows,
+        "context_lens": batch.attention.context_lens,
+    }
+    for name, column in said.items():
+        np.testing.assert_array_equal(inputs.columns[name][:count], column, err_msg=name)
+    np.testing.assert_array_equal(inputs.tables[:count, :width], batch.attention.block_tables)
     for name in ("temperature", "uniform"):
         expected = np.zeros(size, np.float32)
-        expected[: len(batch.temperature)] = getattr(batch, name)
+        expected[: len(batch.sample.temperature)] = getattr(batch.sample, name)
         np.testing.assert_array_equal(inputs.columns[name][:size], expected, err_msg=name)
     assert (inputs.columns["slot_mapping"][count:size] == -1).all()
     assert (inputs.columns["context_lens"][count:size] == 1).all()
     assert (inputs.columns["token_rows"][count:size] == len(inputs.tables)).all()
-    assert (inputs.columns["token_ids"][count:size] >= 0).all(), "a pending token would be read from the spare row"
+    assert (inputs.columns["token_ids"][count:size] >= 0).all(), (
+        "a pending token would be read from the spare row"
+    )
 
 
-def inputs_of(max_num_seqs: int, max_blocks: int) -> DecodeInputs:
+def inputs_of(max_num_seqs: int, max_blocks: int) -> DecodeInputs[np.ndarray]:
     made = DecodeInputs(
-        np.empty(DecodeInputs.size(max_num_seqs, max_blocks), np.int32), max_num_seqs, max_blocks, np.float32
+        np.empty(DecodeInputs.size(max_num_seqs, max_blocks), np.int32),
+        max_num_seqs,
+        max_blocks,
+        np.float32,
     )
     made.clear()
     return made
@@ -140,7 +180,9 @@ def test_greedy_rows_become_draws_at_temperature_0_and_padding_writes_nowhere():
     host = inputs_of(16, 8)
     host.update(batch, 8)
     check_rows(host, batch, 8)
-    np.testing.assert_array_equal(host.columns["temperature"][:8], np.float32([*temperatures, 0, 0, 0]))
+    np.testing.assert_array_equal(
+        host.columns["temperature"][:8], np.float32([*temperatures, 0, 0, 0])
+    )
 
 
 def test_of_a_step_like_the_one_before_only_new_blocks_travel():
@@ -172,15 +214,22 @@ def test_a_device_that_gets_the_changes_alone_has_every_batch(data):
     for i in range(data.draw(st.integers(1, 30))):
         prompt = rng.integers(0, 50, rng.integers(1, 20)).astype(np.int32)
         params = SamplingParams(temperature=float(rng.choice([0, 0.7])), max_tokens=20, seed=i)
-        scheduler.add(Sequence(i, params, prompt, end=int(len(prompt) + rng.integers(1, 20)), seed=i))
-    host, device, sizes, seen = inputs_of(most, max_blocks), inputs_of(most, max_blocks), graph_sizes(most), 0
+        scheduler.add(
+            Sequence(i, params, prompt, end=int(len(prompt) + rng.integers(1, 20)), seed=i)
+        )
+    host, device, sizes, seen = (
+        inputs_of(most, max_blocks),
+        inputs_of(most, max_blocks),
+        graph_sizes(most),
+        0,
+    )
     overlap, in_flight = data.draw(st.booleans()), None
     while scheduler.unfinished:
         step = scheduler.schedule()
         if step is not None:
-            batch, _ = build_batch(scheduler.table, step, block_size, 50)
+            batch, _ = build_batch(scheduler.table, step, block_size)
             if is_decode(batch):
-                size = graph_size(len(batch.context_lens), sizes)
+                size = graph_size(len(batch.attention.context_lens), sizes)
                 places, values = host.update(batch, size)
                 assert len(np.unique(places)) == len(places)
                 device.flat[places] = values
@@ -202,12 +251,12 @@ def test_a_device_that_gets_the_changes_alone_has_every_batch(data):
 class Replayed(DecodeGraphs):
     """Counts replays. Tokens are copied, as on a GPU the copy to the host does before the next step."""
 
-    def __init__(self, *args: object) -> None:
-        super().__init__(*args)
+    def __init__(self, setup: Setup) -> None:
+        super().__init__(setup)
         self.sizes_replayed: list[int] = []
 
     def _forward(self, batch):
-        self.sizes_replayed.append(graph_size(len(batch.context_lens), self.sizes))
+        self.sizes_replayed.append(graph_size(len(batch.attention.context_lens), self.sizes))
         return super()._forward(batch)
 
     def next_tokens(self, batch):
@@ -215,15 +264,14 @@ class Replayed(DecodeGraphs):
 
 
 def with_static_path(llm: LLM) -> Replayed:
-    runner = llm.llm_engine.runner
-    max_blocks = -(-runner.max_model_len // runner.attention.spec.block_size)
-    graphs = Replayed(runner.max_num_seqs, max_blocks, runner.config.hidden_size, runner.dtype, runner.device)
+    runner = llm.llm_engine.executor.runner
+    graphs = Replayed(runner.setup)
     with torch.inference_mode():
         for size in graphs.sizes:
             graphs.record(
                 size,
-                lambda batch: runner.forward(batch, 1, 0, runner.max_model_len),
-                lambda hidden, batch: runner.next_tokens(runner.model.logits(hidden), batch),
+                runner.forward,
+                lambda hidden, batch: runner.next_tokens.sample(runner.model.logits(hidden), batch),
             )
     runner.graphs = graphs
     return graphs
@@ -241,7 +289,12 @@ def test_greedy_tokens_equal_transformers(backend, overlap):
     lengths = [20, 3, 25, 11, 22, 1, 8, 14, 16, 17, 6]  # batches shrink through all sizes
     expected = [greedy(model, prompt, n) for prompt, n in zip(prompts, lengths)]
     params = [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True) for n in lengths]
-    llm = make_llm(attention_backend=backend, async_scheduling=overlap, max_num_seqs=20, max_num_batched_tokens=64)
+    llm = make_llm(
+        attention_backend=backend,
+        async_scheduling=overlap,
+        max_num_seqs=20,
+        max_num_batched_tokens=64,
+    )
     graphs = with_static_path(llm)
     assert outputs(llm, prompts, params) == expected
     assert outputs(llm, prompts, params) == expected, "on prefix hits"
@@ -258,14 +311,31 @@ def test_greedy_tokens_of_the_triton_backend_equal_transformers():
     expected = [greedy(model, prompt, 6) for prompt in prompts]
     llm = make_llm(attention_backend="triton", async_scheduling=True, max_num_seqs=8)
     graphs = with_static_path(llm)
-    assert outputs(llm, prompts, SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)) == expected
+    assert (
+        outputs(llm, prompts, SamplingParams(temperature=0, max_tokens=6, ignore_eos=True))
+        == expected
+    )
     assert graphs.sizes_replayed
 
 
-@pytest.mark.skipif(INTERPRETED or find_spec("triton") is None, reason="needs triton, not yet interpreting")
+@pytest.mark.skipif(
+    INTERPRETED or find_spec("triton") is None, reason="needs triton, not yet interpreting"
+)
 def test_the_triton_backend_under_the_interpreter():
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "of_the_triton_backend"]
-    done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        __file__,
+        "-k",
+        "of_the_triton_backend",
+    ]
+    done = subprocess.run(
+        command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout[-3000:]
     assert "1 passed" in done.stdout
 
@@ -275,10 +345,15 @@ def test_preempted_sequences_give_the_same_tokens(overlap):
     _, model = shared_model()
     prompts = random_prompts([7, 30, 16, 45, 21, 1, 32, 50], seed=3)
     expected = [greedy(model, prompt, 40) for prompt in prompts]
-    llm = make_llm(num_gpu_blocks_override=12, max_model_len=100, max_num_seqs=8, async_scheduling=overlap)
+    llm = make_llm(
+        num_gpu_blocks_override=12, max_model_len=100, max_num_seqs=8, async_scheduling=overlap
+    )
     graphs = with_static_path(llm)
-    assert outputs(llm, prompts, SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)) == expected
-    assert llm.llm_engine.scheduler.num_preemptions > 3
+    assert (
+        outputs(llm, prompts, SamplingParams(temperature=0, max_tokens=40, ignore_eos=True))
+        == expected
+    )
+    assert llm.llm_engine.scheduler.stats.num_preemptions > 3
     assert len(graphs.sizes_replayed) > 20
 
 
@@ -296,12 +371,16 @@ def test_any_sampling_gives_the_tokens_of_the_eager_path(overlap):
         {"allowed_token_ids": list(range(50)), "logit_bias": {3: 2.0}},
     ]
     # The plain ones outlive the others, so both kinds of step occur.
-    params = [SamplingParams(max_tokens=24 - 3 * i, ignore_eos=True, **way) for i, way in enumerate(ways)]
+    params = [
+        SamplingParams(max_tokens=24 - 3 * i, ignore_eos=True, **way) for i, way in enumerate(ways)
+    ]
     eager = make_llm(async_scheduling=overlap, max_num_seqs=8)
     static = make_llm(async_scheduling=overlap, max_num_seqs=8)
     graphs = with_static_path(static)
     found, expected = (llm.generate(prompts, params, use_tqdm=False) for llm in (static, eager))
-    assert [out.outputs[0].token_ids for out in found] == [out.outputs[0].token_ids for out in expected]
+    assert [out.outputs[0].token_ids for out in found] == [
+        out.outputs[0].token_ids for out in expected
+    ]
     assert found[4].outputs[0].logprobs == expected[4].outputs[0].logprobs
     assert len(graphs.sizes_replayed) > 20
 
@@ -330,7 +409,7 @@ def test_a_step_that_ends_half_way_leaves_no_stale_inputs():
 
 
 class PretendedCuda:
-    """Notes what `capture` asks of torch; the names and arguments are those of torch 2.8 to 2.13."""
+    """Notes what `capture` asks of torch; names and arguments are as in torch 2.8 to 2.13."""
 
     device_index, device = 0, torch.device("cuda", 0)  # of the stream, which is this object too
 
@@ -344,8 +423,16 @@ class PretendedCuda:
             (torch.cuda, "synchronize", lambda device: self.did.append("synchronize")),
             (torch.cuda, "empty_cache", lambda: self.did.append("empty cache")),
             (torch._C, "_cuda_clearCublasWorkspaces", lambda: self.did.append("clear workspaces")),
-            (torch._C, "_cuda_endAllocateToPool", lambda device, pool: self.did.append(f"end {pool}")),
-            (torch._C, "_cuda_releasePool", lambda device, pool: self.did.append(f"release {pool}")),
+            (
+                torch._C,
+                "_cuda_endAllocateToPool",
+                lambda device, pool: self.did.append(f"end {pool}"),
+            ),
+            (
+                torch._C,
+                "_cuda_releasePool",
+                lambda device, pool: self.did.append(f"release {pool}"),
+            ),
         ]:
             monkeypatch.setattr(owner, name, function, raising=False)
 
@@ -400,7 +487,14 @@ def test_a_failed_recording_says_so_and_gives_everything_back(monkeypatch, end_f
 
     with pytest.raises(CaptureError, match="the capture is invalid" if end_fails else "no memory"):
         capture(cuda, "pool", work, False)
-    assert cuda.did[-6:] == ["work", "end", "set state", "end pool", "release pool", "clear workspaces"]
+    assert cuda.did[-6:] == [
+        "work",
+        "end",
+        "set state",
+        "end pool",
+        "release pool",
+        "clear workspaces",
+    ]
     assert NEVER_ENDED[kept:] == [cuda]
     NEVER_ENDED.pop()
 
@@ -422,9 +516,9 @@ def test_what_fails_by_itself_is_no_failed_recording(monkeypatch):
 class Unrecorded(DecodeGraphs):
     """What a runner has on a GPU, without the CUDA stream."""
 
-    def __init__(self, *args: Any) -> None:
-        *shape, self.stream = args
-        super().__init__(*shape)
+    def __init__(self, setup: Setup, stream: object) -> None:
+        super().__init__(setup)
+        self.stream = stream
 
     def next_tokens(self, batch):
         return super().next_tokens(batch).clone()
@@ -441,7 +535,7 @@ def test_graphs_are_recorded_anew_after_sleep(pretended_stream):
     prompts = random_prompts([9, 30, 3])
     expected = [greedy(model, prompt, 20) for prompt in prompts]
     llm = make_llm(max_num_seqs=4)
-    runner = llm.llm_engine.runner
+    runner = llm.llm_engine.executor.runner
     runner.capture_stream = pretended_stream
     runner.graphs = before = memory.record_graphs(runner)
     params = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
@@ -466,13 +560,13 @@ def test_an_engine_whose_recording_fails_goes_on_eagerly(pretended_stream, monke
 
     monkeypatch.setattr(Unrecorded, "record", failing)
     llm = make_llm(max_num_seqs=4)
-    runner = llm.llm_engine.runner
+    runner = llm.llm_engine.executor.runner
     runner.capture_stream = pretended_stream
     with caplog.at_level("WARNING", "nanovllm"):
         runner.graphs = memory.record_graphs(runner)
     assert runner.graphs is None
     assert tried == [4, 2], "the largest first, and none after a failure"
-    assert "one of 2 sequences failed: CUDA out of memory" in caplog.text
+    assert "recording a graph for 2 sequences failed: CUDA out of memory" in caplog.text
     assert memory.record_graphs(runner) is None
     assert tried == [4, 2], "nor ever again"
     _, model = shared_model()
@@ -481,14 +575,16 @@ def test_an_engine_whose_recording_fails_goes_on_eagerly(pretended_stream, monke
     assert outputs(llm, [prompt], params) == [greedy(model, prompt, 10)]
 
 
-def test_one_of_several_ranks_does_not_wait_for_those_that_wait_for_it(pretended_stream, monkeypatch):
+def test_one_of_several_ranks_does_not_wait_for_those_that_wait_for_it(
+    pretended_stream, monkeypatch
+):
     """What fails before it is recorded leaves the others inside its collectives."""
 
     def failing(self: Unrecorded, *args: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(Unrecorded, "record", failing)
-    runner = make_llm(max_num_seqs=4).llm_engine.runner
+    runner = make_llm(max_num_seqs=4).llm_engine.executor.runner
     runner.capture_stream = pretended_stream
     monkeypatch.setattr(runner, "tp", TensorParallel(0, 2))
     with pytest.raises(torch.OutOfMemoryError):
@@ -496,8 +592,8 @@ def test_one_of_several_ranks_does_not_wait_for_those_that_wait_for_it(pretended
 
 
 @dataclass
-class Card:
-    """A GPU's memory in bytes, as far as the driver tells: all that is in use, whoever uses it."""
+class FakeGPU:
+    """The memory of a GPU in bytes, as the driver reports it: used by others, and used by us."""
 
     total: int
     others: int
@@ -512,27 +608,29 @@ class Card:
     [(0, 800_000), (150_000, 800_000), (500_000, 500_000 - 10_000)],
     ids=["alone", "beside others", "others leave less than our share"],
 )
-def test_pages_get_what_weights_the_largest_step_and_graphs_leave_of_our_share(monkeypatch, others, share):
+def test_pages_get_what_weights_the_largest_step_and_graphs_leave_of_our_share(
+    monkeypatch, others, share
+):
     weights, step, library, graph, more = 100_000, 60_000, 5_000, 30_000, 1_000
     llm = make_llm(max_num_seqs=50, gpu_memory_utilization=0.8)
-    runner = llm.llm_engine.runner
+    runner = llm.llm_engine.executor.runner
     page = runner.attention.page_bytes()
-    card = Card(total=1_000_000, others=others)
+    gpu = FakeGPU(total=1_000_000, others=others)
     monkeypatch.setattr(memory, "GPU_RESERVE_BYTES", 10_000)
     for name in ("mem_get_info", "synchronize"):
-        monkeypatch.setattr(torch.cuda, name, getattr(card, name, lambda device: None))
-    held: dict[str, int] = {
+        monkeypatch.setattr(torch.cuda, name, getattr(gpu, name, lambda device: None))
+    used: dict[str, int] = {
         "weights": weights,
         "loading": 7_000,
     }  # "loading" and "step" are caches that torch can empty
 
     def use(**bytes_of: int) -> None:
-        held.update(bytes_of)
-        card.ours = sum(held.values())
+        used.update(bytes_of)
+        gpu.ours = sum(used.values())
 
-    def free(runner: Any) -> int:
+    def free(device: object) -> int:
         use(loading=0, step=0)
-        return card.mem_get_info(None)[0]
+        return gpu.mem_get_info(None)[0]
 
     class Graphs:
         sizes = graph_sizes(50)
@@ -544,16 +642,19 @@ def test_pages_get_what_weights_the_largest_step_and_graphs_leave_of_our_share(m
             use(graphs=0)
 
     def profile(runner: Any) -> int:
-        assert held["loading"] == 0
+        assert used["loading"] == 0
         use(step=step, pages=3 * page)
         return 3
 
-    runner.free_at_start = card.mem_get_info(None)[0]
+    runner.free_at_start = gpu.mem_get_info(None)[0]
     use()
-    monkeypatch.setattr(memory, "free_memory", free)
+    monkeypatch.setattr(memory, "free_gpu_memory", free)
     monkeypatch.setattr(memory, "profile_step", profile)
     monkeypatch.setattr(memory, "record_graphs", Graphs)
     monkeypatch.setattr(runner.attention, "allocate", lambda count: use(pages=count * page))
     num_sizes = len(graph_sizes(50))
-    assert memory.free_gpu_bytes(runner) == share - weights - step - library - graph - (num_sizes - 1) * more
-    assert held["pages"] == 0
+    assert (
+        memory.free_gpu_bytes(runner)
+        == share - weights - step - library - graph - (num_sizes - 1) * more
+    )
+    assert used["pages"] == 0

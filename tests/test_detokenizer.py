@@ -1,4 +1,6 @@
-"""Incremental text against `tokenizer.decode` of the whole, for every split into feeds; stop strings against brute force."""
+"""Incremental text against `tokenizer.decode` of the whole, for every split into feeds; stop
+strings against brute force.
+"""
 
 import codecs
 import importlib.util
@@ -41,16 +43,27 @@ def byte_level():  # GPT-2, Qwen, Llama 3
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    train(trainers.BpeTrainer(vocab_size=450, special_tokens=SPECIAL, initial_alphabet=alphabet), tokenizer)
+    train(
+        trainers.BpeTrainer(vocab_size=450, special_tokens=SPECIAL, initial_alphabet=alphabet),
+        tokenizer,
+    )
     # As Llama 3's configuration says; for BPE it would eat spaces that the model did generate.
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", clean_up_tokenization_spaces=True)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="</s>", clean_up_tokenization_spaces=True
+    )
 
 
 @cache
-def byte_fallback():  # Llama 2, Mistral, Gemma: <0xE2> and the like for what the vocabulary lacks; the first space is stripped
+# Llama 2, Mistral, Gemma: <0xE2> and the like for what the vocabulary lacks; the first space is
+# stripped.
+def byte_fallback():
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    tokenizer.train_from_iterator(CORPUS[:4], trainers.BpeTrainer(vocab_size=250, special_tokens=[]))
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    tokenizer.train_from_iterator(
+        CORPUS[:4], trainers.BpeTrainer(vocab_size=250, special_tokens=[])
+    )
     tokens = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().get)
     tokens = [*SPECIAL, *(f"<0x{b:02X}>" for b in range(256)), *(t for t in tokens if t != "\n")]
     vocab = {token: i for i, token in enumerate(tokens)}
@@ -58,7 +71,12 @@ def byte_fallback():  # Llama 2, Mistral, Gemma: <0xE2> and the like for what th
     built = Tokenizer(models.BPE(vocab, merges, unk_token="<s>", byte_fallback=True))
     built.normalizer = tokenizer.normalizer
     built.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
     )
     built.add_special_tokens(SPECIAL)
     return PreTrainedTokenizerFast(tokenizer_object=built, bos_token="<s>", eos_token="</s>")
@@ -69,7 +87,12 @@ def metaspace():  # T5, and Llama conversions with a Metaspace decoder
     tokenizer = Tokenizer(models.Unigram())
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Metaspace()
-    train(trainers.UnigramTrainer(vocab_size=300, special_tokens=[*SPECIAL, "<unk>"], unk_token="<unk>"), tokenizer)
+    train(
+        trainers.UnigramTrainer(
+            vocab_size=300, special_tokens=[*SPECIAL, "<unk>"], unk_token="<unk>"
+        ),
+        tokenizer,
+    )
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", unk_token="<unk>")
 
 
@@ -89,8 +112,14 @@ codecs.register_error("each byte", each_byte)
 
 
 def valid_runs(tokenizer, ids, skip):
-    """The ids with each run of byte tokens as Python's UTF-8 codec reads it: one U+FFFD for each byte of no character."""
-    shown = [i for i in ids if not is_hidden(tokenizer, i) or (not skip and tokenizer.convert_ids_to_tokens(i))]
+    """The ids with each run of byte tokens as Python's UTF-8 codec reads it: one U+FFFD for each
+    byte of no character.
+    """
+    shown = [
+        i
+        for i in ids
+        if not is_hidden(tokenizer, i) or (not skip and tokenizer.convert_ids_to_tokens(i))
+    ]
     valid = []
     for is_run, run in groupby(shown, lambda i: is_byte(tokenizer, i)):
         if is_run:
@@ -103,7 +132,11 @@ def valid_runs(tokenizer, ids, skip):
 def added_text(tokenizer, prompt, output, skip=True):
     """The oracle: what `output` adds to the prompt's text, both decoded whole."""
     before, after = (
-        tokenizer.decode(valid_runs(tokenizer, ids, skip), skip_special_tokens=skip, clean_up_tokenization_spaces=False)
+        tokenizer.decode(
+            valid_runs(tokenizer, ids, skip),
+            skip_special_tokens=skip,
+            clean_up_tokenization_spaces=False,
+        )
         for ids in (prompt, prompt + output)
     )
     return after[len(os.path.commonprefix([before, after])) :]  # noqa: RUF071
@@ -122,11 +155,17 @@ def encode(tokenizer, text):
 
 
 def token_ids(tokenizer):
-    """Ids of real text, any ids at all (broken characters, special tokens, padding of the vocabulary), and both in a row."""
+    """Ids of real text, any ids at all (broken characters, special tokens, padding of the
+    vocabulary), and both in a row.
+    """
     padding = 0 if tokenizer is slow() else 3
     anything = st.lists(st.integers(0, len(tokenizer) - 1 + padding), max_size=20)
-    text = st.lists(st.sampled_from(" ".join([*CORPUS, UNSEEN])), max_size=20).map("".join) | st.sampled_from(CORPUS)
-    return st.lists(anything | text.map(lambda t: encode(tokenizer, t)), max_size=3).map(lambda parts: [*chain(*parts)])
+    text = st.lists(st.sampled_from(" ".join([*CORPUS, UNSEEN])), max_size=20).map(
+        "".join
+    ) | st.sampled_from(CORPUS)
+    return st.lists(anything | text.map(lambda t: encode(tokenizer, t)), max_size=3).map(
+        lambda parts: [*chain(*parts)]
+    )
 
 
 @st.composite
@@ -134,14 +173,17 @@ def cases(draw):
     tokenizer = draw(st.sampled_from(TOKENIZERS))()
     prompt, output = draw(token_ids(tokenizer)), draw(token_ids(tokenizer))
     shown = [i for i in prompt if not is_hidden(tokenizer, i)]
-    assume(not shown or not is_byte(tokenizer, shown[-1]))  # one run of bytes over the border has tests of its own
+    # One run of bytes over the border has tests of its own.
+    assume(not shown or not is_byte(tokenizer, shown[-1]))
     cuts = sorted(draw(st.lists(st.integers(0, len(output)), max_size=30)))
     feeds = [output[i:j] for i, j in zip([0, *cuts], [*cuts, len(output)])]
     return tokenizer, prompt, output, draw(st.sampled_from([feeds, [[i] for i in output]]))
 
 
 def start(tokenizer, prompt, **params):
-    return IncrementalDetokenizer(Detokenizer(tokenizer), SamplingParams(max_tokens=None, **params), prompt)
+    return IncrementalDetokenizer(
+        Detokenizer(tokenizer), SamplingParams(max_tokens=None, **params), prompt
+    )
 
 
 @settings(max_examples=400, deadline=None)
@@ -161,7 +203,10 @@ def test_any_split_gives_the_whole_decode_and_never_takes_back(case, skip):
     assert stream.text == stream.emitted() == whole
     assert "".join(deltas) + stream.delta() == whole
     assert all(whole.startswith(text) for text in shown)
-    assert Detokenizer(tokenizer).text(SamplingParams(skip_special_tokens=skip), prompt, output) == whole
+    assert (
+        Detokenizer(tokenizer).text(SamplingParams(skip_special_tokens=skip), prompt, output)
+        == whole
+    )
 
 
 @settings(max_examples=200, deadline=None)
@@ -172,7 +217,8 @@ def test_whole_characters_are_shown_at_once(case):
     for n, token_id in enumerate(output, 1):
         stream.feed([token_id])
         now = added_text(tokenizer, prompt, output[:n])
-        assert stream.emitted().rstrip("\ufffd") == now.rstrip("\ufffd")  # more bytes may make one a character
+        # More bytes may make one a character.
+        assert stream.emitted().rstrip("\ufffd") == now.rstrip("\ufffd")
 
 
 @pytest.mark.parametrize("build", TOKENIZERS)
@@ -188,7 +234,9 @@ def test_first_space_stripped_when_the_prompt_shows_nothing():
     tokenizer = byte_fallback()
     bos, the = tokenizer.bos_token_id, encode(tokenizer, "The")
     assert Detokenizer(tokenizer).text(SamplingParams(), [bos], the) == "The"
-    assert Detokenizer(tokenizer).text(SamplingParams(skip_special_tokens=False), [bos], the) == " The"
+    assert (
+        Detokenizer(tokenizer).text(SamplingParams(skip_special_tokens=False), [bos], the) == " The"
+    )
 
 
 @pytest.mark.parametrize("build", [byte_level, byte_fallback])
@@ -203,7 +251,9 @@ def test_character_begun_by_the_prompt_belongs_to_the_output(build, cut):
     for token_id in output:
         stream.feed([token_id])
     stream.finish()
-    assert stream.text == ("𝄞" if cut < 4 else "") + added_text(tokenizer, encode(tokenizer, "x"), output[4 - cut :])
+    assert stream.text == ("𝄞" if cut < 4 else "") + added_text(
+        tokenizer, encode(tokenizer, "x"), output[4 - cut :]
+    )
     assert stream.text.endswith(text)
 
 
@@ -267,7 +317,8 @@ def test_a_vocabulary_without_the_bytes_of_the_replacement_character():
 @given(cases(), st.booleans())
 def test_the_pieces_of_a_text_join_to_the_text(case, skip):
     tokenizer, prompt, output, _ = case
-    params = SamplingParams(skip_special_tokens=skip, stop=["a"])  # a stop string holds nothing back
+    # A stop string holds nothing back.
+    params = SamplingParams(skip_special_tokens=skip, stop=["a"])
     pieces = TokenPieces(Detokenizer(tokenizer), params, prompt)
     found, special = [], [i for i in output if not tokenizer.decode([i], skip_special_tokens=True)]
     special = [i for i in special if tokenizer.decode([i])]
@@ -299,7 +350,11 @@ def test_a_piece_keeps_its_space(build):
     pieces = TokenPieces(Detokenizer(tokenizer), SamplingParams(), prompt)
     output = both[len(prompt) :]
     found = [(pieces.other(i), pieces.take(i)) for i in output]
-    assert "".join(possible for possible, _ in found) == "".join(taken for _, taken in found) == " brown fox"
+    assert (
+        "".join(possible for possible, _ in found)
+        == "".join(taken for _, taken in found)
+        == " brown fox"
+    )
 
 
 def test_unfinished_byte_run_does_not_spoil_the_prompts():
@@ -329,19 +384,21 @@ def test_end_token_is_fed_but_shown_only_where_stops_are_included(include):
 
 
 def brute_force_stop(tokenizer, prompt, output, stops, min_tokens):
-    """Looks at the text of every number of tokens: (text before the match, stop string, number of tokens) or None."""
+    """Checks the text of every number of tokens: (text before the match, stop string, number of
+    tokens) or None.
+    """
     seen = 0
     for n in range(1, len(output) + 1):
         text = added_text(tokenizer, prompt, output[:n]).rstrip("\ufffd")
         matches = [
-            (at, order)
-            for order, stop in enumerate(stops)
+            (at, rank)
+            for rank, stop in enumerate(stops)
             for at in range(len(text))
             if text.startswith(stop, at) and at + len(stop) > seen
         ]
         if n > min_tokens and matches:
-            at, order = min(matches)
-            return text[:at], stops[order], n
+            at, rank = min(matches)
+            return text[:at], stops[rank], n
         seen = max(seen, len(text))
     return None
 
@@ -351,12 +408,18 @@ def brute_force_stop(tokenizer, prompt, output, stops, min_tokens):
 def test_stop_strings_against_brute_force(case, data):
     tokenizer, prompt, output, feeds = case
     whole = added_text(tokenizer, prompt, output)
-    slices = st.tuples(st.integers(0, max(len(whole) - 1, 0)), st.integers(1, 12)).map(lambda s: whole[s[0] : sum(s)])
-    stops = data.draw(st.lists(slices | st.text("ab \n.o", min_size=1, max_size=3), min_size=1, max_size=4))
+    slices = st.tuples(st.integers(0, max(len(whole) - 1, 0)), st.integers(1, 12)).map(
+        lambda s: whole[s[0] : sum(s)]
+    )
+    stops = data.draw(
+        st.lists(slices | st.text("ab \n.o", min_size=1, max_size=3), min_size=1, max_size=4)
+    )
     stops = [stop for stop in stops if stop and "\ufffd" not in stop] or ["x"]
     min_tokens, include = data.draw(st.integers(0, 3) | st.just(0)), data.draw(st.booleans())
 
-    stream = start(tokenizer, prompt, stop=stops, min_tokens=min_tokens, include_stop_str_in_output=include)
+    stream = start(
+        tokenizer, prompt, stop=stops, min_tokens=min_tokens, include_stop_str_in_output=include
+    )
     shown = [""]
     for feed in feeds:
         if match := stream.feed(feed):
@@ -378,9 +441,11 @@ def test_stop_strings_against_brute_force(case, data):
 
 
 def feed_pieces(pieces, **params):
-    """Feeds one token for each piece; returns the stream, the match and what was shown after each."""
+    """Feeds one token for each piece -> the stream, the match, what was shown after each."""
     tokenizer = Tokenizer(
-        models.WordLevel({piece: i for i, piece in enumerate(dict.fromkeys(pieces))}, unk_token=pieces[0])
+        models.WordLevel(
+            {piece: i for i, piece in enumerate(dict.fromkeys(pieces))}, unk_token=pieces[0]
+        )
     )
     tokenizer.decoder = decoders.Fuse()
     stream = start(PreTrainedTokenizerFast(tokenizer_object=tokenizer), [], **params)
@@ -418,7 +483,8 @@ def test_match_that_begins_first_wins_then_the_order_of_the_list():
 def test_stop_string_counts_only_when_completed_after_min_tokens():
     stream, match, _ = feed_pieces(["a.", "b.", "c.", "d"], stop=".", min_tokens=2)
     assert (stream.text, match) == ("a.b.c", StopMatch(".", 3))
-    stream, match, _ = feed_pieces(["a", "e", "nd", "x"], stop="end", min_tokens=2)  # begins before, completes after
+    # Begins before, completes after.
+    stream, match, _ = feed_pieces(["a", "e", "nd", "x"], stop="end", min_tokens=2)
     assert (stream.text, match) == ("a", StopMatch("end", 3))
 
 
@@ -450,7 +516,9 @@ class CountingTokenizer:
 
 
 @pytest.mark.parametrize("stop", [None, "never"])
-@pytest.mark.parametrize("kind", ["text", "broken characters", "byte run", "special tokens", "ids without a token"])
+@pytest.mark.parametrize(
+    "kind", ["text", "broken characters", "byte run", "special tokens", "ids without a token"]
+)
 def test_time_is_linear(kind, stop):
     tokenizer = byte_fallback() if kind == "byte run" else byte_level()
     repeated = {

@@ -1,4 +1,6 @@
-"""Faults of one request stay with it: bad logits, bans that leave nothing, errors inside a step, threads, forks."""
+"""Faults of one request stay with it: bad logits, bans that leave nothing, errors inside a step,
+threads, forks.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nanovllm import LLM, SamplingParams, kernels
-from nanovllm.engine import batch as batch_module
+from nanovllm.engine import output_processor
 from nanovllm.sampling_params import RequestOutputKind
 from tests.tiny import EOS, assert_idle, make_llm, nothing_is_left, shared_llm  # noqa: F401
 
@@ -28,13 +30,14 @@ def tokens_of(output: Any) -> list[int]:
     return output.outputs[0].token_ids
 
 
-# -- what leaves no token to sample is refused when the request is added -----------------------------------------------
+# -- what leaves no token to sample is refused when the request is added ---------------------------
 
 
 @pytest.mark.parametrize(
     "params",
     [
-        {"allowed_token_ids": [65], "bad_words": ["b"]},  # b"b" is 65 in the tiny tokenizer's vocabulary
+        # B"b" is 65 in the tiny tokenizer's vocabulary.
+        {"allowed_token_ids": [65], "bad_words": ["b"]},
         {"allowed_token_ids": [EOS], "min_tokens": 3},
         {"allowed_token_ids": [65, 66], "logit_bias": {65: float("-inf"), 66: float("-inf")}},
         {"allowed_token_ids": [65, EOS], "logit_bias": {65: float("-inf")}, "min_tokens": 1},
@@ -56,7 +59,12 @@ def test_a_request_that_bans_all_it_allows_on_the_way_ends_alone(temperature):
     llm = shared_llm()
     word = llm.get_tokenizer().decode([65, 65])
     dead_end = SamplingParams(
-        temperature=temperature, max_tokens=6, allowed_token_ids=[65], bad_words=[word], ignore_eos=True, seed=1
+        temperature=temperature,
+        max_tokens=6,
+        allowed_token_ids=[65],
+        bad_words=[word],
+        ignore_eos=True,
+        seed=1,
     )
     alone = tokens_of(llm.generate([[70]], GREEDY, use_tqdm=False)[0])
     neighbour, failed = llm.generate([[70], [71]], [GREEDY, dead_end], use_tqdm=False)
@@ -78,13 +86,15 @@ def test_numbers_that_float32_cannot_hold_are_refused(name, value):
         SamplingParams(**{name: value})
 
 
-@pytest.mark.parametrize("params", [{"logit_bias": {66: 3e38}}, {"logit_bias": {66: 3e38}, "repetition_penalty": 0.01}])
+@pytest.mark.parametrize(
+    "params", [{"logit_bias": {66: 3e38}}, {"logit_bias": {66: 3e38}, "repetition_penalty": 0.01}]
+)
 def test_the_largest_bias_wins(params):
     params = SamplingParams(temperature=0.5, seed=1, max_tokens=3, ignore_eos=True, **params)
     assert tokens_of(shared_llm().generate([[65]], params, use_tqdm=False)[0]) == [66, 66, 66]
 
 
-# -- ids that the tokenizer knows and the model has no row for --------------------------------------------------------
+# -- ids that the tokenizer knows and the model has no row for -------------------------------------
 
 
 def test_ids_without_a_row_are_ignored_or_refused_and_never_reach_a_step():
@@ -105,14 +115,18 @@ def test_ids_without_a_row_are_ignored_or_refused_and_never_reach_a_step():
     for given_params in ignored:
         params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, **given_params)
         assert tokens_of(llm.generate([[70]], params, use_tqdm=False)[0]) == expected, given_params
-    for refused in [{"allowed_token_ids": [extra]}, {"logit_bias": {extra + 1: 1.0}}, {"stop_token_ids": [-1]}]:
+    for refused in [
+        {"allowed_token_ids": [extra]},
+        {"logit_bias": {extra + 1: 1.0}},
+        {"stop_token_ids": [-1]},
+    ]:
         with pytest.raises(ValueError, match=next(iter(refused))):
             llm.generate([[70]], SamplingParams(**refused), use_tqdm=False)
     with pytest.raises(ValueError, match=f"token id {extra} is outside the vocabulary"):
         llm.generate("a<extra>", GREEDY, use_tqdm=False)
 
 
-# -- white space in bad words -----------------------------------------------------------------------------------------
+# -- white space in bad words ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("word", ["\n", "\t", "\n\n", " "])
@@ -120,13 +134,15 @@ def test_a_white_space_word_bans_itself_and_nothing_else(word):
     llm = shared_llm()
     tokenizer = llm.get_tokenizer()
     ids = [tokenizer.encode(text, add_special_tokens=False)[0] for text in ("\n", " ", "a", "\t")]
-    params = SamplingParams(max_tokens=200, seed=1, allowed_token_ids=ids, bad_words=[word], ignore_eos=True)
+    params = SamplingParams(
+        max_tokens=200, seed=1, allowed_token_ids=ids, bad_words=[word], ignore_eos=True
+    )
     text = tokenizer.decode(tokens_of(llm.generate([[65]], params, use_tqdm=False)[0]))
     assert word not in text
     assert {"\n", " ", "a", "\t"} - {word} == set(text)
 
 
-# -- logits of any kind give an id of the vocabulary ------------------------------------------------------------------
+# -- logits of any kind give an id of the vocabulary -----------------------------------------------
 
 NAN, INF, MANY = float("nan"), float("inf"), 3000
 ROWS = {
@@ -139,9 +155,14 @@ ROWS = {
     "-inf and one": torch.full((MANY,), -INF).index_fill(0, torch.tensor([2999]), -3e38),
 }
 CANDIDATES = {
-    "all -inf": {0}, "all nan": {0}, "all inf": set(range(MANY)), "one inf": {1234}, "two inf": {7, 2999},
-    "nan and numbers": {40, 2048}, "-inf and one": {2999},
-}  # fmt: skip
+    "all -inf": {0},
+    "all nan": {0},
+    "all inf": set(range(MANY)),
+    "one inf": {1234},
+    "two inf": {7, 2999},
+    "nan and numbers": {40, 2048},
+    "-inf and one": {2999},
+}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -162,7 +183,9 @@ def test_rows_of_any_logits_give_a_candidate(dtype, plain, monkeypatch):
 @pytest.mark.parametrize("temperature", [0, 1])
 def test_a_model_that_computes_nan_for_one_prompt_leaves_its_neighbours_alone(temperature):
     llm = make_llm()
-    params = SamplingParams(temperature=temperature, seed=3, max_tokens=6, ignore_eos=True, logprobs=2)
+    params = SamplingParams(
+        temperature=temperature, seed=3, max_tokens=6, ignore_eos=True, logprobs=2
+    )
     alone = tokens_of(llm.generate([[70, 71]], params, use_tqdm=False)[0])
     weight = llm.apply_model(lambda model: model.model.embed_tokens.weight)[0]
     saved = weight.data.clone()
@@ -177,14 +200,16 @@ def test_a_model_that_computes_nan_for_one_prompt_leaves_its_neighbours_alone(te
     assert all(0 <= token < 300 for token in tokens_of(poisoned))
 
 
-# -- an error that belongs to a request ends that request -------------------------------------------------------------
+# -- an error that belongs to a request ends that request ------------------------------------------
 
 
 def outputs_with_fault(llm: LLM, params: list[SamplingParams]) -> list[Any]:
     return llm.generate([[70, 71, 72], [80, 81], [90, 91]], params, use_tqdm=False)
 
 
-def expect_second_alone_failed(llm: LLM, params: list[SamplingParams], monkeypatch: Any, patch: Any) -> None:
+def expect_second_alone_failed(
+    llm: LLM, params: list[SamplingParams], monkeypatch: Any, patch: Any
+) -> None:
     expected = [tokens_of(output) for output in outputs_with_fault(llm, params)]
     llm.reset_prefix_cache()
     with monkeypatch.context() as context:
@@ -218,17 +243,37 @@ def test_a_fault_in_admission_ends_one_request(overlap, monkeypatch):
 
 
 @pytest.mark.parametrize("overlap", [False, True])
-def test_a_fault_in_packing_a_logits_processor_ends_one_request(overlap, monkeypatch):
+@pytest.mark.parametrize("name", ["logit_bias", "penalties"])
+def test_a_fault_in_packing_a_logits_processor_ends_one_request(name, overlap, monkeypatch):
     llm = shared_llm(async_scheduling=overlap)
-    biased = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, logit_bias={3: 1.0}, presence_penalty=0.5)
+    biased = SamplingParams(
+        temperature=0, max_tokens=6, ignore_eos=True, logit_bias={3: 1.0}, presence_penalty=0.5
+    )
 
-    def second(batch: Any, table: Any, rows: Any, lengths: Any, edited: Any) -> bool:
-        return any(table.token_ids[rows[i], 0] == 80 for i in edited)
+    (ability,) = (ability for ability in llm.llm_engine.abilities if ability.name == name)
+
+    def second(table: Any, rows: Any, lengths: Any, users: Any) -> bool:
+        return any(table.token_ids[rows[i], 0] == 80 for i in users)
 
     def patch(context: Any) -> None:
-        context.setattr(batch_module, "add_edits", failing(batch_module.add_edits, second))
+        context.setattr(ability, "part", failing(ability.part, second))
 
     expect_second_alone_failed(llm, [biased] * 3, monkeypatch, patch)
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_prompt_logprobs_are_right_after_a_request_that_failed_alone(overlap, monkeypatch):
+    """The step of a failed request may never be collected, and its prompt logprobs with it."""
+    llm = shared_llm(async_scheduling=overlap)
+    params = SamplingParams(temperature=0, max_tokens=2, prompt_logprobs=1, logit_bias={3: 1.0})
+    (expected,) = llm.generate([[70, 71, 72]], params, use_tqdm=False)
+    (ability,) = (ability for ability in llm.llm_engine.abilities if ability.name == "logit_bias")
+    with monkeypatch.context() as context:
+        context.setattr(ability, "part", failing(ability.part, lambda *_: True))
+        (failed,) = llm.generate([[80, 81]], params, use_tqdm=False)
+    assert failed.outputs[0].finish_reason == "error"
+    (output,) = llm.generate([[70, 71, 72]], params, use_tqdm=False)
+    assert output.prompt_logprobs == expected.prompt_logprobs
 
 
 @pytest.mark.parametrize("kind", list(RequestOutputKind))
@@ -239,7 +284,7 @@ def test_a_fault_in_detokenising_ends_one_request(overlap, kind, monkeypatch):
     expected = [tokens_of(output) for output in outputs_with_fault(llm, [GREEDY] * 3)]
     others = {70, 71, 72, 80, 81, 90, 91, *expected[0], *expected[2]}
     victim = next(token for token in expected[1] if token not in others)
-    detokenizer = llm.llm_engine.processor.detokenizer
+    detokenizer = llm.llm_engine.output_processor.detokenizer
     with monkeypatch.context() as context:
         decode = failing(detokenizer._decode, lambda ids, **_: victim in ids)
         context.setattr(detokenizer, "_decode", decode)
@@ -247,7 +292,9 @@ def test_a_fault_in_detokenising_ends_one_request(overlap, kind, monkeypatch):
         found: dict[str, list[int]] = {}
         for output in llm.stream([[70, 71, 72], [80, 81], [90, 91]], params):
             delta = kind is RequestOutputKind.DELTA and output.request_id in found
-            found[output.request_id] = (found[output.request_id] if delta else []) + tokens_of(output)
+            found[output.request_id] = (found[output.request_id] if delta else []) + tokens_of(
+                output
+            )
             last[output.request_id] = output
     first, second, third = (last[request_id] for request_id in sorted(last, key=int))
     assert [found[first.request_id], found[third.request_id]] == [expected[0], expected[2]]
@@ -258,25 +305,28 @@ def test_a_fault_in_detokenising_ends_one_request(overlap, kind, monkeypatch):
 def test_a_fault_in_logprobs_ends_one_request(monkeypatch):
     llm = shared_llm()
     params = [
-        SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, logprobs=k, prompt_logprobs=1) for k in (1, 3, 2)
+        SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, logprobs=k, prompt_logprobs=1)
+        for k in (1, 3, 2)
     ]
-    processor = llm.llm_engine.processor
 
     def patch(context: Any) -> None:
-        context.setattr(processor, "_entry", failing(processor._entry, lambda token, row, found, k, *_: k == 3))
+        third = failing(output_processor.logprob_entry, lambda token, row, found, k, *_: k == 3)
+        context.setattr(output_processor, "logprob_entry", third)
 
     expect_second_alone_failed(llm, params, monkeypatch, patch)
 
 
 @pytest.mark.parametrize("stage", ["schedule", "forward", "sample", "update"])
-def test_a_fault_of_the_device_or_the_scheduler_ends_the_step_and_the_engine_goes_on(stage, monkeypatch):
+def test_a_fault_of_the_device_or_the_scheduler_ends_the_step_and_the_engine_goes_on(
+    stage, monkeypatch
+):
     llm = shared_llm()
     engine = llm.llm_engine
     expected = [tokens_of(output) for output in outputs_with_fault(llm, [GREEDY] * 3)]
     owner, name = {
         "schedule": (engine.scheduler, "_grant_running"),
-        "forward": (engine.runner, "forward"),
-        "sample": (engine.runner, "next_tokens"),
+        "forward": (engine.executor.runner, "forward"),
+        "sample": (engine.executor.runner.next_tokens, "sample"),
         "update": (engine.scheduler, "update"),
     }[stage]
     with monkeypatch.context() as context:
@@ -290,14 +340,14 @@ def test_a_fault_of_the_device_or_the_scheduler_ends_the_step_and_the_engine_goe
 def test_n_completions_of_a_failed_request_all_end(monkeypatch):
     llm = shared_llm()
     params = SamplingParams(n=3, seed=1, max_tokens=6, ignore_eos=True, logprobs=1)
-    processor = llm.llm_engine.processor
     calls = []
-    monkeypatch.setattr(processor, "_entry", failing(processor._entry, lambda *_: calls.append(1) or len(calls) == 5))
+    fifth = failing(output_processor.logprob_entry, lambda *_: calls.append(1) or len(calls) == 5)
+    monkeypatch.setattr(output_processor, "logprob_entry", fifth)
     (output,) = llm.generate([[70]], params, use_tqdm=False)
     assert [completion.finish_reason for completion in output.outputs] == ["error"] * 3
 
 
-# -- threads ----------------------------------------------------------------------------------------------------------
+# -- threads ---------------------------------------------------------------------------------------
 
 
 def test_threads_get_right_answers_from_one_engine():
@@ -309,13 +359,17 @@ def test_threads_get_right_answers_from_one_engine():
     def streamed(i: int) -> list[int]:
         delta = params[i].clone()
         delta.output_kind = RequestOutputKind.DELTA
-        return list(chain.from_iterable(tokens_of(output) for output in llm.stream([prompts[i]], delta)))
+        return list(
+            chain.from_iterable(tokens_of(output) for output in llm.stream([prompts[i]], delta))
+        )
 
     def generated(i: int) -> list[int]:
         return tokens_of(llm.generate([prompts[i]], params[i], use_tqdm=False)[0])
 
     def chatted(i: int) -> list[int]:
-        return tokens_of(llm.chat([{"role": "user", "content": "hi"}], params[i], use_tqdm=False)[0])
+        return tokens_of(
+            llm.chat([{"role": "user", "content": "hi"}], params[i], use_tqdm=False)[0]
+        )
 
     chat = [chatted(i) for i in range(24)]
     with ThreadPoolExecutor(4) as pool:
@@ -326,7 +380,7 @@ def test_threads_get_right_answers_from_one_engine():
 
 def test_a_failed_step_reaches_every_thread(monkeypatch):
     llm = shared_llm()
-    runner = llm.llm_engine.runner
+    runner = llm.llm_engine.executor.runner
     started = threading.Barrier(2)
 
     def run(i: int) -> BaseException | None:
@@ -343,7 +397,11 @@ def test_a_failed_step_reaches_every_thread(monkeypatch):
     threads = ThreadPoolExecutor(2)
     with threads, monkeypatch.context() as context:
         calls: list[int] = []
-        context.setattr(runner, "forward", failing(runner.forward, lambda *_: calls.append(1) or len(calls) > 40))
+        context.setattr(
+            runner,
+            "forward",
+            failing(runner.forward, lambda *_: calls.append(1) or len(calls) > 40),
+        )
         errors = list(threads.map(run, range(2)))
     assert all(isinstance(error, RuntimeError) for error in errors)
     assert_idle(llm)
@@ -362,7 +420,7 @@ def test_requests_of_the_engine_itself_reach_its_own_caller_while_generate_steps
     assert expected == tokens_of(llm.generate([[80, 81]], GREEDY, use_tqdm=False)[0])
 
 
-# -- a forked child ---------------------------------------------------------------------------------------------------
+# -- a forked child --------------------------------------------------------------------------------
 
 
 def call_in_child(make_new: bool, results: Any) -> None:
@@ -394,7 +452,7 @@ def test_a_forked_child_gets_one_sentence(make_new):
     assert tokens_of(llm.generate([[70]], GREEDY, use_tqdm=False)[0]) == expected
 
 
-# -- names that vLLM's scripts call -----------------------------------------------------------------------------------
+# -- names that vLLM's scripts call ----------------------------------------------------------------
 
 
 def test_weights_are_reloaded_by_name_and_the_worker_is_found_as_in_vllm():
@@ -415,7 +473,7 @@ def test_weights_are_reloaded_by_name_and_the_worker_is_found_as_in_vllm():
     assert tokens_of(llm.generate([[70]], GREEDY, use_tqdm=False)[0]) == expected
 
 
-# -- everything at once -----------------------------------------------------------------------------------------------
+# -- everything at once ----------------------------------------------------------------------------
 
 TEXT = st.text(st.characters(codec="utf-8"), max_size=12)
 IDS = st.lists(st.integers(-1, 305), max_size=12)
@@ -465,7 +523,9 @@ def test_any_requests_end_in_a_result_or_a_sentence(overlap):
     expected = tokens_of(llm.generate([[70, 71]], GREEDY, use_tqdm=False)[0])
     ends: Counter[str] = Counter()
 
-    @settings(max_examples=100, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @settings(
+        max_examples=100, deadline=None, database=None, suppress_health_check=list(HealthCheck)
+    )
     @given(st.lists(st.tuples(PROMPTS, PARAMS), min_size=10, max_size=10))
     def run(requests: list[tuple[Any, dict[str, Any]]]) -> None:
         engine = llm.llm_engine
@@ -473,7 +533,9 @@ def test_any_requests_end_in_a_result_or_a_sentence(overlap):
         accepted = set()
         for number, (prompt, given_params) in enumerate(requests):
             try:
-                params = SamplingParams(**given_params, output_kind=list(RequestOutputKind)[number % 3])
+                params = SamplingParams(
+                    **given_params, output_kind=list(RequestOutputKind)[number % 3]
+                )
                 if params.max_tokens is None:
                     params.max_tokens = 20
                 engine.add_request(str(number), prompt, params)

@@ -31,7 +31,9 @@ Kind = gguf.TokenType
 PROMPT = [70, 71, 72, 73]
 MISSING = "<missing>"
 IS_5 = int(transformers.__version__.split(".")[0]) >= 5
-needs_5 = pytest.mark.skipif(not IS_5, reason="transformers 4 checks fewer fields, and reads some otherwise")
+needs_5 = pytest.mark.skipif(
+    not IS_5, reason="transformers 4 checks fewer fields, and reads some otherwise"
+)
 GREEDY = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
 
 
@@ -40,7 +42,9 @@ def bases(tmp_path_factory: Any) -> dict[str, str]:
     """Folders of tiny models with tokenizers."""
     made = {}
     for family in ("Llama", "Mistral", "Qwen2", "Qwen3"):
-        made[family], _ = tiny_model(tmp_path_factory.mktemp(family), family, max_position_embeddings=64)
+        made[family], _ = tiny_model(
+            tmp_path_factory.mktemp(family), family, max_position_embeddings=64
+        )
         tiny_tokenizer().save_pretrained(made[family])
     return made
 
@@ -50,7 +54,9 @@ def changed(base: str, folder: Path, file: str, fields: dict[str, Any]) -> str:
     shutil.copytree(base, folder)
     path = folder / file
     merged = {**(json.loads(path.read_text()) if path.exists() else {}), **fields}
-    path.write_text(json.dumps({name: value for name, value in merged.items() if value is not MISSING}))
+    path.write_text(
+        json.dumps({name: value for name, value in merged.items() if value is not MISSING})
+    )
     return str(folder)
 
 
@@ -97,15 +103,46 @@ RUN = [
     ("Mistral", {"attention_bias": "auto"}),
     ("Mistral", {"sliding_window": 2}),
     ("Mistral", {"sliding_window": 2, "layer_types": ["full_attention", "sliding_attention"]}),
-    ("Mistral", {"sliding_window": 2, "layer_types": ["full_attention", "sliding_attention"], "architectures": None}),
+    (
+        "Mistral",
+        {
+            "sliding_window": 2,
+            "layer_types": ["full_attention", "sliding_attention"],
+            "architectures": None,
+        },
+    ),
     ("Qwen3", {"sliding_window": 0}),
     ("Qwen3", {"use_sliding_window": True, "sliding_window": None, "layer_types": MISSING}),
-    ("Qwen3", {"use_sliding_window": True, "sliding_window": 2, "layer_types": None, "max_window_layers": 1}),
+    (
+        "Qwen3",
+        {
+            "use_sliding_window": True,
+            "sliding_window": 2,
+            "layer_types": None,
+            "max_window_layers": 1,
+        },
+    ),
     ("Llama", {"rope_parameters": None}),
     ("Llama", {"rope_parameters": MISSING, "rope_theta": 500}),
     ("Qwen3", {"rope_parameters": MISSING, "rope_theta": 500.5, "rope_scaling": None}),
-    ("Llama", {"rope_parameters": MISSING, "rope_theta": 777, "rope_scaling": {"type": "linear", "factor": 2}}),
-    ("Llama", {"rope_parameters": {"type": "yarn", "factor": None, "original_max_position_embeddings": 16}}),
+    (
+        "Llama",
+        {
+            "rope_parameters": MISSING,
+            "rope_theta": 777,
+            "rope_scaling": {"type": "linear", "factor": 2},
+        },
+    ),
+    (
+        "Llama",
+        {
+            "rope_parameters": {
+                "type": "yarn",
+                "factor": None,
+                "original_max_position_embeddings": 16,
+            }
+        },
+    ),
     ("Llama", {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": None}}),
     ("Llama", {"eos_token_id": [EOS, 7]}),
     ("Llama", {"eos_token_id": None, "bos_token_id": None, "pad_token_id": -1}),
@@ -114,12 +151,16 @@ RUN = [
 
 @needs_5
 @pytest.mark.parametrize(("family", "fields"), RUN, ids=str)
-def test_a_config_runs_as_in_transformers(bases: Any, tmp_path: Path, family: str, fields: Any) -> None:
+def test_a_config_runs_as_in_transformers(
+    bases: Any, tmp_path: Path, family: str, fields: Any
+) -> None:
     folder = changed(bases[family], tmp_path / "m", "config.json", fields)
     assert tokens(make(folder)) == of_transformers(folder)
 
 
-def test_fields_that_transformers_fails_over_and_that_say_nothing_are_passed_by(bases: Any, tmp_path: Path) -> None:
+def test_fields_that_transformers_fails_over_and_that_say_nothing_are_passed_by(
+    bases: Any, tmp_path: Path
+) -> None:
     """auto_map, head_dim and rope_theta of null are what a missing field is."""
     for number, fields in enumerate(
         (
@@ -188,7 +229,9 @@ REFUSED = [
 
 @needs_5
 @pytest.mark.parametrize(("family", "name", "value"), REFUSED, ids=str)
-def test_a_config_that_cannot_run_is_a_sentence(bases: Any, tmp_path: Path, family: str, name: str, value: Any) -> None:
+def test_a_config_that_cannot_run_is_a_sentence(
+    bases: Any, tmp_path: Path, family: str, name: str, value: Any
+) -> None:
     folder = changed(bases[family], tmp_path / "m", "config.json", {name: value})
     with pytest.raises(ValueError, match=rf"config\.json.*{name}|{name}.*config\.json") as refused:
         make(folder)
@@ -211,29 +254,48 @@ def test_any_field_of_any_type_runs_as_in_transformers_or_is_a_sentence(
             continue
         expected, error = outcome(lambda folder=folder: of_transformers(folder))
         # transformers reads fields that this engine has no use for
-        assert found == expected or (error and name in ("initializer_range", "use_cache", "pad_token_id")), name
+        assert found == expected or (
+            error and name in ("initializer_range", "use_cache", "pad_token_id")
+        ), name
 
 
 def test_quantised_weights_are_refused_before_they_are_read(bases: Any, tmp_path: Path) -> None:
-    folder = changed(bases["Llama"], tmp_path / "m", "config.json", {"quantization_config": {"quant_method": "gptq"}})
+    folder = changed(
+        bases["Llama"],
+        tmp_path / "m",
+        "config.json",
+        {"quantization_config": {"quant_method": "gptq"}},
+    )
     Path(folder, "model.safetensors").write_bytes(b"damaged")
-    with pytest.raises(ValueError, match=r"config\.json: quantization_config: quant_method is 'gptq'"):
+    with pytest.raises(
+        ValueError, match=r"config\.json: quantization_config: quant_method is 'gptq'"
+    ):
         make(folder)
 
 
-@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn, torch.float8_e5m2, torch.int32])
-@pytest.mark.parametrize("name", ["model.layers.0.self_attn.q_proj.weight", "model.embed_tokens.weight"])
-def test_weights_that_are_no_floats_are_refused(bases: Any, tmp_path: Path, dtype: torch.dtype, name: str) -> None:
+@pytest.mark.parametrize(
+    "dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn, torch.float8_e5m2, torch.int32]
+)
+@pytest.mark.parametrize(
+    "name", ["model.layers.0.self_attn.q_proj.weight", "model.embed_tokens.weight"]
+)
+def test_weights_that_are_no_floats_are_refused(
+    bases: Any, tmp_path: Path, dtype: torch.dtype, name: str
+) -> None:
     folder = changed(bases["Llama"], tmp_path / "m", "config.json", {})
     weights = load_file(Path(folder, "model.safetensors"))
     weights[name] = weights[name].mul(8).to(dtype)
     save_file(weights, Path(folder, "model.safetensors"))
-    with pytest.raises(ValueError, match=f"tensor {name} is stored as {str(dtype)[6:]}; accepted are float32"):
+    with pytest.raises(
+        ValueError, match=f"tensor {name} is stored as {str(dtype)[6:]}; accepted are float32"
+    ):
         make(folder)
 
 
 @pytest.mark.parametrize("dtype", ["int8", "64", 5, [4], "float8_e4m3fn"], ids=str)
-def test_a_dtype_that_is_none_is_a_sentence_unless_another_is_asked_for(bases: Any, tmp_path: Path, dtype: Any) -> None:
+def test_a_dtype_that_is_none_is_a_sentence_unless_another_is_asked_for(
+    bases: Any, tmp_path: Path, dtype: Any
+) -> None:
     folder = changed(bases["Llama"], tmp_path / "m", "config.json", {"dtype": dtype})
     assert len(tokens(make(folder))) == 6
     with pytest.raises(ValueError, match=r"config\.json: dtype"):
@@ -258,7 +320,9 @@ def test_a_tied_model_takes_its_matrix_from_either_name(
     matrix = weights.pop("lm_head.weight")
     del weights["model.embed_tokens.weight"]
     names = ["lm_head.weight", "model.embed_tokens.weight"] if kept == "both" else [kept]
-    folder = save_tied(bases["Llama"], tmp_path / "m", {**weights, **{name: matrix.clone() for name in names}})
+    folder = save_tied(
+        bases["Llama"], tmp_path / "m", {**weights, **{name: matrix.clone() for name in names}}
+    )
     assert tokens(make(folder)) == of_transformers(folder)
     assert not caplog.records
 
@@ -285,12 +349,18 @@ SCRIPT = (97, 98, 99, 100, 101, 102, 103)  # after 97 comes 98, and so on
 def scripted(tmp_path: Path) -> Path:
     """A model that says its script, with an EOS in its generation_config.json that no other file knows."""
     folder = shutil.copytree(scripted_model(SCRIPT), tmp_path / "scripted")
-    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [EOS, 100], "temperature": 0.5}))
+    (folder / "generation_config.json").write_text(
+        json.dumps({"eos_token_id": [EOS, 100], "temperature": 0.5})
+    )
     return folder
 
 
 def said(llm: LLM) -> list[int]:
-    return llm.generate([[97]], SamplingParams(temperature=0, max_tokens=6), use_tqdm=False)[0].outputs[0].token_ids
+    return (
+        llm.generate([[97]], SamplingParams(temperature=0, max_tokens=6), use_tqdm=False)[0]
+        .outputs[0]
+        .token_ids
+    )
 
 
 def test_vllms_sampling_keeps_the_end_tokens(scripted: Path) -> None:
@@ -320,8 +390,20 @@ def test_the_generation_config_of_another_folder(scripted: Path, tmp_path: Path,
         ({"do_sample": False, "temperature": 0.6}, {"temperature": 0.6}),
         ({"do_sample": False}, {}),
         ({"do_sample": "false", "num_beams": "4", "max_length": None}, {}),
-        ({"temperature": None, "top_p": None, "top_k": None, "max_new_tokens": None, "eos_token_id": None}, {}),
-        ({"temperature": 1, "top_k": 0, "min_p": 0, "max_new_tokens": 3}, {"top_k": 0, "max_tokens": 3}),
+        (
+            {
+                "temperature": None,
+                "top_p": None,
+                "top_k": None,
+                "max_new_tokens": None,
+                "eos_token_id": None,
+            },
+            {},
+        ),
+        (
+            {"temperature": 1, "top_k": 0, "min_p": 0, "max_new_tokens": 3},
+            {"top_k": 0, "max_tokens": 3},
+        ),
     ],
     ids=str,
 )
@@ -335,7 +417,11 @@ def test_generation_configs_that_mean_what_they_mean_to_vllm(
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        *((name, value) for name in ("temperature", "top_p", "min_p") for value in ("0.7", True, [1], -1)),
+        *(
+            (name, value)
+            for name in ("temperature", "top_p", "min_p")
+            for value in ("0.7", True, [1], -1)
+        ),
         *(("top_k", value) for value in ("auto", 2.5, True, {})),
         *(("repetition_penalty", value) for value in ("1.1", 0, [])),
         *(("max_new_tokens", value) for value in ("7", 0, 2.0, True)),
@@ -351,24 +437,34 @@ def test_a_generation_config_with_a_wrong_value_is_a_sentence(
         make(folder).get_default_sampling_params()
 
 
-def test_end_tokens_that_cannot_be_sampled_end_nothing_and_break_nothing(bases: Any, tmp_path: Path) -> None:
+def test_end_tokens_that_cannot_be_sampled_end_nothing_and_break_nothing(
+    bases: Any, tmp_path: Path
+) -> None:
     ends = {"eos_token_id": [-1, 7, 300, 10**12]}
     llm = make(changed(bases["Llama"], tmp_path / "m", "generation_config.json", ends))
     assert llm.llm_engine.eos_token_ids == {7, EOS}
     assert len(tokens(llm, SamplingParams(temperature=0, min_tokens=4, max_tokens=4))) == 4
 
 
-@pytest.mark.parametrize("root", ["[]", "null", "5", '"x"', "{", "", "\ufeff{}", "[" * 100_000, "\xff"])
 @pytest.mark.parametrize(
-    "file", ["config.json", "generation_config.json", "tokenizer_config.json", "model.safetensors.index.json"]
+    "content", ["[]", "null", "5", '"x"', "{", "", "\ufeff{}", "[" * 100_000, "\xff"]
+)
+@pytest.mark.parametrize(
+    "file",
+    [
+        "config.json",
+        "generation_config.json",
+        "tokenizer_config.json",
+        "model.safetensors.index.json",
+    ],
 )
 def test_a_file_that_holds_no_object_is_a_sentence_that_names_it(
-    bases: Any, tmp_path: Path, file: str, root: str
+    bases: Any, tmp_path: Path, file: str, content: str
 ) -> None:
     folder = Path(changed(bases["Llama"], tmp_path / "m", file, {}))
     if file == "model.safetensors.index.json":
         (folder / "model.safetensors").rename(folder / "part.safetensors")
-    (folder / file).write_bytes(root.encode("latin-1" if root == "\xff" else "utf-8"))
+    (folder / file).write_bytes(content.encode("latin-1" if content == "\xff" else "utf-8"))
     with pytest.raises(ValueError, match=f"{file}.*accepted is one JSON object") as refused:
         make(folder)
     assert "\n" not in str(refused.value)
@@ -392,7 +488,9 @@ def test_a_file_that_holds_no_object_is_a_sentence_that_names_it(
     ],
     ids=str,
 )
-def test_a_tokenizer_config_works_as_in_transformers(bases: Any, tmp_path: Path, fields: Any) -> None:
+def test_a_tokenizer_config_works_as_in_transformers(
+    bases: Any, tmp_path: Path, fields: Any
+) -> None:
     folder = changed(bases["Llama"], tmp_path / "m", "tokenizer_config.json", fields)
     try:
         theirs = AutoTokenizer.from_pretrained(folder)
@@ -409,10 +507,17 @@ def test_a_tokenizer_config_works_as_in_transformers(bases: Any, tmp_path: Path,
 @needs_5
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("tokenizer_class", 64), ("bos_token", 5), ("eos_token", ["</s>"]), ("model_input_names", True)],
+    [
+        ("tokenizer_class", 64),
+        ("bos_token", 5),
+        ("eos_token", ["</s>"]),
+        ("model_input_names", True),
+    ],
     ids=str,
 )
-def test_a_tokenizer_config_with_a_wrong_value_is_a_sentence(bases: Any, tmp_path: Path, name: str, value: Any) -> None:
+def test_a_tokenizer_config_with_a_wrong_value_is_a_sentence(
+    bases: Any, tmp_path: Path, name: str, value: Any
+) -> None:
     folder = changed(bases["Llama"], tmp_path / "m", "tokenizer_config.json", {name: value})
     with pytest.raises(ValueError, match=rf"tokenizer=.*tokenizer_config\.json: {name}="):
         make(folder)
@@ -436,7 +541,22 @@ def test_a_tilde_in_tokenizer_and_download_dir_is_the_home(
 # GGUF
 
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
-MERGES = ["' t", "1 2", "12 3", "123 4", "1234 5", "4 5", "45 6", "! !", "$ 5", "Ġ Ġ", "Ġ 1", "Ċ Ċ", "a T", ". x"]
+MERGES = [
+    "' t",
+    "1 2",
+    "12 3",
+    "123 4",
+    "1234 5",
+    "4 5",
+    "45 6",
+    "! !",
+    "$ 5",
+    "Ġ Ġ",
+    "Ġ 1",
+    "Ċ Ċ",
+    "a T",
+    ". x",
+]
 WORDS = [*ALPHABET, *(merge.replace(" ", "") for merge in MERGES)]
 
 
@@ -456,7 +576,11 @@ def write_gguf(
     """
     specials = specials or {"<end>": Kind.CONTROL}
     family = {"llama": "Llama", "qwen2": "Qwen2"}[arch]
-    sizes = {"vocab_size": len(WORDS) + len(specials), "num_hidden_layers": 2, "max_position_embeddings": 64}
+    sizes = {
+        "vocab_size": len(WORDS) + len(specials),
+        "num_hidden_layers": 2,
+        "max_position_embeddings": 64,
+    }
     with_bias = {"attention_bias": bool(bias), "mlp_bias": "ffn" in bias} if arch == "llama" else {}
     _, model = tiny_model(path.parent / "source", family, **sizes, **with_bias)
     config = model.config
@@ -503,7 +627,9 @@ def add_tensors(writer: Any, model: Any, arch: str, biased: list[str]) -> None:
         array = tensor.numpy()
         if arch == "llama" and ("q_proj" in name or "k_proj" in name):
             heads = 4 if "q_proj" in name else 2
-            array = array.reshape(heads, 2, -1, *array.shape[1:]).swapaxes(1, 2).reshape(array.shape)
+            array = (
+                array.reshape(heads, 2, -1, *array.shape[1:]).swapaxes(1, 2).reshape(array.shape)
+            )
         writer.add_tensor(stored, np.ascontiguousarray(array))
 
 
@@ -520,7 +646,9 @@ def test_a_gguf_file_is_known_by_its_first_bytes(tmp_path: Path, name: str) -> N
         assert llm.get_tokenizer().decode(llm.get_tokenizer().encode("a'tx")) == "a'tx"
     assert tokens(make(path.parent)) == expected  # alone in its folder
     assert make(path.parent, tokenizer=str(path.parent)).get_tokenizer().eos_token == "<end>"
-    with pytest.raises(ValueError, match="is a GGUF file; with load_format='safetensors' give a folder"):
+    with pytest.raises(
+        ValueError, match="is a GGUF file; with load_format='safetensors' give a folder"
+    ):
         make(path, load_format="safetensors")
 
 
@@ -540,18 +668,32 @@ C, U, N = Kind.CONTROL, Kind.USER_DEFINED, Kind.NORMAL
     ("specials", "ends"),
     [
         ({"<eos>": C, "<|eot_id|>": C}, ["<eos>", "<|eot_id|>"]),
-        ({"<|end_of_text|>": C, "<|eom_id|>": C, "<|start|>": C}, ["<|end_of_text|>", "<|eom_id|>"]),
+        (
+            {"<|end_of_text|>": C, "<|eom_id|>": C, "<|start|>": C},
+            ["<|end_of_text|>", "<|eom_id|>"],
+        ),
         ({"<|endoftext|>": C, "<|im_start|>": C, "<|im_end|>": C}, ["<|endoftext|>", "<|im_end|>"]),
         ({"</s>": C, "<end_of_turn>": C, "[INST]": C}, ["</s>", "<end_of_turn>"]),
         ({"<x>": C, "<|im_end|>": U}, ["<x>", "<|im_end|>"]),
         ({"<x>": C, "<|end|>": C, "<|endoftext|>": C}, ["<x>", "<|end|>", "<|endoftext|>"]),
-        ({"<x>": C, "<|end|>": C, "<|return|>": C, "<|call|>": C}, ["<x>", "<|return|>", "<|call|>"]),
-        ({"<x>": C, "<|end|>": C, "<|flush|>": C, "<|calls|>": C}, ["<x>", "<|flush|>", "<|calls|>"]),
-        ({"<x>": C, "<|fim_pad|>": C, "<|file_sep|>": C, "<|fim_middle|>": C}, ["<x>", "<|fim_pad|>", "<|file_sep|>"]),
+        (
+            {"<x>": C, "<|end|>": C, "<|return|>": C, "<|call|>": C},
+            ["<x>", "<|return|>", "<|call|>"],
+        ),
+        (
+            {"<x>": C, "<|end|>": C, "<|flush|>": C, "<|calls|>": C},
+            ["<x>", "<|flush|>", "<|calls|>"],
+        ),
+        (
+            {"<x>": C, "<|fim_pad|>": C, "<|file_sep|>": C, "<|fim_middle|>": C},
+            ["<x>", "<|fim_pad|>", "<|file_sep|>"],
+        ),
     ],
     ids=str,
 )
-def test_a_gguf_answer_ends_where_llama_cpp_ends_it(tmp_path: Path, specials: Any, ends: list[str]) -> None:
+def test_a_gguf_answer_ends_where_llama_cpp_ends_it(
+    tmp_path: Path, specials: Any, ends: list[str]
+) -> None:
     write_gguf(tmp_path / "m.gguf", specials=specials)
     llm = make(tmp_path / "m.gguf")
     names = [*WORDS, *specials]
@@ -583,17 +725,25 @@ def test_gguf_numbers_that_are_equal_for_all_layers(tmp_path: Path, numbers: Any
 @pytest.mark.parametrize(
     ("numbers", "message"),
     [
-        ({"attention.head_count": [4, 2]}, r"llama\.attention\.head_count is \[4, 2\]; accepted is one value"),
+        (
+            {"attention.head_count": [4, 2]},
+            r"llama\.attention\.head_count is \[4, 2\]; accepted is one value",
+        ),
         ({"feed_forward_length": [96, 48]}, r"llama\.feed_forward_length is \[96, 48\]"),
         ({"attention.head_count": None}, r"attention\.head_count is missing"),
         ({"block_count": None}, r"block_count is missing"),
-        ({"attention.head_count": 0}, r"attention\.head_count is 0; accepted is an integer of at least 1"),
+        (
+            {"attention.head_count": 0},
+            r"attention\.head_count is 0; accepted is an integer of at least 1",
+        ),
         ({"context_length": 0}, r"context_length is 0"),
         ({"embedding_length": 2.5}, r"embedding_length is 2\.5"),
     ],
     ids=str,
 )
-def test_gguf_numbers_that_cannot_be_used_are_a_sentence(tmp_path: Path, numbers: Any, message: str) -> None:
+def test_gguf_numbers_that_cannot_be_used_are_a_sentence(
+    tmp_path: Path, numbers: Any, message: str
+) -> None:
     write_gguf(tmp_path / "m.gguf", numbers=numbers)
     with pytest.raises(ValueError, match=rf"m\.gguf.*{message}"):
         make(tmp_path / "m.gguf")
@@ -610,7 +760,9 @@ def test_gguf_numbers_that_cannot_be_used_are_a_sentence(tmp_path: Path, numbers
         ("qwen2", ""),
     ],
 )
-def test_gguf_projections_have_the_biases_that_the_file_holds(tmp_path: Path, arch: str, bias: str) -> None:
+def test_gguf_projections_have_the_biases_that_the_file_holds(
+    tmp_path: Path, arch: str, bias: str
+) -> None:
     model = write_gguf(tmp_path / "m.gguf", arch=arch, bias=bias)
     assert tokens(make(tmp_path / "m.gguf")) == greedy(model, PROMPT, 6)
 
@@ -644,7 +796,7 @@ def test_gguf_text_is_cut_as_llama_cpp_cuts_it(
     assert ("tokenizer.ggml.pre" in caplog.text) == (pre in (None, "default"))
 
 
-def test_gguf_text_that_nobody_knows_how_to_cut_is_a_sentence(tmp_path: Path) -> None:
+def test_an_unknown_rule_of_cutting_text_is_a_sentence(tmp_path: Path) -> None:
     write_gguf(tmp_path / "m.gguf", pre="mistral-bpe")
     with pytest.raises(ValueError, match=r"cuts text as 'mistral-bpe' does.*pass tokenizer="):
         make(tmp_path / "m.gguf")
@@ -696,7 +848,8 @@ def small(tmp_path_factory: Any) -> Path:
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
 @pytest.mark.parametrize(
-    "spoil", [spoil_empty, spoil_cut, spoil_end, spoil_middle, spoil_other, spoil_machine, spoil_text]
+    "spoil",
+    [spoil_empty, spoil_cut, spoil_end, spoil_middle, spoil_other, spoil_machine, spoil_text],
 )
 def test_a_damaged_kernel_library_is_built_again(
     tmp_path: Path, small: Path, monkeypatch: pytest.MonkeyPatch, spoil: Callable[[bytes], bytes]

@@ -1,4 +1,6 @@
-"""Faults of the surface that users found, each with its smallest input and its right value, and more inputs of its kind."""
+"""Faults of the surface that users found, each with its smallest input and its right value, and
+more inputs of its kind.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,7 @@ def chat_prompt(messages: Any, template: str | None = None, **kwargs: Any) -> st
     return out.prompt
 
 
-# -- F6: arguments of tool calls ---------------------------------------------------------------------------------------
+# -- F6: arguments of tool calls -------------------------------------------------------------------
 
 ARGUMENTS = (
     "{% for m in messages %}{% if 'tool_calls' in m %}{% for c in m.tool_calls %}"
@@ -43,7 +45,10 @@ ARGUMENTS = (
 
 
 def tool_message(*arguments: Any) -> dict[str, Any]:
-    calls = [{"id": "1", "type": "function", "function": {"name": "mul", "arguments": a}} for a in arguments]
+    calls = [
+        {"id": "1", "type": "function", "function": {"name": "mul", "arguments": a}}
+        for a in arguments
+    ]
     return {"role": "assistant", "content": "", "tool_calls": calls}
 
 
@@ -80,7 +85,12 @@ def test_no_tool_calls_are_no_key(calls):
 
 
 def test_tool_calls_without_a_function_name_arguments():
-    assert chat_prompt([{"role": "assistant", "tool_calls": [{"function": {"name": "now"}}]}], ARGUMENTS) == "{}"
+    assert (
+        chat_prompt(
+            [{"role": "assistant", "tool_calls": [{"function": {"name": "now"}}]}], ARGUMENTS
+        )
+        == "{}"
+    )
 
 
 @pytest.mark.parametrize(
@@ -89,8 +99,16 @@ def test_tool_calls_without_a_function_name_arguments():
         (tool_message('{"a": '), ValueError, "is no JSON"),
         (tool_message("[1]"), ValueError, "must be a dict or JSON text of one"),
         (tool_message([1]), ValueError, "must be a dict or JSON text of one"),
-        ({"role": "assistant", "tool_calls": ["f"]}, ValueError, "must be a dict of type 'function'"),
-        ({"role": "assistant", "tool_calls": [{"type": "custom", "function": {}}]}, ValueError, "of type 'function'"),
+        (
+            {"role": "assistant", "tool_calls": ["f"]},
+            ValueError,
+            "must be a dict of type 'function'",
+        ),
+        (
+            {"role": "assistant", "tool_calls": [{"type": "custom", "function": {}}]},
+            ValueError,
+            "of type 'function'",
+        ),
         ({"role": "assistant", "tool_calls": [{"id": "1"}]}, ValueError, "of type 'function'"),
         ({"role": "assistant", "tool_calls": {"function": {}}}, TypeError, "must be a list"),
     ],
@@ -100,15 +118,26 @@ def test_tool_calls_that_are_none(message, error, text):
         chat_prompt([message], ARGUMENTS)
 
 
-# -- F7: chat's template arguments and parts ---------------------------------------------------------------------------
+# -- F7: chat's template arguments and parts -------------------------------------------------------
 
 
 def test_chat_template_kwargs_replace_arguments():
     messages = [{"role": "user", "content": "the"}]
-    assert chat_prompt(messages, chat_template_kwargs={"add_generation_prompt": False}) == "<s>[user] the</s>"
+    assert (
+        chat_prompt(messages, chat_template_kwargs={"add_generation_prompt": False})
+        == "<s>[user] the</s>"
+    )
     shown = "{{ tools | length }}{{ tone }}{{ enable_thinking }}"
-    assert chat_prompt(messages, shown, chat_template_kwargs={"tools": [{}], "tone": "!"}, tools=[{}, {}]) == "1!"
-    assert chat_prompt(messages, shown, chat_template_kwargs={"enable_thinking": False}, tools=[{}]) == "1False"
+    assert (
+        chat_prompt(
+            messages, shown, chat_template_kwargs={"tools": [{}], "tone": "!"}, tools=[{}, {}]
+        )
+        == "1!"
+    )
+    assert (
+        chat_prompt(messages, shown, chat_template_kwargs={"enable_thinking": False}, tools=[{}])
+        == "1False"
+    )
     begun = [*messages, {"role": "assistant", "content": "on"}]
     kwargs = {"continue_final_message": True, "add_generation_prompt": False}
     assert chat_prompt(begun, chat_template_kwargs=kwargs).endswith("[assistant] on")
@@ -133,12 +162,20 @@ MACRO = (
     "{% macro show(it) %}{% for part in it %}{{ part.text }};{% endfor %}{% endmacro %}"
     "{% set ns = namespace(rest=messages) %}{% for m in ns.rest %}[{{ m.role }}]{{ show(m.content) }}|{% endfor %}"
 )
-PARTS = ["a", {"type": "text", "text": "b"}, {"type": "input_text", "text": "c"}, {"type": "output_text", "text": "d"}]
+PARTS = [
+    "a",
+    {"type": "text", "text": "b"},
+    {"type": "input_text", "text": "c"},
+    {"type": "output_text", "text": "d"},
+]
 EVERY = [
     {"role": "system", "content": "one"},
     {"role": "user", "content": PARTS},
     {"role": "assistant", "content": None},
-    {"role": "user", "content": [{"type": "refusal", "refusal": "no"}, {"type": "thinking", "thinking": "hm"}]},
+    {
+        "role": "user",
+        "content": [{"type": "refusal", "refusal": "no"}, {"type": "thinking", "thinking": "hm"}],
+    },
     {"role": "assistant"},
     {"role": "user", "content": []},
     {"role": "user", "content": [{"type": "text", "text": None}, "z"]},
@@ -169,8 +206,12 @@ def test_nothing_of_a_message_vanishes(template, form, text):
 
 @pytest.mark.parametrize("template", [OPENAI, BOTH, MACRO])
 def test_parts_reach_a_template_as_transformers_gives_them(template):
-    messages = [{"role": "user", "content": [{"type": "text", "text": t} for t in ("x", "y z", "")]}] * 2
-    expected = tiny_tokenizer().apply_chat_template(messages, chat_template=template, tokenize=False)
+    messages = [
+        {"role": "user", "content": [{"type": "text", "text": t} for t in ("x", "y z", "")]}
+    ] * 2
+    expected = tiny_tokenizer().apply_chat_template(
+        messages, chat_template=template, tokenize=False
+    )
     assert chat_prompt(messages, template) == expected
 
 
@@ -184,10 +225,19 @@ def test_parts_keep_their_other_keys():
     ("template", "text"),
     [
         # The system's content is read as a str, and the others' as parts.
-        ("{{ messages[0].content + '!' }}" + OPENAI.replace("in messages", "in messages[1:]"), "be![user]x;|[tool]x;|"),
-        ("{{ messages[0].content }}" + OPENAI.replace("in messages", "in messages[1:]"), "be[user]x;|[tool]x;|"),
+        (
+            "{{ messages[0].content + '!' }}" + OPENAI.replace("in messages", "in messages[1:]"),
+            "be![user]x;|[tool]x;|",
+        ),
+        (
+            "{{ messages[0].content }}" + OPENAI.replace("in messages", "in messages[1:]"),
+            "be[user]x;|[tool]x;|",
+        ),
         # A loop that no reading of the template finds.
-        ("{% for m in messages %}{{ m.content | map(attribute='text') | join(',') }}|{% endfor %}", "be|x|x|"),
+        (
+            "{% for m in messages %}{{ m.content | map(attribute='text') | join(',') }}|{% endfor %}",
+            "be|x|x|",
+        ),
         ("{% for m in messages %}{{ m.content[0]['text'] }}|{% endfor %}", "be|x|x|"),
         # Tool results are str for most templates.
         (BOTH, "[system]be;|[user]x;|[tool]x|"),
@@ -195,7 +245,9 @@ def test_parts_keep_their_other_keys():
     ],
 )
 def test_auto_finds_the_form_that_shows_each_role(template, text):
-    messages = [{"role": role, "content": t} for role, t in (("system", "be"), ("user", "x"), ("tool", "x"))]
+    messages = [
+        {"role": role, "content": t} for role, t in (("system", "be"), ("user", "x"), ("tool", "x"))
+    ]
     assert chat_prompt(messages, template) == text
 
 
@@ -222,12 +274,24 @@ def test_developers_and_reasoning_reach_templates_that_know_other_names():
 @pytest.mark.parametrize(
     ("messages", "error", "text"),
     [
-        ([{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}], ValueError, "image_url"),
+        (
+            [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}],
+            ValueError,
+            "image_url",
+        ),
         ([{"role": "user", "content": ["a", {"type": "input_audio"}]}], ValueError, "input_audio"),
         ([{"role": "user", "content": [{"text": "a"}]}], ValueError, "only parts of type 'text'"),
         ([{"role": "user", "content": [7]}], ValueError, "only parts of type 'text'"),
-        ([{"role": "user", "content": [{"type": "text", "text": 7}]}], TypeError, "'text' of a part must be a str"),
-        ([{"role": "user", "content": 7}], TypeError, "content must be a str, a list of parts or None; got int"),
+        (
+            [{"role": "user", "content": [{"type": "text", "text": 7}]}],
+            TypeError,
+            "'text' of a part must be a str",
+        ),
+        (
+            [{"role": "user", "content": 7}],
+            TypeError,
+            "content must be a str, a list of parts or None; got int",
+        ),
         ([{"role": "user", "content": {"type": "text"}}], TypeError, "content must be a str"),
         ([{"role": "user", "content": b"a"}], TypeError, "content must be a str"),
         ([{"content": "a"}], ValueError, "a message needs a 'role'"),
@@ -248,20 +312,34 @@ def test_templates_by_name_and_by_path(tmp_path):
     (tmp_path / "t.jinja").write_text(STRING + "é", encoding="utf-8")
     messages = ({"role": "user", "content": "x"} for _ in range(1))
     assert chat_prompt(messages, tmp_path / "t.jinja") == "[user]x|é"
-    with pytest.raises(ValueError, match=r"chat_template='nowhere.jinja' is neither a template nor a file"):
+    with pytest.raises(
+        ValueError, match=r"chat_template='nowhere.jinja' is neither a template nor a file"
+    ):
         chat_prompt([{"role": "user", "content": "x"}], "nowhere.jinja")
     llm = make_llm()
-    llm.get_tokenizer().chat_template = {"default": STRING, "tool_use": "{{ tools | length }}" + STRING}
+    llm.get_tokenizer().chat_template = {
+        "default": STRING,
+        "tool_use": "{{ tools | length }}" + STRING,
+    }
     chat = [{"role": "user", "content": "x"}]
-    assert [llm.chat(chat, ONE, use_tqdm=False, tools=t)[0].prompt for t in (None, [{}])] == ["[user]x|", "1[user]x|"]
-    assert llm.chat(chat, ONE, use_tqdm=False, chat_template="tool_use", tools=[])[0].prompt == "0[user]x|"
+    assert [llm.chat(chat, ONE, use_tqdm=False, tools=t)[0].prompt for t in (None, [{}])] == [
+        "[user]x|",
+        "1[user]x|",
+    ]
+    assert (
+        llm.chat(chat, ONE, use_tqdm=False, chat_template="tool_use", tools=[])[0].prompt
+        == "0[user]x|"
+    )
 
 
-# -- F13: how text becomes tokens --------------------------------------------------------------------------------------
+# -- F13: how text becomes tokens ------------------------------------------------------------------
 
 
 def tokens_of(prompts: Any, params: Any = ONE, **kwargs: Any) -> list[list[int]]:
-    return [out.prompt_token_ids for out in shared_llm().generate(prompts, params, use_tqdm=False, **kwargs)]
+    return [
+        out.prompt_token_ids
+        for out in shared_llm().generate(prompts, params, use_tqdm=False, **kwargs)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -273,7 +351,10 @@ def tokens_of(prompts: Any, params: Any = ONE, **kwargs: Any) -> list[list[int]]
         ({"truncate_prompt_tokens": 50}, [BOS, 97, 98, 99, 100]),
         ({"truncate_prompt_tokens": -1, "add_special_tokens": True}, [BOS, 97, 98, 99, 100]),
         ({"truncation": True, "max_length": 2}, [99, 100]),
-        ({"truncation": False, "padding": "do_not_pad", "add_special_tokens": None}, [BOS, 97, 98, 99, 100]),
+        (
+            {"truncation": False, "padding": "do_not_pad", "add_special_tokens": None},
+            [BOS, 97, 98, 99, 100],
+        ),
     ],
 )
 def test_tokenization_kwargs(kwargs, expected):
@@ -283,9 +364,13 @@ def test_tokenization_kwargs(kwargs, expected):
 
 def test_tokenization_kwargs_of_chat_and_of_token_ids():
     messages = [{"role": "user", "content": "ab"}]
-    (out,) = shared_llm().chat(messages, ONE, use_tqdm=False, tokenization_kwargs={"add_special_tokens": True})
+    (out,) = shared_llm().chat(
+        messages, ONE, use_tqdm=False, tokenization_kwargs={"add_special_tokens": True}
+    )
     assert out.prompt_token_ids[:2] == [BOS, BOS]
-    (out,) = shared_llm().chat(messages, ONE, use_tqdm=False, tokenization_kwargs={"truncate_prompt_tokens": 4})
+    (out,) = shared_llm().chat(
+        messages, ONE, use_tqdm=False, tokenization_kwargs={"truncate_prompt_tokens": 4}
+    )
     assert (out.prompt, len(out.prompt_token_ids)) == ("<s>[user] ab</s>[assistant] ", 4)
     assert tokens_of([[1, 2, 3]], tokenization_kwargs={"truncate_prompt_tokens": 2}) == [[2, 3]]
     assert tokens_of("ABC", tokenization_kwargs={"do_lower_case": True}) == [[BOS, 97, 98, 99]]
@@ -294,7 +379,11 @@ def test_tokenization_kwargs_of_chat_and_of_token_ids():
 @pytest.mark.parametrize(
     ("kwargs", "error", "text"),
     [
-        ({"return_tensors": "pt"}, ValueError, "tokenization_kwargs: return_tensors is not supported"),
+        (
+            {"return_tensors": "pt"},
+            ValueError,
+            "tokenization_kwargs: return_tensors is not supported",
+        ),
         ({"padding": "max_length"}, ValueError, "padding must be"),
         ({"truncation": "only_first"}, ValueError, "truncation must be"),
         ({"max_length": 5}, ValueError, "max_length must be None without truncation"),
@@ -312,16 +401,23 @@ def test_tokenization_kwargs_are_refused(kwargs, error, text):
 
 def test_prompts_are_cut_to_their_last_tokens():
     (long,) = random_prompts([600], seed=71)
-    assert tokens_of([long, [1, 2]], SamplingParams(max_tokens=1, truncate_prompt_tokens=5)) == [long[-5:], [1, 2]]
-    assert tokens_of([long], SamplingParams(max_tokens=1, truncate_prompt_tokens=-1)) == [long[-511:]]
+    assert tokens_of([long, [1, 2]], SamplingParams(max_tokens=1, truncate_prompt_tokens=5)) == [
+        long[-5:],
+        [1, 2],
+    ]
+    assert tokens_of([long], SamplingParams(max_tokens=1, truncate_prompt_tokens=-1)) == [
+        long[-511:]
+    ]
     assert tokens_of("abcd", SamplingParams(max_tokens=1, truncate_prompt_tokens=2)) == [[99, 100]]
     with pytest.raises(ValueError, match="600 tokens"):
         tokens_of([long])
-    with pytest.raises(ValueError, match="truncate_prompt_tokens must be at most max_model_len=512"):
+    with pytest.raises(
+        ValueError, match="truncate_prompt_tokens must be at most max_model_len=512"
+    ):
         tokens_of([long], SamplingParams(truncate_prompt_tokens=513))
 
 
-# -- F14: prompts that are arrays, or no prompts -----------------------------------------------------------------------
+# -- F14: prompts that are arrays, or no prompts ---------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -329,7 +425,10 @@ def test_prompts_are_cut_to_their_last_tokens():
     [
         ([np.array([65, 66]), np.array([67])], [[65, 66], [67]]),
         ([torch.tensor([65, 66]), torch.tensor([67])], [[65, 66], [67]]),
-        ((torch.tensor([65, 66], dtype=torch.int32), [67], np.array([68], np.uint8)), [[65, 66], [67], [68]]),
+        (
+            (torch.tensor([65, 66], dtype=torch.int32), [67], np.array([68], np.uint8)),
+            [[65, 66], [67], [68]],
+        ),
         (np.array([[65, 66], [67, 68]]), [[65, 66], [67, 68]]),
         (torch.tensor([[65, 66], [67, 68]]), [[65, 66], [67, 68]]),
         (np.array([65, 66]), [[65, 66]]),
@@ -363,7 +462,10 @@ def test_arrays_as_the_former_keyword_and_in_beam_search():
     [
         (np.array([1.0, 2.0]), "flat list of int, .*float64"),
         (torch.tensor([1.0, 2.0]), r"flat list of int, .*torch\.float32"),
-        (torch.tensor([1.0], dtype=torch.bfloat16, requires_grad=True), "flat list of int, .*bfloat16"),
+        (
+            torch.tensor([1.0], dtype=torch.bfloat16, requires_grad=True),
+            "flat list of int, .*bfloat16",
+        ),
         (np.array([True]), "flat list of int, .*bool"),
         (np.zeros((1, 2), int), "flat list of int"),
         (b"bytes", "flat list of int, .*bytes"),
@@ -386,7 +488,9 @@ def test_what_is_no_prompt_is_one_sentence_and_good_prompts_go_on(bad, text):
     assert_idle(llm)
 
 
-@pytest.mark.parametrize("bad", [b"bytes", bytearray(b"b"), {"A", "B"}, frozenset([65]), 5, 5.5, object()])
+@pytest.mark.parametrize(
+    "bad", [b"bytes", bytearray(b"b"), {"A", "B"}, frozenset([65]), 5, 5.5, object()]
+)
 def test_what_is_no_list_of_prompts(bad):
     with pytest.raises(TypeError, match="prompts must be a str, a list of token ids"):
         shared_llm().generate(bad, ONE)
@@ -397,7 +501,7 @@ def test_media_that_are_arrays_are_refused_by_a_sentence():
         shared_llm().generate({"prompt": "A", "multi_modal_data": np.zeros(4)}, ONE)
 
 
-# -- text that is not valid Unicode ------------------------------------------------------------------------------------
+# -- text that is not valid Unicode ----------------------------------------------------------------
 
 LONE = ["\ud800", "a\udfffb", "the \ud83d", json.loads('"\\udc80"')]
 
@@ -407,7 +511,10 @@ def test_a_lone_surrogate_is_one_sentence(text):
     llm = shared_llm()
     stream = llm.stream([[65, 66]], SamplingParams(temperature=0, max_tokens=3, ignore_eos=True))
     for prompts in (text, [text], ["good", text], [{"prompt": text}, [65]]):
-        with pytest.raises(ValueError, match=r"prompt: the text is not valid Unicode, because character \d+ is '\\ud"):
+        with pytest.raises(
+            ValueError,
+            match=r"prompt: the text is not valid Unicode, because character \d+ is '\\ud",
+        ):
             llm.generate(prompts, ONE, use_tqdm=False)
     with pytest.raises(ValueError, match="not valid Unicode"):
         llm.beam_search(["good", text], BeamSearchParams(2, 2))
@@ -431,27 +538,40 @@ def test_characters_beyond_the_first_plane_are_valid():
     assert tokens_of("😀") == [tiny_tokenizer().encode("😀")]
 
 
-# -- F15: text of byte-fallback tokens ---------------------------------------------------------------------------------
+# -- F15: text of byte-fallback tokens -------------------------------------------------------------
 
 
 @cache
 def byte_fallback_tokenizer() -> Any:
-    """As Llama 2's: ids 0 to 255 are <0x00> to <0xFF>; a space begins a word, and the first is stripped."""
+    """As Llama 2's: ids 0 to 255 are <0x00> to <0xFF>; a space begins a word, and the first is
+    stripped.
+    """
     names = [f"<0x{byte:02X}>" for byte in range(256)]
     words = ["▁The", "▁fox", "a", "▁"]
     vocab = {name: i for i, name in enumerate([*names, *words])}
-    tokenizer = Tokenizer(models.BPE({**vocab, "<s>": 298, "</s>": 299}, [], byte_fallback=True, unk_token="<s>"))
+    tokenizer = Tokenizer(
+        models.BPE({**vocab, "<s>": 298, "</s>": 299}, [], byte_fallback=True, unk_token="<s>")
+    )
     tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
     )
     tokenizer.add_special_tokens(["<s>", "</s>"])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
 
 
-def outputs(script: list[int], max_tokens: int, kind: RequestOutputKind, **params: Any) -> list[Any]:
+def outputs(
+    script: list[int], max_tokens: int, kind: RequestOutputKind, **params: Any
+) -> list[Any]:
     """A stream's outputs after the token script[0], which ids of `script` follow for ever."""
     llm = byte_llm(tuple(script))
-    chosen = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True, output_kind=kind, **params)
+    chosen = SamplingParams(
+        temperature=0, max_tokens=max_tokens, ignore_eos=True, output_kind=kind, **params
+    )
     return [out.outputs[0] for out in llm.stream([[256, script[0]]], chosen)]
 
 
@@ -474,7 +594,9 @@ def test_a_byte_run_streams_character_by_character(character):
     size = len(character.encode())
     deltas = [out.text for out in outputs(CYCLES[character], 5 * size, RequestOutputKind.DELTA)]
     assert deltas == [*[""] * (size - 1), character] * 5
-    cumulative = [out.text for out in outputs(CYCLES[character], 5 * size, RequestOutputKind.CUMULATIVE)]
+    cumulative = [
+        out.text for out in outputs(CYCLES[character], 5 * size, RequestOutputKind.CUMULATIVE)
+    ]
     assert cumulative == [character * (n // size) for n in range(1, 5 * size + 1)]
 
 
@@ -493,7 +615,9 @@ def test_streamed_and_final_text_are_equal_and_nothing_is_taken_back(script, max
     for params in ({}, {"logprobs": 2}, {"stop": ["never"]}):
         deltas = outputs(script, max_tokens, RequestOutputKind.DELTA, **params)
         assert "".join(out.text for out in deltas) == text
-        shown = [out.text for out in outputs(script, max_tokens, RequestOutputKind.CUMULATIVE, **params)]
+        shown = [
+            out.text for out in outputs(script, max_tokens, RequestOutputKind.CUMULATIVE, **params)
+        ]
         assert shown[-1] == text
         assert all(later.startswith(earlier) for earlier, later in pairwise(shown))
         assert outputs(script, max_tokens, RequestOutputKind.FINAL_ONLY, **params)[-1].text == text
@@ -504,7 +628,7 @@ def test_a_stop_string_ends_a_byte_run():
     assert (out.text, len(out.token_ids), out.stop_reason) == ("", 6, "東東")
 
 
-# -- the pieces of a text join to the text -----------------------------------------------------------------------------
+# -- the pieces of a text join to the text ---------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -533,7 +657,9 @@ def test_decoded_tokens_of_a_random_model_join_to_its_text():
         for completion in out.outputs:
             entries = zip(completion.token_ids, completion.logprobs)
             hidden = {299: "</s>", 298: "<s>", 7: "\x07" * (completion.stop_reason == 7)}
-            pieces = [entry[i].decoded_token.removesuffix(hidden.get(i, "")) for i, entry in entries]
+            pieces = [
+                entry[i].decoded_token.removesuffix(hidden.get(i, "")) for i, entry in entries
+            ]
             assert "".join(pieces) == completion.text
 
 
@@ -541,7 +667,9 @@ def test_decoded_tokens_of_a_prompt_join_to_its_text():
     prompt = [65, *"東😀".encode(), 66, *"é".encode()]
     for tokens_a_step in (256, 3):
         llm = shared_llm(max_num_batched_tokens=tokens_a_step, max_num_seqs=2)
-        (out,) = llm.generate([prompt], SamplingParams(max_tokens=1, prompt_logprobs=0), use_tqdm=False)
+        (out,) = llm.generate(
+            [prompt], SamplingParams(max_tokens=1, prompt_logprobs=0), use_tqdm=False
+        )
         pieces = [entry[i].decoded_token for i, entry in zip(prompt[1:], out.prompt_logprobs[1:])]
         assert "".join(pieces) == "東😀Bé"
         assert pieces == ["", "", "東", "", "", "", "😀", "B", "", "é"]

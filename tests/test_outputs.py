@@ -18,7 +18,12 @@ def request_output(**changes):
     completion = CompletionOutput(
         0, " world", [7, 8], -1.5, [{7: Logprob(-1.0, 1, " wor")}, {8: Logprob(-0.5, 2)}], "stop"
     )
-    fields = {"prompt": "Hello", "prompt_token_ids": [1, 2], "prompt_logprobs": None, "finished": True}
+    fields = {
+        "prompt": "Hello",
+        "prompt_token_ids": [1, 2],
+        "prompt_logprobs": None,
+        "finished": True,
+    }
     return RequestOutput(request_id="3", outputs=[completion], **{**fields, **changes})
 
 
@@ -33,7 +38,9 @@ def test_nano_vllm_scripts_read_keys():
 
 def test_finished():
     assert not CompletionOutput(0, "", []).finished()
-    assert all(CompletionOutput(0, "", [], finish_reason=r).finished() for r in ("stop", "length", "abort"))
+    assert all(
+        CompletionOutput(0, "", [], finish_reason=r).finished() for r in ("stop", "length", "abort")
+    )
 
 
 def test_asdict_reaches_all_the_way_down():
@@ -51,15 +58,29 @@ def test_defaults_of_what_is_not_always_known():
 
 def test_repr_names_the_fields():
     assert repr(Logprob(-1.0, 1, "a")) == "Logprob(logprob=-1.0, rank=1, decoded_token='a')"
-    assert repr(request_output()).startswith("RequestOutput(request_id='3', prompt='Hello', prompt_token_ids=[1, 2], ")
+    assert repr(request_output()).startswith(
+        "RequestOutput(request_id='3', prompt='Hello', prompt_token_ids=[1, 2], "
+    )
 
 
 def test_metrics_answer_to_older_and_newer_names():
     metrics = RequestMetrics(arrival_time=10.0)
-    unknown = (metrics.scheduled_ts, metrics.first_token_ts, metrics.time_in_queue, metrics.first_token_latency)
+    unknown = (
+        metrics.scheduled_ts,
+        metrics.first_token_ts,
+        metrics.time_in_queue,
+        metrics.first_token_latency,
+    )
     assert unknown == (None, None, None, None)
-    metrics = RequestMetrics(10.0, first_scheduled_time=11.0, first_token_time=13.0, last_token_time=17.0)
-    assert (metrics.queued_ts, metrics.scheduled_ts, metrics.first_token_ts, metrics.last_token_ts) == (10, 11, 13, 17)
+    metrics = RequestMetrics(
+        10.0, first_scheduled_time=11.0, first_token_time=13.0, last_token_time=17.0
+    )
+    assert (
+        metrics.queued_ts,
+        metrics.scheduled_ts,
+        metrics.first_token_ts,
+        metrics.last_token_ts,
+    ) == (10, 11, 13, 17)
     assert (metrics.time_in_queue, metrics.first_token_latency) == (1.0, 3.0)
 
 

@@ -1,4 +1,6 @@
-"""Every rule of SamplingParams: what is accepted and what it becomes, what is refused and how; and what clients do with it."""
+"""Every rule of SamplingParams: what is accepted and what it becomes, what is refused and how; and
+what clients do with it.
+"""
 
 import inspect
 import logging
@@ -10,7 +12,12 @@ import numpy as np
 import pytest
 
 from nanovllm.errors import ValidationError, VLLMValidationError
-from nanovllm.sampling_params import BeamSearchParams, RequestOutputKind, SamplingParams, StructuredOutputsParams
+from nanovllm.sampling_params import (
+    BeamSearchParams,
+    RequestOutputKind,
+    SamplingParams,
+    StructuredOutputsParams,
+)
 
 GREEDY = {"temperature": 0.0}
 ACCEPTED = [  # arguments, then the fields that differ from what was given
@@ -20,7 +27,10 @@ ACCEPTED = [  # arguments, then the fields that differ from what was given
     ({"temperature": 2.5}, {}),
     ({"temperature": 1}, {"temperature": 1.0}),
     ({"temperature": np.float32(0.5)}, {"temperature": 0.5}),
-    ({"temperature": 0, "top_p": 0.5, "top_k": 7, "min_p": 0.1}, {**GREEDY, "top_p": 1.0, "top_k": 0, "min_p": 0.0}),
+    (
+        {"temperature": 0, "top_p": 0.5, "top_k": 7, "min_p": 0.1},
+        {**GREEDY, "top_p": 1.0, "top_k": 0, "min_p": 0.0},
+    ),
     ({"temperature": 9e-6, "top_k": 7}, {**GREEDY, "top_k": 0}),
     ({"temperature": 1e-5}, {"temperature": 0.01}),
     ({"temperature": 0.009}, {"temperature": 0.01}),
@@ -55,7 +65,10 @@ ACCEPTED = [  # arguments, then the fields that differ from what was given
     ({"logprobs": -1, "prompt_logprobs": -1}, {}),
     ({"logprobs": True, "prompt_logprobs": True}, {"logprobs": 1, "prompt_logprobs": 1}),
     ({"logprobs": False, "prompt_logprobs": False}, {"logprobs": None, "prompt_logprobs": None}),
-    ({"detokenize": False, "skip_special_tokens": False, "spaces_between_special_tokens": False}, {}),
+    (
+        {"detokenize": False, "skip_special_tokens": False, "spaces_between_special_tokens": False},
+        {},
+    ),
     ({"logit_bias": {3: -inf, np.int64(4): 2}}, {"logit_bias": {3: -inf, 4: 2.0}}),
     ({"allowed_token_ids": {5}}, {"allowed_token_ids": [5]}),
     ({"bad_words": ["bad", "very bad"]}, {}),
@@ -77,7 +90,9 @@ def number_text(arguments):
     return ",".join(f"{name}={value!r}" for name, value in arguments.items())
 
 
-@pytest.mark.parametrize(("given", "becomes"), ACCEPTED, ids=[number_text(given) for given, _ in ACCEPTED])
+@pytest.mark.parametrize(
+    ("given", "becomes"), ACCEPTED, ids=[number_text(given) for given, _ in ACCEPTED]
+)
 def test_accepted(given, becomes):
     params = SamplingParams(**given)
     once = asdict(params)
@@ -158,7 +173,7 @@ REFUSED = [  # the field that the sentence names, arguments, the type of error
     ("use_beam_search", {"use_beam_search": True}, ValueError),
     ("length_penalty", {"length_penalty": 0.9}, ValueError),
     ("early_stopping", {"early_stopping": True}, ValueError),
-    ("logits_processors", {"logits_processors": [lambda ids, logits: logits]}, ValueError),
+    ("logits_processors", {"logits_processors": [max]}, ValueError),
     ("truncate_prompt_tokens", {"truncate_prompt_tokens": 0}, ValueError),
     ("truncate_prompt_tokens", {"truncate_prompt_tokens": -2}, ValueError),
     ("truncate_prompt_tokens", {"truncate_prompt_tokens": 1.5}, TypeError),
@@ -166,7 +181,9 @@ REFUSED = [  # the field that the sentence names, arguments, the type of error
 ]
 
 
-@pytest.mark.parametrize(("name", "given", "error"), REFUSED, ids=[number_text(given) for _, given, _ in REFUSED])
+@pytest.mark.parametrize(
+    ("name", "given", "error"), REFUSED, ids=[number_text(given) for _, given, _ in REFUSED]
+)
 def test_refused_by_a_sentence(name, given, error):
     with pytest.raises(error) as caught:
         SamplingParams(**given)
@@ -215,7 +232,9 @@ def test_refused_for_the_model(name, value, message):
 
 
 def test_accepted_for_the_model():
-    params = SamplingParams(stop_token_ids=[99], allowed_token_ids=[0, 99], logit_bias={99: 1.0}, logprobs=20, top_k=99)
+    params = SamplingParams(
+        stop_token_ids=[99], allowed_token_ids=[0, 99], logit_bias={99: 1.0}, logprobs=20, top_k=99
+    )
     before = asdict(params)
     params.verify_for_model(vocab_size=100, max_logprobs=20, has_tokenizer=True)
     assert asdict(params) == before
@@ -237,7 +256,9 @@ def test_top_k_of_the_whole_vocabulary_is_off():
 @pytest.mark.parametrize("given", [{"stop": "a"}, {"bad_words": ["a"]}])
 def test_text_needs_a_tokenizer(given):
     with pytest.raises(ValidationError, match="no tokenizer"):
-        SamplingParams(**given).verify_for_model(vocab_size=100, max_logprobs=20, has_tokenizer=False)
+        SamplingParams(**given).verify_for_model(
+            vocab_size=100, max_logprobs=20, has_tokenizer=False
+        )
     params = SamplingParams()
     params.verify_for_model(vocab_size=100, max_logprobs=20, has_tokenizer=False)
     assert params.detokenize is False
@@ -273,7 +294,9 @@ def test_signature_annotations_and_struct_fields_name_the_fields():
 
 
 def test_from_optional_takes_none_as_the_default():
-    params = SamplingParams.from_optional(n=None, temperature=None, top_p=0.5, stop=None, logit_bias={"3": 1})
+    params = SamplingParams.from_optional(
+        n=None, temperature=None, top_p=0.5, stop=None, logit_bias={"3": 1}
+    )
     assert params == SamplingParams(top_p=0.5, logit_bias={3: 1.0})
     assert SamplingParams.from_optional(max_tokens=None).max_tokens is None
     assert SamplingParams.from_optional() == SamplingParams()
@@ -320,8 +343,18 @@ def test_pickle():
 
 def test_beam_search_params():
     params = BeamSearchParams(4, 32)
-    assert (params.beam_width, params.max_tokens, params.temperature, params.length_penalty) == (4, 32, 0.0, 1.0)
-    assert BeamSearchParams(beam_width=1, max_tokens=1, length_penalty=-1, ignore_eos=True).length_penalty == -1.0
+    assert (params.beam_width, params.max_tokens, params.temperature, params.length_penalty) == (
+        4,
+        32,
+        0.0,
+        1.0,
+    )
+    assert (
+        BeamSearchParams(
+            beam_width=1, max_tokens=1, length_penalty=-1, ignore_eos=True
+        ).length_penalty
+        == -1.0
+    )
 
 
 @pytest.mark.parametrize(
@@ -334,7 +367,11 @@ def test_beam_search_params():
         ("temperature", {"temperature": -1}, ValueError),
         ("length_penalty", {"length_penalty": inf}, ValueError),
         ("ignore_eos", {"ignore_eos": 1}, TypeError),
-        ("structured_outputs", {"structured_outputs": StructuredOutputsParams(regex="a")}, ValueError),
+        (
+            "structured_outputs",
+            {"structured_outputs": StructuredOutputsParams(regex="a")},
+            ValueError,
+        ),
     ],
 )
 def test_beam_search_params_refused(name, given, error):

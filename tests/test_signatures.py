@@ -1,4 +1,6 @@
-"""The names of vLLM 0.33's LLM methods: each argument is accepted where it is neutral, and a lacking method says why."""
+"""The names of vLLM 0.33's LLM methods: each argument is accepted where it is neutral, and a
+lacking method says why.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +14,7 @@ from nanovllm import LLM, BeamSearchParams, EngineArgs, SamplingParams
 
 # Read off the released wheel, in order; positional ones first, then "*", then those by name only.
 REQUEST = "lora_request priority"
-TEMPLATE = (
-    "chat_template chat_template_content_format add_generation_prompt continue_final_message tools chat_template_kwargs"
-)
+TEMPLATE = "chat_template chat_template_content_format add_generation_prompt continue_final_message tools chat_template_kwargs"
 KWARGS = "tokenization_kwargs mm_processor_kwargs"
 VLLM = {
     "from_engine_args": "engine_args",
@@ -77,7 +77,9 @@ def call(method: str, **kwargs: Any) -> Any:
         out = llm.chat([MESSAGES, MESSAGES], GREEDY, use_tqdm=False, **kwargs)
     elif method == "beam_search":
         return [
-            beam.tokens for out in llm.beam_search(PROMPTS, BeamSearchParams(2, 3), **kwargs) for beam in out.sequences
+            beam.tokens
+            for out in llm.beam_search(PROMPTS, BeamSearchParams(2, 3), **kwargs)
+            for beam in out.sequences
         ]
     else:
         out = llm.generate(PROMPTS, GREEDY, use_tqdm=False, **kwargs)
@@ -111,7 +113,9 @@ def test_options_are_accepted_where_they_ask_for_nothing_and_refused_elsewhere(m
 
 
 def test_what_scripts_read_of_an_llm():
-    llm = LLM.from_engine_args(EngineArgs(shared_model()[0], dtype="float32", num_gpu_blocks_override=64))
+    llm = LLM.from_engine_args(
+        EngineArgs(shared_model()[0], dtype="float32", num_gpu_blocks_override=64)
+    )
     assert llm.model_config is llm.llm_engine.model_config
     assert llm.model_config.max_model_len == llm.model_config.max_seq_len_to_capture == 512
     assert llm.model_config.tokenizer == llm.model_config.model == shared_model()[0]

@@ -1,4 +1,6 @@
-"""When and why a sequence ends, on a model that writes a known text and on one whose greedy text is transformers'."""
+"""When and why a sequence ends, on a model that writes a known text and on one whose greedy text is
+transformers'.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,8 @@ from tiny import (
 from nanovllm import LLM, RequestOutputKind, SamplingParams
 
 THE, IN = (tiny_tokenizer().convert_tokens_to_ids(word) for word in ("the", "in"))
-# After "a" the model writes TEXT and ends: one byte a token, but for two words. No byte comes twice.
+# After "a" the model writes TEXT and ends: one byte a token, but for two words. No byte comes
+# twice.
 SCRIPT = (*b"abcdef", *"日".encode(), *b"g", THE, *"é𝄞".encode(), *b"kl", IN, *b"mop", EOS)
 TEXT = "bcdef日gtheé𝄞klinmop"
 NUM_TOKENS = len(SCRIPT) - 1
@@ -38,7 +41,9 @@ LLMS: dict[bool, LLM] = {}
 
 
 def run(overlap: bool, stream: bool, prompt: Any = "a", **given: Any) -> Any:
-    """The completion, from `generate` or put together from a stream of deltas, which must say the same."""
+    """The completion, from `generate` or put together from a stream of deltas, which must say the
+    same.
+    """
     params = SamplingParams(**{"temperature": 0, "max_tokens": 64, **given})
     if not stream:
         return scripted(overlap).generate(prompt, params, use_tqdm=False)[0].outputs[0]
@@ -52,10 +57,17 @@ def run(overlap: bool, stream: bool, prompt: Any = "a", **given: Any) -> Any:
 
 
 def ended(completion: Any) -> tuple[Any, ...]:
-    return completion.text, len(completion.token_ids), completion.finish_reason, completion.stop_reason
+    return (
+        completion.text,
+        len(completion.token_ids),
+        completion.finish_reason,
+        completion.stop_reason,
+    )
 
 
-both_ways = pytest.mark.parametrize(("overlap", "stream"), [(False, False), (False, True), (True, False), (True, True)])
+both_ways = pytest.mark.parametrize(
+    ("overlap", "stream"), [(False, False), (False, True), (True, False), (True, True)]
+)
 
 
 def tokens_up_to(char: str) -> int:
@@ -82,7 +94,8 @@ def tokens_up_to(char: str) -> int:
         (["eé"], "bcdef日gth", "é", "eé"),  # begins within one
         (["klin"], "bcdef日gtheé𝄞", "n", "klin"),
         (["p", "cd"], "b", "d", "cd"),  # the one that completes first
-        (["ef", "def"], "bc", "f", "def"),  # of those that complete together, the one that begins first
+        # Two complete at the same token: the one that begins first wins.
+        (["ef", "def"], "bc", "f", "def"),
         (["he", "the"], "bcdef日g", "e", "the"),
         (["the", "th"], "bcdef日g", "e", "the"),  # begin together: the order of the list
         (["th", "the"], "bcdef日g", "e", "th"),
@@ -110,11 +123,18 @@ def test_a_stop_string_that_never_comes_changes_nothing(stop, overlap, stream):
 
 @both_ways
 def test_a_stop_string_that_only_the_prompt_completes_does_not_count(overlap, stream):
-    assert ended(run(overlap, stream, prompt="xya", stop=["ab", "ya"])) == (TEXT, NUM_TOKENS, "stop", None)
+    assert ended(run(overlap, stream, prompt="xya", stop=["ab", "ya"])) == (
+        TEXT,
+        NUM_TOKENS,
+        "stop",
+        None,
+    )
 
 
 @both_ways
-@pytest.mark.parametrize(("min_tokens", "text"), [(0, "b"), (2, "b"), (3, "bcdef日g"), (9, "bcdef日g"), (10, TEXT)])
+@pytest.mark.parametrize(
+    ("min_tokens", "text"), [(0, "b"), (2, "b"), (3, "bcdef日g"), (9, "bcdef日g"), (10, TEXT)]
+)
 def test_stop_strings_count_only_after_min_tokens(min_tokens, text, overlap, stream):
     completion = run(overlap, stream, stop=["cd", "the"], min_tokens=min_tokens)
     assert completion.text == text
@@ -134,20 +154,32 @@ def test_eos_stays_in_the_tokens(include, overlap, stream):
 @both_ways
 @pytest.mark.parametrize("include", [False, True])
 def test_stop_tokens_stay_in_the_tokens(include, overlap, stream):
-    completion = run(overlap, stream, stop_token_ids=[THE, ord("p")], include_stop_str_in_output=include)
+    completion = run(
+        overlap, stream, stop_token_ids=[THE, ord("p")], include_stop_str_in_output=include
+    )
     assert ended(completion) == ("bcdef日g" + "the" * include, tokens_up_to("t"), "stop", THE)
     assert completion.token_ids[-1] == THE
     first = run(overlap, stream, stop_token_ids=[ord("b")], include_stop_str_in_output=include)
     assert ended(first) == ("b" * include, 1, "stop", ord("b"))
     inside = run(overlap, stream, stop_token_ids=["日".encode()[1]])
-    assert ended(inside) == ("bcdef�", 7, "stop", "日".encode()[1]), "a character cut in the middle is shown as such"
+    assert ended(inside) == ("bcdef�", 7, "stop", "日".encode()[1]), (
+        "a character cut in the middle is shown as such"
+    )
 
 
 @both_ways
 def test_eos_then_stop_tokens_then_length_then_stop_strings(overlap, stream):
     assert ended(run(overlap, stream, stop_token_ids=[EOS]))[2:] == ("stop", None)
-    assert ended(run(overlap, stream, stop_token_ids=[EOS], max_tokens=NUM_TOKENS))[2:] == ("stop", None)
-    assert ended(run(overlap, stream, stop_token_ids=[ord("d")], max_tokens=3)) == ("bc", 3, "stop", ord("d"))
+    assert ended(run(overlap, stream, stop_token_ids=[EOS], max_tokens=NUM_TOKENS))[2:] == (
+        "stop",
+        None,
+    )
+    assert ended(run(overlap, stream, stop_token_ids=[ord("d")], max_tokens=3)) == (
+        "bc",
+        3,
+        "stop",
+        ord("d"),
+    )
     assert ended(run(overlap, stream, max_tokens=3)) == ("bcd", 3, "length", None)
     assert ended(run(overlap, stream, stop=["cd"], max_tokens=3)) == ("b", 3, "stop", "cd")
     assert ended(run(overlap, stream, max_tokens=1)) == ("b", 1, "length", None)
@@ -214,7 +246,9 @@ def test_further_eos_ids_of_the_generation_config_count_as_eos(tmp_path):
 def test_each_completion_of_a_request_ends_for_itself(overlap):
     llm = shared_llm(async_scheduling=overlap)
     (prompt,) = random_prompts([10], seed=31)
-    params = SamplingParams(n=8, max_tokens=30, seed=5, stop_token_ids=[40, 41, 42, 43, 44, 45], stop=["a", "Z", "!"])
+    params = SamplingParams(
+        n=8, max_tokens=30, seed=5, stop_token_ids=[40, 41, 42, 43, 44, 45], stop=["a", "Z", "!"]
+    )
     (out,) = llm.generate([prompt], params, use_tqdm=False)
     free = params.clone()
     free.stop, free.stop_token_ids, free.ignore_eos = [], [], True
@@ -222,7 +256,8 @@ def test_each_completion_of_a_request_ends_for_itself(overlap):
     reasons = set()
     for completion, unstopped in zip(out.outputs, whole.outputs):
         tokens = unstopped.token_ids
-        ends = [EOS, *params.stop_token_ids, *(ord(stop) for stop in params.stop)]  # these are tokens of one letter
+        # These are tokens of one letter.
+        ends = [EOS, *params.stop_token_ids, *(ord(stop) for stop in params.stop)]
         stop = next((i for i, token in enumerate(tokens) if token in ends), len(tokens) - 1)
         assert completion.token_ids == tokens[: stop + 1]
         reasons.add(completion.finish_reason)
@@ -238,7 +273,14 @@ def test_stop_strings_of_real_text_cut_where_the_whole_text_has_them_first(overl
         tokens = greedy(shared_model()[1], prompt, 40)
         tokens = tokens[: tokens.index(EOS)] if EOS in tokens else tokens
         ascii_runs = tokenizer.decode(tokens, skip_special_tokens=True).split("�")
-        stops = sorted({run[i : i + n] for run in ascii_runs for n in (1, 2, 3) for i in range(1, len(run) - n)})[::3]
+        stops = sorted(
+            {
+                run[i : i + n]
+                for run in ascii_runs
+                for n in (1, 2, 3)
+                for i in range(1, len(run) - n)
+            }
+        )[::3]
         if not stops:
             continue
         params = SamplingParams(temperature=0, max_tokens=len(tokens), stop=stops)

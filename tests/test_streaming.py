@@ -26,8 +26,17 @@ GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 
 
 def llms() -> list[LLM]:
-    tight = {"num_gpu_blocks_override": 9, "max_model_len": 130, "max_num_batched_tokens": 20, "max_num_seqs": 5}
-    return [shared_llm(async_scheduling=overlap, **kwargs) for overlap in (False, True) for kwargs in ({}, tight)]
+    tight = {
+        "num_gpu_blocks_override": 9,
+        "max_model_len": 130,
+        "max_num_batched_tokens": 20,
+        "max_num_seqs": 5,
+    }
+    return [
+        shared_llm(async_scheduling=overlap, **kwargs)
+        for overlap in (False, True)
+        for kwargs in ({}, tight)
+    ]
 
 
 def with_kind(params: SamplingParams, kind: RequestOutputKind) -> SamplingParams:
@@ -64,7 +73,10 @@ def test_deltas_concatenate_to_what_generate_returns(params):
             assert "".join(part.text for part in parts) == end.text
             assert [token for part in parts for token in part.token_ids] == end.token_ids
             assert [part.finish_reason for part in parts[:-1]] == [None] * (len(parts) - 1)
-            assert (parts[-1].finish_reason, parts[-1].stop_reason) == (end.finish_reason, end.stop_reason)
+            assert (parts[-1].finish_reason, parts[-1].stop_reason) == (
+                end.finish_reason,
+                end.stop_reason,
+            )
 
 
 @pytest.mark.parametrize("params", [GREEDY, RANDOM], ids=["greedy", "random"])
@@ -166,7 +178,10 @@ def test_a_loop_that_is_left_frees_its_requests_at_once():
 
 def test_two_streams_and_a_generate_at_the_same_time():
     for llm in llms():
-        one, two = llm.stream(PROMPTS[:2], with_kind(GREEDY, DELTA)), llm.stream(PROMPTS[2:], with_kind(GREEDY, DELTA))
+        one, two = (
+            llm.stream(PROMPTS[:2], with_kind(GREEDY, DELTA)),
+            llm.stream(PROMPTS[2:], with_kind(GREEDY, DELTA)),
+        )
         got: dict[str, list[int]] = defaultdict(list)
 
         def take(stream: Any, count: int, got: dict[str, list[int]] = got) -> None:
@@ -199,7 +214,7 @@ def test_a_step_that_fails_ends_all_streams_and_leaves_a_usable_engine(monkeypat
         one, two = llm.stream(PROMPTS[:2], GREEDY), llm.stream(PROMPTS[2:], GREEDY)
         next(one)
         with monkeypatch.context() as patch:
-            patch.setattr(llm.llm_engine.processor, "process", fail)
+            patch.setattr(llm.llm_engine.output_processor, "take", fail)
             with pytest.raises(OSError, match="of the machine"):
                 list(one)
         with pytest.raises(RuntimeError, match="were aborted, or dropped by a failed step"):

@@ -25,7 +25,7 @@ from tiny import greedy, random_prompts, tiny_model
 from nanovllm import LLM, SamplingParams
 from nanovllm.models.config import check_shards
 from nanovllm.parallel import TensorParallel
-from nanovllm.runner import memory
+from nanovllm.runner import sleep
 from nanovllm.runner.executor import EngineDeadError
 
 SCRIPTS = Path(__file__).parent / "tp_scripts"
@@ -36,17 +36,30 @@ MODELS: dict[str, tuple[str, dict[str, Any], int]] = {
     "qwen3-odd-vocabulary": ("Qwen3", {"vocab_size": 301}, 2),
     "llama-tied-one-kv-head": ("Llama", {"num_key_value_heads": 1, "tie_word_embeddings": True}, 2),
     "qwen3-two-kv-heads-four-ranks": ("Qwen3", {"vocab_size": 301}, 4),
-    "llama-biases-four-ranks": ("Llama", {"num_key_value_heads": 4, "attention_bias": True, "mlp_bias": True}, 4),
+    "llama-biases-four-ranks": (
+        "Llama",
+        {"num_key_value_heads": 4, "attention_bias": True, "mlp_bias": True},
+        4,
+    ),
 }
 
 
 def make_llm(folder: str, size: int, **kwargs: Any) -> LLM:
-    defaults = {"device": "cpu", "max_num_batched_tokens": 64, "max_num_seqs": 16, "num_gpu_blocks_override": 34}
+    defaults = {
+        "device": "cpu",
+        "max_num_batched_tokens": 64,
+        "max_num_seqs": 16,
+        "num_gpu_blocks_override": 34,
+    }
     kwargs = {**defaults, **kwargs}
-    return LLM(folder, skip_tokenizer_init=True, dtype="float32", tensor_parallel_size=size, **kwargs)
+    return LLM(
+        folder, skip_tokenizer_init=True, dtype="float32", tensor_parallel_size=size, **kwargs
+    )
 
 
-def tokens_of(llm: LLM, prompts: list[list[int]], params: SamplingParams = GREEDY) -> list[list[int]]:
+def tokens_of(
+    llm: LLM, prompts: list[list[int]], params: SamplingParams = GREEDY
+) -> list[list[int]]:
     return [out.outputs[0].token_ids for out in llm.generate(prompts, params, use_tqdm=False)]
 
 
@@ -79,11 +92,11 @@ def open_things() -> tuple[int, int, set[str]]:
     return sockets, shared, set(os.listdir("/dev/shm"))
 
 
-def wait_until(holds: Callable[[], bool]) -> bool:
+def wait_until(is_true: Callable[[], bool]) -> bool:
     deadline = time.monotonic() + SOON
-    while not holds() and time.monotonic() < deadline:
+    while not is_true() and time.monotonic() < deadline:
         time.sleep(0.02)
-    return holds()
+    return is_true()
 
 
 # -- the same tokens -----------------------------------------------------------------------------------------------------
@@ -108,7 +121,10 @@ def overlap(request, pair):
 def test_greedy_tokens_equal_transformers_with_chunks_preemption_and_prefix_hits(pair):
     prompts = random_prompts(LENGTHS)
     expected = [greedy(pair.model, prompt, 20) for prompt in prompts]
-    preemptions, hits = metric(pair.several, "preemptions"), metric(pair.several, "prefix_cache_hits")
+    preemptions, hits = (
+        metric(pair.several, "preemptions"),
+        metric(pair.several, "prefix_cache_hits"),
+    )
     assert tokens_of(pair.several, prompts) == expected
     assert tokens_of(pair.several, prompts[4:5] * 2) == expected[4:5] * 2
     assert metric(pair.several, "preemptions") > preemptions
@@ -119,12 +135,22 @@ def test_greedy_tokens_equal_transformers_with_chunks_preemption_and_prefix_hits
 def test_drawn_tokens_and_logprobs_equal_those_of_one_rank(pair):
     prompts = random_prompts([3, 40, 90, 17])
     params = SamplingParams(
-        temperature=0.9, top_p=0.95, repetition_penalty=1.1, seed=1, max_tokens=20, logprobs=3, prompt_logprobs=2
+        temperature=0.9,
+        top_p=0.95,
+        repetition_penalty=1.1,
+        seed=1,
+        max_tokens=20,
+        logprobs=3,
+        prompt_logprobs=2,
     )
-    for one, several in zip(*(llm.generate(prompts, params, use_tqdm=False) for llm in (pair.one, pair.several))):
+    for one, several in zip(
+        *(llm.generate(prompts, params, use_tqdm=False) for llm in (pair.one, pair.several))
+    ):
         assert several.outputs[0].token_ids == one.outputs[0].token_ids
         wanted = [*one.prompt_logprobs[1:], *one.outputs[0].logprobs]
-        for a, b in zip([*several.prompt_logprobs[1:], *several.outputs[0].logprobs], wanted, strict=True):
+        for a, b in zip(
+            [*several.prompt_logprobs[1:], *several.outputs[0].logprobs], wanted, strict=True
+        ):
             assert list(a) == list(b)
             for token in a:
                 assert a[token].logprob == pytest.approx(b[token].logprob, abs=1e-4)
@@ -172,7 +198,9 @@ def test_calls_reach_every_rank(two):
 
 
 def test_what_a_call_raises_names_the_rank_and_leaves_the_engine_alive(qwen3, two):
-    with pytest.raises(RuntimeError, match=r"rank 1 raised[\s\S]*only_rank_1_raises[\s\S]*rank one's own"):
+    with pytest.raises(
+        RuntimeError, match=r"rank 1 raised[\s\S]*only_rank_1_raises[\s\S]*rank one's own"
+    ):
         two.collective_rpc(only_rank_1_raises)
     with pytest.raises(ValueError, match="has no method 'nonsense'"):
         two.collective_rpc("nonsense")
@@ -204,11 +232,18 @@ class LoadWeights:
 
 def test_a_batch_larger_than_the_shared_memory_grows_it(qwen3):
     llm = make_llm(
-        qwen3[0], 2, max_num_batched_tokens=512, max_num_seqs=512, num_gpu_blocks_override=700, max_model_len=500
+        qwen3[0],
+        2,
+        max_num_batched_tokens=512,
+        max_num_seqs=512,
+        num_gpu_blocks_override=700,
+        max_model_len=500,
     )
     prompt = random_prompts([490])[0]
     # Penalties send each row's whole history: 300 * 490 tokens of 4 bytes, more than half a megabyte a step.
-    params = SamplingParams(temperature=0, repetition_penalty=1.2, max_tokens=4, ignore_eos=True, n=1)
+    params = SamplingParams(
+        temperature=0, repetition_penalty=1.2, max_tokens=4, ignore_eos=True, n=1
+    )
     outs = tokens_of(llm, [prompt] * 600, params)
     assert outs == tokens_of(make_llm(qwen3[0], 1, max_model_len=500), [prompt], params) * 600
     llm.llm_engine.executor.close()
@@ -221,7 +256,7 @@ def memory_of_its_own(worker: Any) -> int:
 
 
 def peak_of_loading(worker: Any) -> int:
-    """The most memory while the weights are loaded anew."""
+    """The most memory while the weights are loaded again."""
     seen, done = [0], threading.Event()
 
     def watch() -> None:
@@ -229,16 +264,21 @@ def peak_of_loading(worker: Any) -> int:
             seen.append(memory_of_its_own(worker))
 
     watcher = threading.Thread(target=watch)
-    memory.sleep(worker.model_runner, 2)
+    sleep.sleep(worker.model_runner, 2)
     watcher.start()
-    memory.wake_up(worker.model_runner, "weights")
+    sleep.wake_up(worker.model_runner, "weights")
     done.set()
     watcher.join()
     return max(seen)
 
 
 def test_the_memory_of_a_rank_is_its_share(two, tmp_path):
-    sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16, "vocab_size": 10000}
+    sizes = {
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_attention_heads": 16,
+        "vocab_size": 10000,
+    }
     folder, model = tiny_model(tmp_path, "Llama", **sizes)
     whole = sum(parameter.numel() * 4 for parameter in model.parameters())
     assert whole > 190e6
@@ -248,7 +288,9 @@ def test_the_memory_of_a_rank_is_its_share(two, tmp_path):
     grown = llm.collective_rpc(memory_of_its_own)[1] - base
     peak = llm.collective_rpc(peak_of_loading)[1] - base
     llm.llm_engine.executor.close()
-    assert 0.4 * whole < grown < 0.5 * whole + 24e6  # a piece of a tensor is read before it is put in place
+    assert (
+        0.4 * whole < grown < 0.5 * whole + 24e6
+    )  # a piece of a tensor is read before it is put in place
     assert peak < 0.5 * whole + 48e6
 
 
@@ -260,7 +302,7 @@ def test_one_rank_needs_no_process_group_process_or_shared_memory(qwen3):
     threads = threading.active_count()
     llm = make_llm(qwen3[0], 1, distributed_executor_backend="mp")
     assert tokens_of(llm, [[5, 6, 7]]) == [greedy(qwen3[1], [5, 6, 7], 20)]
-    assert llm.llm_engine.runner.tp == TensorParallel()
+    assert llm.llm_engine.executor.runner.tp == TensorParallel()
     assert (open_things(), children(os.getpid())) == (before, processes)
     assert threading.active_count() == threads
     assert not torch.distributed.is_initialized()
@@ -281,7 +323,11 @@ def test_engines_live_side_by_side_and_leave_nothing_when_deleted(qwen3, two):
 
 def run_script(name: str, *args: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, str(SCRIPTS / name), *args], capture_output=True, text=True, timeout=60, env=script_env()
+        [sys.executable, str(SCRIPTS / name), *args],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=script_env(),
     )
 
 
@@ -301,13 +347,28 @@ def test_a_script_needs_no_main_guard(qwen3):
 @pytest.mark.parametrize(("world", "size"), [(2, 2), (2, 1)])
 def test_under_torchrun_every_rank_returns_the_same(qwen3, tmp_path, world, size):
     prompts = random_prompts([5, 40])
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
-    command = [*torchrun, str(SCRIPTS / "launched.py"), qwen3[0], str(tmp_path), str(size), json.dumps(prompts)]
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={world}",
+    ]
+    command = [
+        *torchrun,
+        str(SCRIPTS / "launched.py"),
+        qwen3[0],
+        str(tmp_path),
+        str(size),
+        json.dumps(prompts),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=100, env=script_env())
     assert done.returncode == 0, done.stderr
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(world))
     assert first == second
-    assert [tokens for tokens, _ in first[:2]] == [greedy(qwen3[1], prompt, 10) for prompt in prompts]
+    assert [tokens for tokens, _ in first[:2]] == [
+        greedy(qwen3[1], prompt, 10) for prompt in prompts
+    ]
 
 
 # -- what is refused -----------------------------------------------------------------------------------------------------
@@ -359,11 +420,15 @@ def test_a_rank_that_raises_fails_generate_with_its_traceback_and_ends_the_engin
     llm = make_llm(qwen3[0], 4)
     llm.collective_rpc(set_a_bomb)
     start = time.monotonic()
-    with pytest.raises(EngineDeadError, match=r"rank 1 raised[\s\S]*in explode[\s\S]*the bomb went off"):
+    with pytest.raises(
+        EngineDeadError, match=r"rank 1 raised[\s\S]*in explode[\s\S]*the bomb went off"
+    ):
         tokens_of(llm, [[5, 6, 7]])
     assert time.monotonic() - start < SOON
     assert children(os.getpid()) == processes
-    with pytest.raises(EngineDeadError, match=r"this engine is dead and a new one is needed: rank 1 raised"):
+    with pytest.raises(
+        EngineDeadError, match=r"this engine is dead and a new one is needed: rank 1 raised"
+    ):
         tokens_of(llm, [[5, 6, 7]])
     with pytest.raises(EngineDeadError, match="dead"):
         llm.collective_rpc(facts)
@@ -379,7 +444,7 @@ def test_what_rank_0_raises_in_a_step_ends_the_engine(qwen3, monkeypatch):
     def explode(*args: Any) -> None:
         raise ArithmeticError("out of luck")
 
-    monkeypatch.setattr(llm.llm_engine.runner.model.model, "forward", explode)
+    monkeypatch.setattr(llm.llm_engine.executor.runner.model.model, "forward", explode)
     with pytest.raises(ArithmeticError, match="out of luck"):
         tokens_of(llm, [[5, 6, 7]])
     with pytest.raises(EngineDeadError, match="rank 0 raised ArithmeticError: out of luck"):
@@ -393,7 +458,9 @@ def test_a_rank_that_dies_between_calls_is_noticed_at_the_next(qwen3):
     os.kill(*(children(os.getpid()) - processes), signal.SIGKILL)
     assert wait_until(lambda: children(os.getpid()) == processes)
     for _ in range(2):
-        with pytest.raises(EngineDeadError, match=r"this engine is dead and a new one is needed: rank 1 .* SIGKILL"):
+        with pytest.raises(
+            EngineDeadError, match=r"this engine is dead and a new one is needed: rank 1 .* SIGKILL"
+        ):
             tokens_of(llm, [[5, 6, 7]])
 
 
@@ -422,7 +489,9 @@ def test_killing_a_rank_at_a_random_moment_fails_soon_and_leaves_nothing(qwen3, 
     choose = random.Random(seed)
     killer = threading.Thread(target=kill_one, args=(processes, choose.uniform(0.0, 4.0), choose))
     killer.start()
-    with pytest.raises(EngineDeadError, match=r"rank \d \(process \d+\) was killed by SIGKILL") as caught:
+    with pytest.raises(
+        EngineDeadError, match=r"rank \d \(process \d+\) was killed by SIGKILL"
+    ) as caught:
         start_and_generate(qwen3[0], size, killer)
     killer.join()
     del caught  # its frames hold the engine

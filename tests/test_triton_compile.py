@@ -21,13 +21,16 @@ from triton.runtime.driver import driver  # noqa: E402
 
 from nanovllm.attention.triton_backend import TritonAttention, prefill_shape  # noqa: E402
 from nanovllm.kernels import triton_ops  # noqa: E402
-from nanovllm.layers.rotary import QKNormRope  # noqa: E402
+from nanovllm.kernels.rope import Rope  # noqa: E402
 
 RESOURCES = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 pytestmark = [
-    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing"),
     pytest.mark.skipif(
-        tuple(map(int, triton.__version__.split(".")[:2])) < (3, 6), reason="tile sizes suit the compiler of triton 3.6"
+        os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing"
+    ),
+    pytest.mark.skipif(
+        tuple(map(int, triton.__version__.split(".")[:2])) < (3, 6),
+        reason="tile sizes suit the compiler of triton 3.6",
     ),
     pytest.mark.skipif(not RESOURCES.exists(), reason="this triton carries no cuobjdump"),
 ]
@@ -60,7 +63,9 @@ def compile_launches(monkeypatch, device: NoDevice) -> list:
     run = triton.JITFunction.run
     monkeypatch.setattr(driver, "_active", device)
     monkeypatch.setattr(
-        triton.JITFunction, "run", lambda *args, warmup, **kwargs: kernels.append(run(*args, warmup=True, **kwargs))
+        triton.JITFunction,
+        "run",
+        lambda *args, warmup, **kwargs: kernels.append(run(*args, warmup=True, **kwargs)),
     )
     return kernels
 
@@ -74,7 +79,9 @@ def check(kernel, tmp_path) -> str:
     """Asserts that no register is spilled; returns the PTX."""
     cubin = tmp_path / "kernel.cubin"
     cubin.write_bytes(kernel.asm["cubin"])
-    report = subprocess.run([RESOURCES, "--dump-resource-usage", cubin], capture_output=True, text=True, check=True)
+    report = subprocess.run(
+        [RESOURCES, "--dump-resource-usage", cubin], capture_output=True, text=True, check=True
+    )
     usage = dict(re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", report.stdout))
     print(kernel.metadata.name, usage, f"shared {kernel.metadata.shared}")
     assert usage["STACK"] == usage["LOCAL"] == "0", f"{kernel.metadata.name} spills: {usage}"
@@ -83,7 +90,9 @@ def check(kernel, tmp_path) -> str:
 
 def copies(ptx: str) -> set[int]:
     """Sizes in bytes of the asynchronous copies from global to shared memory."""
-    return {int(size, 0) for size in re.findall(r"cp\.async\.\w+\.shared\.global[^;]*?, (0x\w+)", ptx)}
+    return {
+        int(size, 0) for size in re.findall(r"cp\.async\.\w+\.shared\.global[^;]*?, (0x\w+)", ptx)
+    }
 
 
 def assert_wide(ptx: str) -> None:
@@ -115,9 +124,13 @@ SHAPES = [  # heads, head_dim, block_size, window, dtype, kv_cache_dtype
 def test_attention(compiled, tmp_path, heads, dim, page, window, dtype, cache):
     if cache == "fp8" and driver.active.capability < 89:
         pytest.skip("float8 needs compute capability 8.9")
-    case = make_case([3, 1], [70, 80], heads=heads, head_dim=dim, block_size=page, windows=(window,), dtype=dtype)
+    case = make_case(
+        [3, 1], [70, 80], heads=heads, head_dim=dim, block_size=page, windows=(window,), dtype=dtype
+    )
     backend = TritonAttention(case.spec, cache)
-    backend.prefill = prefill_shape(dim, dtype, backend.cache_dtype, divmod(driver.active.capability, 10))
+    backend.prefill = prefill_shape(
+        dim, dtype, backend.cache_dtype, divmod(driver.active.capability, 10)
+    )
     backend.programs = 264
     backend.allocate(case.num_blocks)
     backend.begin(case.metadata([67, 79], [70, 80]))
@@ -127,21 +140,31 @@ def test_attention(compiled, tmp_path, heads, dim, page, window, dtype, cache):
     for kernel in (prefill, decode):
         ptx = check(kernel, tmp_path)
         assert kernel.metadata.shared <= 160 * 1024
-        if kernel.metadata.num_stages > 2:  # K and V of the next tile are on their way while one is worked on
+        if (
+            kernel.metadata.num_stages > 2
+        ):  # K and V of the next tile are on their way while one is worked on
             assert max(int(n) for n in re.findall(r"cp\.async\.wait_group\s+(\d+)", ptx)) >= 2
         assert 16 in copies(ptx) or ((cache == "fp8" or dim == 8) and copies(ptx) == {8})
         if dtype != torch.float32:
-            warp_groups = kernel is prefill and driver.active.capability == 90 and backend.prefill["BLOCK_M"] >= 64
+            warp_groups = (
+                kernel is prefill
+                and driver.active.capability == 90
+                and backend.prefill["BLOCK_M"] >= 64
+            )
             assert ("wgmma" if warp_groups else "mma.sync") in ptx
+
+
+def rope_of(dim: int, eps: float | None) -> Rope:
+    norm = None if eps is None else torch.zeros(dim, dtype=torch.bfloat16)
+    return Rope(16, 8, dim, torch.zeros(64, dim), norm, norm, eps or 0.0)
 
 
 @pytest.mark.parametrize("dim", [80, 128])
 @pytest.mark.parametrize("norm", [None, 1e-6])
 def test_write(compiled, tmp_path, dim, norm):
-    rope = QKNormRope(16, 8, dim, torch.zeros(64, dim), norm).to(torch.bfloat16)
+    rope = rope_of(dim, norm)
     slots = torch.zeros(2, dtype=torch.int32)
     cache = torch.zeros(2, 4, 8, 64, dim, dtype=torch.bfloat16)
-    rope.cos_sin = rope.cos_sin.float()
     triton_ops.write_qkv(torch.zeros(2, 32 * dim, dtype=torch.bfloat16), slots, slots, rope, *cache)
     assert_wide(check(compiled[0], tmp_path))
 
@@ -159,7 +182,11 @@ def test_elementwise(compiled, tmp_path, size, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_sampling(compiled, tmp_path, dtype):
-    logits, row, k = torch.zeros(2, 151936, dtype=dtype), torch.zeros(2), torch.zeros(2, dtype=torch.int32)
+    logits, row, k = (
+        torch.zeros(2, 151936, dtype=dtype),
+        torch.zeros(2),
+        torch.zeros(2, dtype=torch.int32),
+    )
     triton_ops.draw(logits, row, row)
     triton_ops.draw(logits, row, row, triton_ops.filter_threshold(logits, row, k, row, row))
     assert len(compiled) == 6
@@ -173,20 +200,32 @@ def test_every_kernel_compiles_for_an_mi300_too(monkeypatch):
     for heads, dim, page, window, dtype, cache in SHAPES[::3]:
         if cache == "auto":
             case = make_case(
-                [3, 1], [70, 80], heads=heads, head_dim=dim, block_size=page, windows=(window,), dtype=dtype
+                [3, 1],
+                [70, 80],
+                heads=heads,
+                head_dim=dim,
+                block_size=page,
+                windows=(window,),
+                dtype=dtype,
             )
             backend = TritonAttention(case.spec)
             backend.allocate(case.num_blocks)
             backend.begin(case.metadata([67, 79], [70, 80]))
             backend.attend(0, torch.cat(case.q))
-    x, row, k = torch.zeros(2, 2048, dtype=torch.bfloat16), torch.zeros(2), torch.zeros(2, dtype=torch.int32)
+    x, row, k = (
+        torch.zeros(2, 2048, dtype=torch.bfloat16),
+        torch.zeros(2),
+        torch.zeros(2, dtype=torch.int32),
+    )
     triton_ops.add_rms_norm(x, x.clone(), x[0], 1e-6)
     triton_ops.silu_and_mul(x)
     triton_ops.draw(x, row, row, triton_ops.filter_threshold(x, row, k, row, row))
-    rope = QKNormRope(16, 8, 64, torch.zeros(64, 64), 1e-6).to(torch.bfloat16)
+    rope = rope_of(64, 1e-6)
     triton_ops.write_qkv(x, k, k, rope, *torch.zeros(2, 4, 8, 64, 64, dtype=torch.bfloat16))
     for kernel in kernels:
-        assert re.findall(r"\.vgpr_spill_count: +(\d+)", kernel.asm["amdgcn"]) == ["0"], kernel.metadata.name
+        assert re.findall(r"\.vgpr_spill_count: +(\d+)", kernel.asm["amdgcn"]) == ["0"], (
+            kernel.metadata.name
+        )
         assert kernel.metadata.shared <= 64 * 1024
     names = {kernel.metadata.name for kernel in kernels}
     assert len(names) == 9, names

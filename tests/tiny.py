@@ -1,4 +1,6 @@
-"""Tiny models made by transformers, which is also the oracle: random weights, large enough that tokens differ."""
+"""Tiny models made by transformers, which is also the oracle: random weights, large enough that
+tokens differ.
+"""
 
 from __future__ import annotations
 
@@ -40,12 +42,19 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 
 def tiny_model(folder: Path, family: str, **overrides: Any) -> tuple[str, Any]:
-    """Saves a random model of the family (float32) and returns (its folder, the transformers model)."""
+    """Saves a random model of the family (float32) and returns (its folder, the transformers
+    model).
+    """
     config_class = getattr(transformers, f"{family}Config")
     model_class = getattr(transformers, f"{family}ForCausalLM")
     torch.manual_seed(len(family) + len(str(sorted(overrides.items()))))
-    model = model_class(config_class(**{**SIZES, **FAMILIES[family], **overrides})).float().eval()
-    for name, parameter in model.named_parameters():  # biases and norms begin as 0 and 1, which hides mistakes
+    model = (
+        model_class(config_class(**{**SIZES, **FAMILIES.get(family, {}), **overrides}))
+        .float()
+        .eval()
+    )
+    # Biases and norms begin as 0 and 1, which hides mistakes.
+    for name, parameter in model.named_parameters():
         if parameter.dim() == 1:
             parameter.data.normal_(1.0 if "norm" in name else 0.0, 0.2)
     model.save_pretrained(folder)
@@ -79,18 +88,22 @@ def random_prompts(lengths: list[int], vocab_size: int = 298, seed: int = 0) -> 
     return [torch.randint(0, vocab_size, (n,), generator=generator).tolist() for n in lengths]
 
 
-# -- shared models and engines, each made once -----------------------------------------------------------------------
+# -- shared models and engines, each made once -----------------------------------------------------
 
 BOS, EOS = 298, 299
-WORDS = ["th", "the", "in", "er", "on", "he"]  # tokens of several characters; between them and BOS ids mean nothing
+# Tokens of several characters; between them and BOS ids mean nothing.
+WORDS = ["th", "the", "in", "er", "on", "he"]
 CHAT_TEMPLATE = (
-    "<s>{% for m in messages %}{% if m.role == 'nobody' %}{{ raise_exception('who is nobody?') }}{% endif %}"
+    "<s>{% for m in messages %}{% if m.role == 'stranger' %}{{ raise_exception('who is stranger?') }}{% endif %}"
     "[{{ m.role }}] {{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}[assistant] {% endif %}"
 )
 
 
 def tiny_tokenizer() -> Any:
-    """Byte-level BPE whose first 256 ids are the bytes. Encoding adds BOS; there is a chat template that writes it too."""
+    """Byte-level BPE whose first 256 ids are the bytes.
+
+    Encoding adds BOS; there is a chat template that writes it too.
+    """
     shown = [*range(33, 127), *range(161, 173), *range(174, 256)]  # what GPT-2 leaves as it is
     hidden = (chr(256 + i) for i in itertools.count())
     letters = [chr(byte) if byte in shown else next(hidden) for byte in range(256)]
@@ -99,7 +112,9 @@ def tiny_tokenizer() -> Any:
     tokenizer = Tokenizer(models.BPE({**vocab, "<s>": BOS, "</s>": EOS}, merges))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", BOS)]
+    )
     tokenizer.add_special_tokens(["<s>", "</s>"])
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", chat_template=CHAT_TEMPLATE
@@ -124,7 +139,9 @@ def shared_model(family: str = "Qwen3") -> tuple[str, Any]:
 @cache
 @torch.no_grad()
 def scripted_model(script: tuple[int, ...]) -> str:
-    """The folder of a model that, after any token of `script` (all different), is sure that the next one follows."""
+    """The folder of a model that, after any token of `script` (all different), is sure that the
+    next one follows.
+    """
     sizes = {"hidden_size": 304, "num_hidden_layers": 1, "intermediate_size": 8, "head_dim": 16}
     folder, model = tiny_model(session_folder() / f"script-{abs(hash(script))}", "Llama", **sizes)
     layer = model.model.layers[0]
@@ -143,8 +160,15 @@ ENGINES: list[LLM] = []
 
 
 def make_llm(folder: str | None = None, **kwargs: Any) -> LLM:
-    """An engine small enough to preempt and to cut prompts into chunks when it is asked to do a little more."""
-    defaults = {"dtype": "float32", "num_gpu_blocks_override": 256, "max_num_batched_tokens": 256, "max_num_seqs": 64}
+    """An engine small enough to preempt and to cut prompts into chunks when it is asked to do a
+    little more.
+    """
+    defaults = {
+        "dtype": "float32",
+        "num_gpu_blocks_override": 256,
+        "max_num_batched_tokens": 256,
+        "max_num_seqs": 64,
+    }
     ENGINES.append(LLM(folder or shared_model()[0], **{**defaults, **kwargs}))
     return ENGINES[-1]
 
@@ -162,7 +186,7 @@ def assert_idle(llm: LLM) -> None:
     assert scheduler.blocks.num_free == scheduler.blocks.num_blocks
     assert not scheduler.waiting
     assert not scheduler.unfinished
-    assert len(scheduler.order) == 0
+    assert len(scheduler.running) == 0
     assert not scheduler.table.seqs
     assert len(scheduler.table.free_rows) == len(scheduler.table.seq_id)
     assert not llm.llm_engine.has_unfinished_requests()

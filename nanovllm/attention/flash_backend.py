@@ -1,39 +1,44 @@
-"""Paged attention by the flash-attn packages, where one is installed: version 3 on Hopper, version 2 elsewhere.
+"""Paged attention by an installed flash-attn package.
 
-The kernels are theirs; the pages, and what is written into them, are ours (`triton_ops.write_qkv`).
+Version 3 runs on Hopper, version 2 on other GPUs. The package computes attention. The
+pages, and the kernel that writes them, are our own (`triton_ops.write_qkv`).
 """
 
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Any
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from nanovllm.attention import AttentionBackend, AttentionMetadata, AttentionSpec
+from nanovllm.attention.base import AttentionBackend, AttentionSpec
+from nanovllm.core.batch import AttentionMetadata
+from nanovllm.kernels.rope import Rope
 from nanovllm.kernels.triton_ops import write_kv, write_qkv
-from nanovllm.layers.rotary import QKNormRope
 
 PAGE = 256  # flash-attn 2 takes pages of a multiple of this
 
 
 def flash_version(spec: AttentionSpec) -> tuple[int | None, str]:
-    """(3 or 2 where that version can run this model, else None; why)."""
+    """(3 or 2, why). (None, why) where neither version can run this model."""
     if spec.device.type != "cuda" or spec.dtype not in (torch.float16, torch.bfloat16):
-        return None, f"flash-attn runs float16 and bfloat16 on CUDA, not {spec.dtype} on {spec.device.type}"
+        where = f"{spec.dtype} on {spec.device.type}"
+        return None, f"flash-attn runs float16 and bfloat16 on CUDA, not {where}"
     if spec.head_dim > 256 or spec.head_dim % 8:
         return None, f"flash-attn runs head sizes up to 256 in steps of 8, not {spec.head_dim}"
     capability = torch.cuda.get_device_capability(spec.device)
+    shown = f"{capability[0]}.{capability[1]}"
     reasons = []
     for version, module, runs in (
         (3, "flash_attn_interface", capability[0] == 9),
         (2, "flash_attn", capability >= (8, 0)),
     ):
         if not runs:
-            reasons.append(f"flash-attn {version} does not run on compute capability {capability[0]}.{capability[1]}")
+            reasons.append(f"flash-attn {version} does not run on compute capability {shown}")
         elif version == 2 and spec.block_size % PAGE:
-            reasons.append(f"flash-attn 2 needs a block_size that is a multiple of {PAGE}, not {spec.block_size}")
+            multiple = f"a block_size that is a multiple of {PAGE}"
+            reasons.append(f"flash-attn 2 needs {multiple}, not {spec.block_size}")
         else:
             try:
                 import_module(module)
@@ -55,19 +60,21 @@ class FlashAttention(AttentionBackend):
     def __init__(self, spec: AttentionSpec) -> None:
         super().__init__(spec)
         self.version, _ = flash_version(spec)
-        self.kernels: Any = import_module("flash_attn_interface" if self.version == 3 else "flash_attn")
+        module = "flash_attn_interface" if self.version == 3 else "flash_attn"
+        self.kernels: ModuleType = import_module(module)
 
     def allocate(self, num_blocks: int) -> None:
         spec = self.spec
         shape = (spec.num_layers, 2, num_blocks, spec.block_size, spec.num_kv_heads, spec.head_dim)
         self.cache = torch.zeros(shape, dtype=spec.dtype, device=spec.device)
 
-    def begin(self, meta: AttentionMetadata) -> None:
+    def begin(self, meta: AttentionMetadata[Tensor]) -> None:
         super().begin(meta)
         if self.version == 2 and meta.max_query_len > 1:
-            self.key_start = torch.nn.functional.pad(meta.context_lens.cumsum(0, dtype=torch.int32), (1, 0))
+            key_end = meta.context_lens.cumsum(0, dtype=torch.int32)  # [S]
+            self.key_start = torch.nn.functional.pad(key_end, (1, 0))  # [S + 1]
 
-    def write(self, layer: int, qkv: Tensor, rope: QKNormRope) -> Tensor:
+    def write(self, layer: int, qkv: Tensor, rope: Rope) -> Tensor:
         caches = self.cache[layer].transpose(2, 3)
         return write_qkv(qkv, self.meta.positions, self.meta.slot_mapping, rope, *caches)
 

@@ -1,31 +1,35 @@
-"""Which attention backend runs where, and why."""
+"""The choice of the attention backend, with its reasons in the log or the error."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from importlib import import_module
-from typing import Any
 
-from nanovllm.attention import AttentionBackend, AttentionSpec
+from nanovllm.attention.base import AttentionBackend, AttentionSpec
 
 logger = logging.getLogger("nanovllm")
 
-# Each in a module of its own, imported when it is tried: Triton alone takes half a second.
+# A module is imported when its backend is tried, because the import of Triton is slow.
 BACKENDS = {
-    "flash": "flash_backend.FlashAttention",
-    "triton": "triton_backend.TritonAttention",
-    "cpu": "cpu_backend.CpuAttention",
-    "torch": "torch_backend.TorchAttention",
+    "flash": "nanovllm.attention.flash_backend.FlashAttention",
+    "triton": "nanovllm.attention.triton_backend.TritonAttention",
+    "cpu": "nanovllm.attention.cpu_backend.CpuAttention",
+    "torch": "nanovllm.attention.torch_backend.TorchAttention",
 }
 FASTEST_FIRST = {"cuda": ("flash", "triton", "torch"), "cpu": ("cpu", "torch")}
 
 
-def select_backend(spec: AttentionSpec, name: str | None, kv_cache_dtype: str = "auto") -> AttentionBackend:
-    """The backend called `name`, or the fastest that can run `spec`. Raises ValueError for a name that cannot."""
+def select_backend(
+    spec: AttentionSpec, name: str | None, kv_cache_dtype: str = "auto"
+) -> AttentionBackend:
+    """The backend called `name`. Without a name: the fastest backend that can run `spec`.
+
+    Raises ValueError where `name` is unknown or cannot run `spec`.
+    """
     if name is not None and name not in BACKENDS:
-        raise ValueError(
-            f"attention_backend={name!r} is not known; accepted are None, {', '.join(map(repr, BACKENDS))}"
-        )
+        accepted = ", ".join(map(repr, BACKENDS))
+        raise ValueError(f"attention_backend={name!r} is not known; accepted are None, {accepted}")
     reasons: list[str] = []
     for candidate in (name,) if name else FASTEST_FIRST[spec.device.type]:
         found = make(candidate, spec, kv_cache_dtype)
@@ -38,14 +42,18 @@ def select_backend(spec: AttentionSpec, name: str | None, kv_cache_dtype: str = 
 
 
 def make(name: str, spec: AttentionSpec, kv_cache_dtype: str) -> AttentionBackend | str:
-    """The backend, or why there is none."""
-    module, _, class_name = BACKENDS[name].partition(".")
+    """The backend, or the reason why it cannot run."""
+    module, _, class_name = BACKENDS[name].rpartition(".")
     try:
-        backend: Any = getattr(import_module(f"nanovllm.attention.{module}"), class_name)
+        backend: type[AttentionBackend] = getattr(import_module(module), class_name)
     except ImportError as err:
         return f"{err}"
     if kv_cache_dtype != "auto" and name != "triton":
         return f"kv_cache_dtype={kv_cache_dtype!r} is for the triton backend"
-    if reason := backend.refuses(spec):
+    reason = backend.refuses(spec)
+    if reason:
         return reason
-    return backend(spec) if kv_cache_dtype == "auto" else backend(spec, kv_cache_dtype)
+    if kv_cache_dtype == "auto":
+        return backend(spec)
+    of_cache_dtype: Callable[[AttentionSpec, str], AttentionBackend] = backend
+    return of_cache_dtype(spec, kv_cache_dtype)

@@ -1,7 +1,9 @@
-"""Paged attention as two Triton kernels, for any GPU: FlashAttention over query tiles, and split-KV decoding.
+"""Paged attention for any GPU as two Triton kernels: FlashAttention and split-KV
+decoding.
 
-Both fold key tiles into a running softmax (`_fold_tiles`) and differ only in how the work is dealt to programs. Nothing
-here reads a device tensor on the host, so a step can be captured in a CUDA graph, `begin` included.
+Both fold key tiles into a running softmax (`_fold_tiles`). They differ in how programs
+share the work. Nothing here reads a device tensor on the host, so a CUDA graph can
+capture a step, `begin` included.
 """
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
@@ -13,16 +15,25 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nanovllm.attention import AttentionBackend, AttentionMetadata, AttentionSpec
-from nanovllm.kernels.triton_ops import INTERPRETED, card, compute_type, power_of_2, registers, write_kv, write_qkv
-from nanovllm.layers.rotary import QKNormRope
+from nanovllm.attention.base import AttentionBackend, AttentionSpec
+from nanovllm.core.batch import AttentionMetadata, ceil_div
+from nanovllm.kernels.rope import Rope
+from nanovllm.kernels.triton_ops import (
+    INTERPRETED,
+    compute_type,
+    device_properties,
+    power_of_2,
+    registers,
+    write_kv,
+    write_qkv,
+)
 
 LOG2E = 1.4426950408889634
 
 
 @triton.jit
 def _pages(table, t, high, PAGE: tl.constexpr, TILE: tl.constexpr):
-    """Page ids of key tile t: one where the tile lies in one page, else one for every key."""
+    """Page ids of key tile t: one id where the tile lies in one page, else an id for each key."""
     if PAGE % TILE == 0:
         key = t * TILE
     else:
@@ -32,7 +43,7 @@ def _pages(table, t, high, PAGE: tl.constexpr, TILE: tl.constexpr):
 
 @triton.jit
 def _query(q, dtype: tl.constexpr):
-    """q in the type of the products; what float16 cannot hold becomes its largest number."""
+    """q in the type of the products. float16 clamps numbers beyond its largest ones."""
     if dtype == tl.float16:
         q = tl.minimum(tl.maximum(q.to(tl.float32), -65504.0), 65504.0)
     return q.to(dtype)
@@ -40,14 +51,16 @@ def _query(q, dtype: tl.constexpr):
 
 @triton.jit
 def _fold_tiles(
-    m, mass, acc, q, q_position, k_cache, v_cache, table, head, tile, end, low, high,
+    m, prob_sum, acc, q, q_position, k_cache, v_cache, table, head, tile, end, low, high,
     SCALE: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr,
     WINDOW: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Folds key tiles tile:end into (m, mass, acc) by online softmax (FlashAttention-2, Dao, 2023, algorithm 1).
+    """Folds key tiles tile:end into (m, prob_sum, acc) by online softmax.
 
-    Row maxima m are kept in units of log2, mass = sum of 2^(s - m), acc = sum of 2^(s - m) v. Keys outside low:high are not
-    read. MASKED applies causality (key <= q_position) and the window; without it every row must see every key.
+    (FlashAttention-2, Dao, 2023, algorithm 1.) m [rows]: maximum of the scores s so far,
+    in units of log2. prob_sum [rows]: sum of 2^(s - m). acc [rows, dim]: sum of 2^(s - m)
+    v. Keys outside low:high are not read. MASKED applies causality (key <= q_position)
+    and the window. Without MASKED every row must see every key.
     """
     column = tl.arange(0, TILE)
     dim = tl.arange(0, q.shape[1])
@@ -57,13 +70,16 @@ def _fold_tiles(
         if PAGE % TILE == 0:
             start = (page * HKV + head) * (PAGE * D) + t * TILE % PAGE * D
             offset = (column * D)[:, None] + dim[None, :]
-            k_tile, v_tile = k_cache + start, v_cache + start
+            k_tile = k_cache + start
+            v_tile = v_cache + start
         else:
             offset = ((page * HKV + head) * (PAGE * D) + key % PAGE * D)[:, None] + dim[None, :]
-            k_tile, v_tile = k_cache, v_cache
-        # An iteration early, or Triton would spend stages of its pipeline on the page ids and not on K and V.
+            k_tile = k_cache
+            v_tile = v_cache
+        # Page ids are loaded one iteration early, because Triton would otherwise spend
+        # stages of its pipeline on them and not on K and V.
         page = _pages(table, t + 1, high, PAGE, TILE)
-        # What is masked must not be read: a stale NaN in V would survive its weight of 0.
+        # Masked keys must not be read, because 0 times a stale NaN in V is NaN.
         if MASKED:
             inside = key < high
             if WINDOW > 0:
@@ -88,32 +104,36 @@ def _fold_tiles(
         m_new = tl.maximum(m, tl.max(s, 1) * SCALE)
         p = tl.exp2(s * SCALE - m_new[:, None])
         shrink = tl.exp2(m - m_new)
-        mass = mass * shrink + tl.sum(p, 1)
+        prob_sum = prob_sum * shrink + tl.sum(p, 1)
         acc = tl.dot(p.to(q.dtype), v.to(q.dtype), acc * shrink[:, None], input_precision="ieee")
         m = m_new
-    return m, mass, acc
+    return m, prob_sum, acc
 
 
 @triton.jit(do_not_specialize=["table_stride", "num_sequences"])
 def _prefill_kernel(
-    q_ptr, out_ptr, k_cache, v_cache, tables, table_stride, context_lens, query_start, num_sequences,
+    q_ptr, out_ptr, k_cache, v_cache, tables, table_stride, context_lens, query_start,
+    num_sequences,
     SCALE: tl.constexpr, HKV: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr,
-    PAGE: tl.constexpr, BLOCK_M: tl.constexpr, TILE: tl.constexpr, WINDOW: tl.constexpr, COMPUTE: tl.constexpr,
+    PAGE: tl.constexpr, BLOCK_M: tl.constexpr, TILE: tl.constexpr, WINDOW: tl.constexpr,
+    COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_M // GROUP consecutive queries of one sequence, times the GROUP query heads of one KV head.
+    """One program: BLOCK_M // GROUP queries of a sequence, with all heads of a KV head.
 
-    Sequences of a single query are left to `_decode_kernel`.
+    `_decode_kernel` computes sequences of a single query.
     """
     BLOCK_Q: tl.constexpr = BLOCK_M // GROUP
-    index = tl.num_programs(0) - 1 - tl.program_id(0)  # late tiles see the most keys: start with them
+    # The last query tiles run first, because they see the most keys.
+    index = tl.num_programs(0) - 1 - tl.program_id(0)
     head = tl.program_id(1)
-    sequence = 0  # that of this program: so many have their tiles before it
-    first = 0  # the tiles of these
+    sequence = 0  # the program's sequence: the number of sequences whose tiles lie before `index`
+    first = 0  # the number of tiles of these sequences
     tiles_before = 0
     for i in range(0, num_sequences, 128):
         at = i + tl.arange(0, 128)
         inside = at < num_sequences
-        length = tl.load(query_start + at + 1, mask=inside, other=0) - tl.load(query_start + at, mask=inside, other=0)
+        begin = tl.load(query_start + at, mask=inside, other=0)
+        length = tl.load(query_start + at + 1, mask=inside, other=0) - begin
         tiles = tl.where(length > 1, tl.cdiv(length, BLOCK_Q), 0)
         before = inside & (tiles_before + tl.cumsum(tiles) <= index)
         sequence += tl.sum(before.to(tl.int32))
@@ -123,48 +143,54 @@ def _prefill_kernel(
         return
     start = tl.load(query_start + sequence)
     count = tl.load(query_start + sequence + 1) - start
-    begin = (index - first) * BLOCK_Q
+    first_query = (index - first) * BLOCK_Q
     context = tl.load(context_lens + sequence)
     past = context - count
 
     row = tl.arange(0, BLOCK_M)
     dim = tl.arange(0, DIM)
-    token = begin + row // GROUP
+    token = first_query + row // GROUP
     q_position = past + token
     q_head = head * GROUP + row % GROUP
     offset = ((start + token).to(tl.int64) * (HKV * GROUP * D) + q_head * D)[:, None] + dim[None, :]
     inside = ((row < BLOCK_Q * GROUP) & (token < count))[:, None] & (dim < D)[None, :]
     q = _query(tl.load(q_ptr + offset, mask=inside, other=0.0), COMPUTE)
 
-    low = tl.maximum(past + begin - WINDOW + 1, 0) if WINDOW > 0 else 0
-    high = tl.minimum(context, past + begin + BLOCK_Q)
+    low = tl.maximum(past + first_query - WINDOW + 1, 0) if WINDOW > 0 else 0
+    high = tl.minimum(context, past + first_query + BLOCK_Q)
     tile = low // TILE
-    full = tile if WINDOW > 0 else (past + begin + 1) // TILE  # the tiles before it are seen by all rows
+    # All rows see every key of the tiles before `full`.
+    full = tile if WINDOW > 0 else (past + first_query + 1) // TILE
     m = tl.full([BLOCK_M], -1e30, tl.float32)
-    mass = tl.zeros([BLOCK_M], tl.float32)
+    prob_sum = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, DIM], tl.float32)
     table = tables + tl.cast(sequence, tl.int64) * table_stride
     if WINDOW == 0:
-        m, mass, acc = _fold_tiles(
-            m, mass, acc, q, q_position, k_cache, v_cache, table, head, tile, full, low, high,
+        m, prob_sum, acc = _fold_tiles(
+            m, prob_sum, acc, q, q_position, k_cache, v_cache, table, head, tile, full, low, high,
             SCALE, HKV, D, PAGE, TILE, WINDOW, False,
         )  # fmt: skip
-    m, mass, acc = _fold_tiles(
-        m, mass, acc, q, q_position, k_cache, v_cache, table, head, full, tl.cdiv(high, TILE), low, high,
-        SCALE, HKV, D, PAGE, TILE, WINDOW, True,
+    m, prob_sum, acc = _fold_tiles(
+        m, prob_sum, acc, q, q_position, k_cache, v_cache, table, head,
+        full, tl.cdiv(high, TILE), low, high, SCALE, HKV, D, PAGE, TILE, WINDOW, True,
     )  # fmt: skip
-    tl.store(out_ptr + offset, acc / tl.maximum(mass, 1e-30)[:, None], mask=inside)
+    tl.store(out_ptr + offset, acc / tl.maximum(prob_sum, 1e-30)[:, None], mask=inside)
 
 
 @triton.jit(do_not_specialize=["num_sequences"])
 def _plan_kernel(
     context_lens, query_start, num_sequences, share_ptr, first_ptr, start_ptr, sequence_ptr,
-    HKV: tl.constexpr, TILE: tl.constexpr, WINDOW: tl.constexpr, PROGRAMS: tl.constexpr, CHUNK: tl.constexpr,
+    HKV: tl.constexpr, TILE: tl.constexpr, WINDOW: tl.constexpr, PROGRAMS: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Deals the step's decode work in equal shares; `decode_plan` says what and why. CHUNK programs' starts a program."""
+    """Splits the decode work of a step into equal shares, as `decode_plan` describes.
+
+    One program writes where CHUNK programs of the decode kernel begin.
+    """
     total = 0
     for i in range(0, num_sequences, CHUNK):
-        tiles, _ = _tiles(context_lens, query_start, num_sequences, i + tl.arange(0, CHUNK), HKV, TILE, WINDOW)
+        at = i + tl.arange(0, CHUNK)
+        tiles, _ = _tiles(context_lens, query_start, num_sequences, at, HKV, TILE, WINDOW)
         total += tl.sum(tiles)
     share = tl.maximum(tl.cdiv(total, PROGRAMS), 1)
     tl.store(share_ptr, share)
@@ -190,14 +216,24 @@ def _plan_kernel(
 
 
 @triton.jit
-def _tiles(context_lens, query_start, num_sequences, at, HKV: tl.constexpr, TILE: tl.constexpr, WINDOW: tl.constexpr):
-    """(key tiles over all KV heads, 1 if the sequence has a single query) of sequences `at`."""
+def _tiles(
+    context_lens,
+    query_start,
+    num_sequences,
+    at,
+    HKV: tl.constexpr,
+    TILE: tl.constexpr,
+    WINDOW: tl.constexpr,
+):
+    """Of sequences `at`: (key tiles over all KV heads, 1 if the sequence has a single query)."""
     inside = at < num_sequences
     begin = tl.load(query_start + at, mask=inside, other=0)
     decodes = (tl.load(query_start + at + 1, mask=inside, other=0) - begin == 1) & inside
     context = tl.load(context_lens + at, mask=inside, other=0)
     low = tl.maximum(context - WINDOW, 0) if WINDOW > 0 else 0
-    tiles = tl.maximum(tl.cdiv(context, TILE) - low // TILE, 1)  # padding of context 0 still has its row to clear
+    # At least one tile, because a padding sequence of context 0 has an output row to
+    # clear.
+    tiles = tl.maximum(tl.cdiv(context, TILE) - low // TILE, 1)
     return tl.where(decodes, tiles * HKV, 0), decodes.to(tl.int32)
 
 
@@ -206,12 +242,15 @@ def _decode_kernel(
     q_ptr, out_ptr, k_cache, v_cache, tables, table_stride, context_lens, query_start,
     share_ptr, first_ptr, start_ptr, sequence_ptr, partial_ptr, arrived_ptr,
     SCALE: tl.constexpr, HKV: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr,
-    PAGE: tl.constexpr, BLOCK_M: tl.constexpr, TILE: tl.constexpr, WINDOW: tl.constexpr, COMPUTE: tl.constexpr,
+    PAGE: tl.constexpr, BLOCK_M: tl.constexpr, TILE: tl.constexpr, WINDOW: tl.constexpr,
+    COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    """One program: its share of key tiles, a segment of one (sequence, KV head) after the other.
+    """One program: its share of key tiles, one segment after the other.
 
-    A segment that is all of its (sequence, head) goes straight to the output. Of the others the partial (m, mass, acc) is
-    kept, and whoever comes last combines them, always in the order of their keys (Flash-Decoding, Dao et al., 2023).
+    A segment is a run of tiles of one (sequence, KV head). A segment that holds all tiles
+    of its (sequence, head) writes the output. Other segments store a partial (m,
+    prob_sum, acc). The last program to arrive combines them, always in the order of their
+    keys (Flash-Decoding, Dao et al., 2023).
     """
     program = tl.program_id(0)
     tile = program * tl.load(share_ptr)
@@ -222,7 +261,8 @@ def _decode_kernel(
     dim = tl.arange(0, DIM)
     inside = (row < GROUP)[:, None] & (dim < D)[None, :]
     inner = row[:, None] * D + dim[None, :]
-    STATS: tl.constexpr = GROUP * D  # a partial result: acc [GROUP, D], then m [GROUP], then mass [GROUP]
+    # A partial result: acc [GROUP, D], then m [GROUP], then prob_sum [GROUP].
+    STATS: tl.constexpr = GROUP * D
     PARTIAL: tl.constexpr = GROUP * (D + 2)
     while tile < end:
         base = tl.load(start_ptr + index)
@@ -237,110 +277,150 @@ def _decode_kernel(
         offset = (tl.load(query_start + sequence).to(tl.int64) * HKV + head) * (GROUP * D)
         q = _query(tl.load(q_ptr + offset + inner, mask=inside, other=0.0), COMPUTE)
         m = tl.full([BLOCK_M], -1e30, tl.float32)
-        mass = tl.zeros([BLOCK_M], tl.float32)
+        prob_sum = tl.zeros([BLOCK_M], tl.float32)
         acc = tl.zeros([BLOCK_M, DIM], tl.float32)
-        m, mass, acc = _fold_tiles(
-            m, mass, acc, q, tl.full([BLOCK_M], context - 1, tl.int32), k_cache, v_cache,
+        m, prob_sum, acc = _fold_tiles(
+            m, prob_sum, acc, q, tl.full([BLOCK_M], context - 1, tl.int32), k_cache, v_cache,
             tables + sequence.to(tl.int64) * table_stride, head,
-            low // TILE + begin, low // TILE + stop, low, context, SCALE, HKV, D, PAGE, TILE, WINDOW, True,
+            low // TILE + begin, low // TILE + stop, low, context,
+            SCALE, HKV, D, PAGE, TILE, WINDOW, True,
         )  # fmt: skip
 
         if stop - begin < count:
-            # Of a program's segments only the first can have begun in another program and only the last go on in one.
+            # A program has at most two partial results. Only its first segment can have
+            # begun in another program, and only its last one can go on in another.
             share = tl.load(share_ptr)
             leader = segment // share
             last = (segment + count - 1) // share
             partial = partial_ptr + (2 * program + (program == leader).to(tl.int32)) * PARTIAL
             tl.store(partial + inner, acc, mask=inside)
             tl.store(partial + STATS + row, m, mask=row < GROUP)
-            tl.store(partial + STATS + GROUP + row, mass, mask=row < GROUP)
-            tl.debug_barrier()  # all threads have stored before one announces it
+            tl.store(partial + STATS + GROUP + row, prob_sum, mask=row < GROUP)
+            tl.debug_barrier()  # all threads have stored before one counts the arrival
             if tl.atomic_add(arrived_ptr + leader, 1, sem="acq_rel") == last - leader:
                 tl.store(arrived_ptr + leader, 0)  # for the next launch
                 _combine(partial_ptr, leader, last, out_ptr + offset, GROUP, D, DIM)
         else:
-            tl.store(out_ptr + offset + inner, acc / tl.maximum(mass, 1e-30)[:, None], mask=inside)
+            tl.store(
+                out_ptr + offset + inner, acc / tl.maximum(prob_sum, 1e-30)[:, None], mask=inside
+            )
         tile = segment + stop
         index += (tile == base + count * HKV).to(tl.int32)
 
 
 @triton.jit
-def _combine(partial_ptr, leader, last, out_ptr, GROUP: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr):
-    """Makes the output [GROUP, D] of the partial results of programs leader..last, eight of them on their way at once."""
+def _combine(
+    partial_ptr, leader, last, out_ptr, GROUP: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr
+):
+    """Combines the partial results of programs leader..last into the output [GROUP, D].
+
+    It loads the partial results of eight programs at once.
+    """
     ROWS: tl.constexpr = triton.next_power_of_2(GROUP)
     STATS: tl.constexpr = GROUP * D
-    # What is added is 0, which the compiler does not know: else it would make all this before the loop over keys, and spill.
+    # The added minimum is always 0, which the compiler does not know. Without it the
+    # compiler would compute these tensors before the loop over keys and spill registers.
     row = tl.arange(0, ROWS) + tl.minimum(leader, 0)
     dim = tl.arange(0, DIM)
     inside = (row < GROUP)[:, None] & (dim < D)[None, :]
     inner = row[:, None] * D + dim[None, :]
     m = tl.full([ROWS], -1e30, tl.float32)
-    mass = tl.zeros([ROWS], tl.float32)
+    prob_sum = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, DIM], tl.float32)
     for base in range(leader, last + 1, 8):
         for i in tl.static_range(8):
             program = base + i
-            partial = partial_ptr + (2 * program + (program == leader).to(tl.int32)) * (GROUP * (D + 2))
+            place = 2 * program + (program == leader).to(tl.int32)
+            partial = partial_ptr + place * (GROUP * (D + 2))
+            sums = partial + STATS + GROUP + row
             some = (row < GROUP) & (program <= last)
-            # .cg: from L2, where other multiprocessors' stores are seen; L1 is not coherent with them
+            all_of = inside & (program <= last)
+            # .cg loads from L2, because L1 does not see the stores of other
+            # multiprocessors.
             m_i = tl.load(partial + STATS + row, mask=some, other=-1e30, cache_modifier=".cg")
-            mass_i = tl.load(partial + STATS + GROUP + row, mask=some, other=0.0, cache_modifier=".cg")
-            acc_i = tl.load(partial + inner, mask=inside & (program <= last), other=0.0, cache_modifier=".cg")
+            sum_i = tl.load(sums, mask=some, other=0.0, cache_modifier=".cg")
+            acc_i = tl.load(partial + inner, mask=all_of, other=0.0, cache_modifier=".cg")
             m_new = tl.maximum(m, m_i)
-            mass = mass * tl.exp2(m - m_new) + mass_i * tl.exp2(m_i - m_new)
+            prob_sum = prob_sum * tl.exp2(m - m_new) + sum_i * tl.exp2(m_i - m_new)
             acc = acc * tl.exp2(m - m_new)[:, None] + acc_i * tl.exp2(m_i - m_new)[:, None]
             m = m_new
-    tl.store(out_ptr + inner, acc / tl.maximum(mass, 1e-30)[:, None], mask=inside)
+    tl.store(out_ptr + inner, acc / tl.maximum(prob_sum, 1e-30)[:, None], mask=inside)
 
 
 def prefill_shape(
     head_dim: int, dtype: torch.dtype, cache_dtype: torch.dtype, capability: tuple[int, int]
 ) -> dict[str, int]:
-    """Rows of a query tile, keys of a key tile, warps, pipeline stages: what compiles without spilling registers."""
-    if dtype == torch.float32:  # no tensor cores, as TF32 would not be float32
+    """Launch options of prefill that compile without spilling registers.
+
+    BLOCK_M: rows of a query tile; TILE: keys of a key tile; warps; stages of the
+    pipeline.
+    """
+    if dtype == torch.float32:  # tensor cores would round float32 to TF32
         return {"BLOCK_M": 16, "TILE": 16, "num_warps": 4, "num_stages": 2}
     if head_dim > 128:
-        return {"BLOCK_M": 64 if cache_dtype == dtype else 32, "TILE": 32, "num_warps": 8, "num_stages": 2}
-    return {"BLOCK_M": 128, "TILE": 64 if capability >= (9, 0) else 32, "num_warps": 8, "num_stages": 3}
+        rows = 64 if cache_dtype == dtype else 32
+        return {"BLOCK_M": rows, "TILE": 32, "num_warps": 8, "num_stages": 2}
+    tile = 64 if capability >= (9, 0) else 32
+    return {"BLOCK_M": 128, "TILE": tile, "num_warps": 8, "num_stages": 3}
 
 
-def decode_shape(head_dim: int, dtype: torch.dtype, cache_dtype: torch.dtype, page: int) -> dict[str, int]:
-    """The same for decoding, and the registers of a thread, which bound the programs that run at once."""
+def decode_shape(
+    head_dim: int, dtype: torch.dtype, cache_dtype: torch.dtype, page: int
+) -> dict[str, int]:
+    """Launch options of decode, with a bound for the registers of a thread.
+
+    The registers bound how many programs run at once.
+    """
     if dtype == torch.float32:
         return {"BLOCK_M": 16, "TILE": 16, "num_warps": 4, "num_stages": 2, **registers(128)}
     tile = 64 if head_dim <= 128 else 32
-    count = 128 if head_dim <= 64 else 168 if head_dim <= 128 else 240
-    if cache_dtype != dtype and page % tile:  # the conversion and the addresses of many pages pass through them
+    if head_dim > 128:
         count = 240
+    elif cache_dtype != dtype and page % tile:
+        count = 240  # the conversion and the addresses of many pages need registers
+    elif head_dim > 64:
+        count = 168
+    else:
+        count = 128
     stages = 3 if cache_dtype == dtype else 4  # tiles of half the bytes
     return {"BLOCK_M": 16, "TILE": tile, "num_warps": 4, "num_stages": stages, **registers(count)}
 
 
 def decode_programs(
-    multiprocessors: int, shared_memory: int, shape: dict[str, int], head_dim: int, cache_dtype: torch.dtype
+    multiprocessors: int,
+    shared_memory: int,
+    shape: dict[str, int],
+    head_dim: int,
+    cache_dtype: torch.dtype,
 ) -> int:
-    """Programs of a decode launch: as many as the card runs at once, so that none has to wait for another to end.
+    """Programs of a decode launch: all that the GPU runs at once, so that none waits.
 
-    `shared_memory` is that of a multiprocessor in bytes; each has 65536 registers.
+    shared_memory: bytes in one multiprocessor. Each multiprocessor has 65536 registers.
     """
-    buffers = 2 * (shape["num_stages"] - 1) * shape["TILE"] * power_of_2(head_dim) * cache_dtype.itemsize
+    row_bytes = power_of_2(head_dim) * cache_dtype.itemsize
+    buffers = 2 * (shape["num_stages"] - 1) * shape["TILE"] * row_bytes
     by_registers = 65536 // (shape.get("maxnreg", 255) * 32 * shape["num_warps"])
-    return multiprocessors * max(1, min(by_registers, shared_memory // (buffers + 11 * 1024)))
+    by_memory = shared_memory // (buffers + 11 * 1024)
+    return multiprocessors * max(1, min(by_registers, by_memory))
 
 
 class TritonAttention(AttentionBackend):
-    """Pages are [num_blocks, Hkv, block_size, D], K and V apart: one head of one page is one run of memory.
+    """Pages are [num_blocks, Hkv, block_size, D], K and V apart.
 
-    With kv_cache_dtype "fp8" they hold float8 e4m3 with a scale of 1, which has the range of any trained model's K and
-    V (448) and 3 bits of mantissa. Products then run in float16: it holds float8 exactly, bfloat16's q exactly from 6e-5
-    to 65504, where larger ones are cut off, and cards convert to it in one instruction, to bfloat16 in four.
+    One head of one page is thus one run of memory. With kv_cache_dtype "fp8" pages hold
+    float8 e4m3 with a scale of 1. Its range (448) is enough for the K and V of trained
+    models, and its mantissa has 3 bits. Products then run in float16, because GPUs
+    convert float8 to float16 in fewer instructions than to bfloat16. float16 holds float8
+    exactly. It holds the q of bfloat16 exactly from 6e-5 to 65504; larger numbers are
+    clamped.
     """
 
     @staticmethod
     def refuses(spec: AttentionSpec) -> str | None:
         if spec.device.type != "cuda" and not INTERPRETED:
             return f"Triton compiles for GPUs, not for {spec.device.type}"
-        if (capability := card(spec.device)[0]) < (8, 0):
+        capability = device_properties(spec.device).capability
+        if capability < (8, 0):
             return "it needs compute capability 8.0 or higher, not {}.{}".format(*capability)
         if spec.head_dim > 256:
             return f"its tiles hold head sizes up to 256, not {spec.head_dim}"
@@ -349,28 +429,34 @@ class TritonAttention(AttentionBackend):
     def __init__(self, spec: AttentionSpec, kv_cache_dtype: str = "auto") -> None:
         super().__init__(spec)
         if kv_cache_dtype not in ("auto", "fp8"):
-            raise ValueError(f"kv_cache_dtype={kv_cache_dtype!r} is not known; accepted are 'auto' and 'fp8'")
-        capability, multiprocessors, shared_memory = card(spec.device)
-        if kv_cache_dtype == "fp8" and (capability < (8, 9) or torch.version.hip):
             raise ValueError(
-                "kv_cache_dtype='fp8' needs an NVIDIA GPU of compute capability 8.9 or higher (Ada, Hopper)"
+                f"kv_cache_dtype={kv_cache_dtype!r} is not known; accepted are 'auto' and 'fp8'"
             )
-        self.cache_dtype = torch.float8_e4m3fn if kv_cache_dtype == "fp8" else spec.dtype
-        compute = torch.float16 if kv_cache_dtype == "fp8" and spec.dtype == torch.bfloat16 else spec.dtype
-        rows = power_of_2(spec.num_heads // spec.num_kv_heads)
-        self.prefill = prefill_shape(spec.head_dim, spec.dtype, self.cache_dtype, capability)
+        gpu = device_properties(spec.device)
+        fp8 = kv_cache_dtype == "fp8"
+        if fp8 and (gpu.capability < (8, 9) or torch.version.hip):
+            raise ValueError(
+                "kv_cache_dtype='fp8' needs an NVIDIA GPU of compute capability 8.9 or higher "
+                "(Ada, Hopper)"
+            )
+        self.cache_dtype = torch.float8_e4m3fn if fp8 else spec.dtype
+        compute = torch.float16 if fp8 and spec.dtype == torch.bfloat16 else spec.dtype
+        group = spec.num_heads // spec.num_kv_heads
+        self.prefill = prefill_shape(spec.head_dim, spec.dtype, self.cache_dtype, gpu.capability)
         self.decode = decode_shape(spec.head_dim, spec.dtype, self.cache_dtype, spec.block_size)
         for shape in (self.prefill, self.decode):
-            shape["BLOCK_M"] = max(shape["BLOCK_M"], rows)
+            shape["BLOCK_M"] = max(shape["BLOCK_M"], power_of_2(group))
             if torch.version.hip:  # an MI300 has 64 KB of shared memory
                 shape |= {"TILE": min(shape["TILE"], 32), "num_stages": 2}
-        self.programs = decode_programs(multiprocessors, shared_memory, self.decode, spec.head_dim, self.cache_dtype)
+        self.programs = decode_programs(
+            gpu.multiprocessors, gpu.shared_memory, self.decode, spec.head_dim, self.cache_dtype
+        )
         self.constants = {
             "SCALE": spec.scale * LOG2E,
             "HKV": spec.num_kv_heads,
-            "GROUP": spec.num_heads // spec.num_kv_heads,
+            "GROUP": group,
             "D": spec.head_dim,
-            "DIM": max(power_of_2(spec.head_dim), 16),  # what matrix instructions take at least
+            "DIM": max(power_of_2(spec.head_dim), 16),  # matrix instructions take at least 16
             "PAGE": spec.block_size,
             "COMPUTE": compute_type(compute),
         }
@@ -382,20 +468,29 @@ class TritonAttention(AttentionBackend):
         spec = self.spec
         shape = (spec.num_layers, 2, num_blocks, spec.num_kv_heads, spec.block_size, spec.head_dim)
         self.cache = torch.zeros(shape, dtype=self.cache_dtype, device=spec.device)
-        self.pages = [tuple(layer) for layer in self.cache]  # K and V; made once, as views cost the host 2 us each
+        # (K, V) of each layer. Made once, because each new view costs the host time.
+        self.pages = [tuple(layer) for layer in self.cache]
         group = spec.num_heads // spec.num_kv_heads
-        self.partial = torch.empty(2 * self.programs, group * (spec.head_dim + 2), device=spec.device)
+        self.partial = torch.empty(
+            2 * self.programs, group * (spec.head_dim + 2), device=spec.device
+        )
         self.arrived = torch.zeros(self.programs, dtype=torch.int32, device=spec.device)
 
-    def begin(self, meta: AttentionMetadata) -> None:
-        """Plans the step's decoding, by a kernel that a CUDA graph must capture together with the layers."""
+    def begin(self, meta: AttentionMetadata[Tensor]) -> None:
+        """Plans the decoding of the step.
+
+        A kernel makes the plan, so a CUDA graph must capture `begin` together with the
+        layers.
+        """
         super().begin(meta)
+        kv_heads = self.spec.num_kv_heads
+        tile = self.decode["TILE"]
         self.plans = {
-            window: decode_plan(meta, self.spec.num_kv_heads, self.decode["TILE"], window, self.programs)
+            window: decode_plan(meta, kv_heads, tile, window, self.programs)
             for window in set(self.spec.sliding_windows)
         }
 
-    def write(self, layer: int, qkv: Tensor, rope: QKNormRope) -> Tensor:
+    def write(self, layer: int, qkv: Tensor, rope: Rope) -> Tensor:
         return write_qkv(qkv, self.meta.positions, self.meta.slot_mapping, rope, *self.pages[layer])
 
     def store(self, layer: int, k: Tensor, v: Tensor) -> None:
@@ -405,14 +500,19 @@ class TritonAttention(AttentionBackend):
         spec, meta = self.spec, self.meta
         out = torch.empty_like(q)
         window = spec.sliding_windows[layer]
-        tables = (meta.block_tables, meta.block_tables.stride(0), meta.context_lens, meta.query_start)
+        tables = (
+            meta.block_tables,
+            meta.block_tables.stride(0),
+            meta.context_lens,
+            meta.query_start,
+        )
         _decode_kernel[(self.programs,)](
             q, out, *self.pages[layer], *tables, *self.plans[window], self.partial, self.arrived,
             WINDOW=window or 0, **self.constants, **self.decode,
         )  # fmt: skip
         if meta.num_prefills:
-            # the sum of ceil(query_len / block) over these sequences is at most this
             block = self.prefill["BLOCK_M"] // self.constants["GROUP"]
+            # At least the sum of ceil(query_len / block) over the sequences with prefill.
             grid = (len(q) // block + meta.num_prefills, spec.num_kv_heads)
             _prefill_kernel[grid](
                 q, out, *self.pages[layer], *tables, len(meta.context_lens),
@@ -422,22 +522,27 @@ class TritonAttention(AttentionBackend):
 
 
 def decode_plan(
-    meta: AttentionMetadata, num_kv_heads: int, tile: int, window: int | None, programs: int
+    meta: AttentionMetadata[Tensor], num_kv_heads: int, tile: int, window: int | None, programs: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Deals the key tiles of all sequences with a single query to `programs` programs in equal, contiguous shares.
+    """Splits the work of decoding into equal, contiguous shares of key tiles.
 
-    The tiles stand in one line, sequence by sequence, in it KV head by KV head, in it in the order of keys; program p
-    takes p * share : (p + 1) * share. So the number of splits of a sequence follows from how much there is to do in all
-    and from the size of the card, on the device, while the launch stays the same (Stream-K, Osama et al., 2023).
+    All sequences with a single query take part. Their tiles stand in one line: by
+    sequence, then by KV head, then in the order of keys. Program p takes the tiles p *
+    share : (p + 1) * share. So the device decides how many programs share a sequence, by
+    the work of the step and the size of the GPU, while the launch stays the same
+    (Stream-K, Osama et al., 2023).
 
-    Returns int32 (share, total) [2], `first` [programs], the index of the sequence in which a program begins, `start`
-    [S + 1], where a sequence's tiles begin in the line, and `sequence` [S], which sequence that is.
+    Returns int32 tensors. (share, total) [2]. `first` [programs]: index of the sequence
+    in which a program begins. `start` [S + 1]: where the tiles of a sequence begin in the
+    line. `sequence` [S]: the number of that sequence in the batch.
     """
-    num_sequences, device = len(meta.context_lens), meta.context_lens.device
+    num_sequences = len(meta.context_lens)
+    device = meta.context_lens.device
     share, first, start, sequence = (
-        torch.empty(size, dtype=torch.int32, device=device) for size in (2, programs, num_sequences + 1, num_sequences)
+        torch.empty(size, dtype=torch.int32, device=device)
+        for size in (2, programs, num_sequences + 1, num_sequences)
     )
-    _plan_kernel[(-(-programs // 64),)](
+    _plan_kernel[(ceil_div(programs, 64),)](
         meta.context_lens, meta.query_start, num_sequences, share, first, start, sequence,
         num_kv_heads, tile, window or 0, programs, 64, num_warps=4,
     )  # fmt: skip

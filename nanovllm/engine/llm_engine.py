@@ -1,7 +1,9 @@
-"""Requests in, outputs out: ties tokenizer, scheduler, model runner and output processor together, one `step` at a time.
+"""Requests in, outputs out, one step at a time: wires scheduler, model runner and
+processors.
 
-With overlap (`async_scheduling`) a step is scheduled and launched before the tokens of the one before are known: the
-host finishes step N - 1 and prepares step N + 1 while the device runs step N. The results are the same without.
+With overlap (`async_scheduling`) a step is scheduled and launched before the tokens of
+the step before are known: the host finishes step N - 1 and prepares step N + 1 while the
+device runs step N. Results are the same without.
 """
 
 from __future__ import annotations
@@ -11,280 +13,217 @@ import logging
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 
 from nanovllm.config import EngineArgs
-from nanovllm.engine.batch import Batch, build_batch
-from nanovllm.engine.control import TOTALS, describe, totals
-from nanovllm.engine.detokenizer import Detokenizer
-from nanovllm.engine.edits import add_prompt_logprobs
-from nanovllm.engine.output_processor import OutputProcessor, Request
-from nanovllm.engine.scheduler import Scheduler, Step
-from nanovllm.engine.sequence import Sequence
-from nanovllm.engine.turns import Turns
+from nanovllm.core.batch import Batch
+from nanovllm.core.request import Request
+from nanovllm.core.sequence import Failure
+from nanovllm.core.step import Step
+from nanovllm.engine.batch_builder import build_batch
+from nanovllm.engine.detokenizer import Detokenizer, Tokenizer
+from nanovllm.engine.fair_lock import FairLock
+from nanovllm.engine.input_processor import InputProcessor
+from nanovllm.engine.output_processor import OutputProcessor
+from nanovllm.engine.scheduler import Scheduler
+from nanovllm.engine.stats import EngineStats, Metric, metrics
 from nanovllm.errors import ValidationError
-from nanovllm.inputs import Tokenization, check_unicode
-from nanovllm.outputs import RequestMetrics, RequestOutput
-from nanovllm.prompts import as_token_ids, asks
-from nanovllm.runner.executor import make_executor
+from nanovllm.inputs import Tokenization
+from nanovllm.outputs import RequestOutput
+from nanovllm.runner import client_views
+from nanovllm.runner.executor import PendingStep
+from nanovllm.runner.executors import make_executor
+from nanovllm.runner.readouts.prompt_logprobs import PromptLogprobs
 from nanovllm.runner.setup import Setup
-from nanovllm.sampling_params import SamplingParams
+from nanovllm.sampling.sampler import sampling_abilities
+from nanovllm.sampling_params import RequestOutputKind, SamplingParams
 
 logger = logging.getLogger("nanovllm")
 
+NewOutputs = list[tuple[Request, RequestOutput]]
+
+
+@dataclass
+class StepInFlight:
+    """A step that was launched, and whose tokens are not on the host yet."""
+
+    step: Step
+    batch: Batch[np.ndarray]
+    pending: PendingStep
+
 
 class LLMEngine:
-    """Invariant: every unfinished request is in `processor.requests`, and each of its unfinished sequences in the scheduler.
+    """Invariant: the output processor has each unfinished request, the scheduler its
+    sequences.
 
     Several threads may use one engine: each method waits for its turn.
     """
 
-    first_pid: int | None = None  # the process of the first engine: its OpenMP threads do not exist in a forked child
+    first_pid: int | None = None  # of the first engine: OpenMP's threads do not survive a fork
 
     def __init__(self, args: EngineArgs) -> None:
         self.pid = os.getpid()
         LLMEngine.first_pid = LLMEngine.first_pid or self.pid
         check_process(LLMEngine.first_pid)
-        self.turns = Turns()
-        self.undelivered: list[RequestOutput] = []  # of requests without a queue, until `step` is called
-        self.stepping = False
-        self.to_abort: list[str] = []  # requests whose stream was collected in the middle of a step
         self.args = args
         self.setup = setup = Setup(args)
         self.executor = make_executor(setup)
-        self.runner = self.executor.runner
-        self.tokenizer = setup.tokenizer
-        self.max_model_len, self.vocab_size = setup.max_model_len, setup.config.vocab_size
+        self.max_model_len = setup.max_model_len
+        self.vocab_size = setup.config.vocab_size
         self.eos_token_ids = setup.eos_token_ids
-        self.overlap = setup.device.type == "cuda" if args.async_scheduling is None else args.async_scheduling
-        self.log_stats = not args.disable_log_stats
-        self.request_numbers, self.seq_ids = itertools.count(), itertools.count()
-        self.totals = dict.fromkeys(TOTALS, 0)  # of schedulers that a reset has replaced
-        self.model_config, self.scheduler_config, self.model_executor = describe(self)
+        is_gpu = setup.device.type == "cuda"
+        self.overlap = is_gpu if args.async_scheduling is None else args.async_scheduling
+        self.readouts = [PromptLogprobs()]
+        self.abilities = [*sampling_abilities(), *self.readouts]
+        self.model_config = client_views.model_config(setup)
+        self.scheduler_config = client_views.scheduler_config(setup, self.overlap)
+        self.model_executor = client_views.model_executor(self.executor.runner)
+        self.stats = EngineStats()
+        self.request_ids = map(str, itertools.count())
+        self.lock = FairLock()
+        self.stepping = False
+        self.undelivered: list[RequestOutput] = []  # of requests without a queue, for `step`
+        self.in_flight: StepInFlight | None = None
+        self.to_abort: list[str] = []  # requests whose stream was collected during a step
+        self.input_processor = InputProcessor(
+            setup.tokenizer,
+            vocab_size=self.vocab_size,
+            eos_token_ids=self.eos_token_ids,
+            max_model_len=self.max_model_len,
+            seed=args.seed,
+            abilities=self.abilities,
+        )
+        self.output_processor = OutputProcessor()
+        self.set_tokenizer(setup.tokenizer)
         self.reset()
-
-    @property
-    def asleep(self) -> set[str]:
-        """What `sleep` has freed and `wake_up` not yet brought back, of "weights" and "kv_cache"."""
-        return self.runner.asleep.gone if self.runner.asleep else set()
 
     @classmethod
     def from_engine_args(cls, args: EngineArgs) -> LLMEngine:
         return cls(args)
 
     def reset(self) -> None:
-        """An empty scheduler over an empty cache."""
-        args, setup = self.args, self.setup
-        if hasattr(self, "scheduler"):
-            self.totals = totals(self)
+        """Drops all requests: an empty scheduler over an empty cache."""
+        columns: dict[str, type] = {}
+        for ability in self.abilities:
+            columns.update(ability.columns)
         self.scheduler = Scheduler(
             num_blocks=self.executor.num_blocks,
-            block_size=setup.block_size,
+            block_size=self.setup.block_size,
             max_model_len=self.max_model_len,
-            max_num_seqs=setup.max_num_seqs,
-            max_num_batched_tokens=setup.max_num_batched_tokens,
+            max_num_seqs=self.setup.max_num_seqs,
+            max_num_batched_tokens=self.setup.max_num_batched_tokens,
             eos_token_ids=self.eos_token_ids,
-            enable_prefix_caching=args.enable_prefix_caching,
-            enable_chunked_prefill=args.enable_chunked_prefill,
+            enable_prefix_caching=self.args.enable_prefix_caching,
+            enable_chunked_prefill=self.args.enable_chunked_prefill,
+            columns=columns,
+            stats=self.stats,
         )
-        detokenizer = None if self.tokenizer is None else Detokenizer(self.tokenizer)
-        self.processor = OutputProcessor(self.scheduler, detokenizer)
-        self.in_flight: tuple[Step, Batch, list[tuple[Sequence, int, int]], Any] | None = None
+        self.output_processor.clear()
+        self._drop_in_flight()
 
-    # -- requests ----------------------------------------------------------------------------------------------------
+    # -- requests ----------------------------------------------------------------------------------
 
     @contextmanager
-    def turn(self) -> Iterator[None]:
-        """The calling thread has the engine to itself meanwhile. Raises RuntimeError in a forked process."""
+    def exclusive(self) -> Iterator[None]:
+        """The calling thread has the engine to itself. Raises RuntimeError in a forked process."""
         check_process(self.pid)
-        with self.turns:
+        with self.lock:
             yield
 
     def add_request(
         self,
         request_id: str,
-        prompt: Any,
+        prompt: object,
         params: SamplingParams,
+        *,
         max_logprobs: int | None = None,
+        output_kind: RequestOutputKind | None = None,
         queue: deque[RequestOutput] | None = None,
     ) -> None:
-        """Checks a request and queues it. Raises TypeError or ValueError, and then nothing has changed.
+        """Checks a request and queues it. Raises TypeError or ValueError, and then
+        nothing changed.
 
         prompt: text, token ids, or a dict with "prompt" (text) or "prompt_token_ids".
-        max_logprobs: instead of the engine's own limit.
-        queue: where the request's outputs go; None: `step` returns them.
+        max_logprobs, output_kind: in the place of the engine's own limit and of the
+        params' kind. queue: where the request's outputs go; None: `step` returns them.
         """
-        with self.turn():
-            self._add_request(request_id, prompt, params, max_logprobs, queue)
-
-    def _add_request(
-        self,
-        request_id: str,
-        prompt: Any,
-        params: SamplingParams,
-        max_logprobs: int | None,
-        queue: deque[RequestOutput] | None,
-    ) -> None:
-        if self.asleep:
-            raise ValidationError(
-                f"the engine sleeps ({' and '.join(sorted(self.asleep))} are gone): call wake_up() first"
+        with self.exclusive():
+            if self.freed:
+                freed = " and ".join(sorted(self.freed))
+                raise ValidationError(
+                    f"the engine sleeps ({freed} are freed): call wake_up() first"
+                )
+            if request_id in self.output_processor.requests:
+                raise ValidationError(f"request_id={request_id!r} is in use by another request")
+            request = self.input_processor.process(
+                request_id,
+                prompt,
+                params,
+                max_logprobs=self.args.max_logprobs if max_logprobs is None else max_logprobs,
+                output_kind=output_kind,
+                log_stats=not self.args.disable_log_stats,
+                queue=queue,
             )
-        if not isinstance(params, SamplingParams):
-            raise TypeError(f"sampling_params must be SamplingParams, got {type(params).__name__}")
-        if not isinstance(request_id, str):
-            raise TypeError(f"request_id={request_id!r} must be a str")
-        if request_id in self.processor.requests:
-            raise ValidationError(f"request_id={request_id!r} is in use by an unfinished request")
-        params = params.clone()
-        params.verify()
-        text, tokens = self.tokenize(prompt, Tokenization(truncate_prompt_tokens=params.truncate_prompt_tokens))
-        limit = self.args.max_logprobs if max_logprobs is None else max_logprobs
-        params.verify_for_model(self.vocab_size, limit, self.tokenizer is not None, self._tokenizer_knows)
-        room = self.max_model_len - len(tokens)
-        end = len(tokens) + min(params.max_tokens or room, room)
-        stops = frozenset(params.stop_token_ids or ())
-        ends = sorted(i for i in stops | self.eos_token_ids if i < self.vocab_size)
-        ban_until_min_tokens = tuple(ends) if params.min_tokens else ()
-        bad_words = tuple(self._bad_word_ids(params.bad_words or []))
-        check_candidates(params, self.vocab_size, bad_words, ban_until_min_tokens)
-        number = next(self.request_numbers)
-        seqs = [
-            Sequence(
-                seq_id=next(self.seq_ids),
-                params=params,
-                token_ids=tokens,
-                end=end,
-                request_number=number,
-                seed=self._seed(params.seed, number, index),
-                stop_token_ids=stops,
-                ban_until_min_tokens=ban_until_min_tokens,
-                bad_words=bad_words,
-                prompt_logprobs=params.prompt_logprobs if index == 0 else None,
-                reads_cache=params.reads_prefix_cache or index > 0,
-            )
-            for index in range(params.n)
-        ]
-        metrics = RequestMetrics(arrival_time=time.monotonic()) if self.log_stats else None
-        request = Request(request_id, text, tokens.tolist(), params, metrics, queue)
-        self.processor.add(request, seqs)
-        for seq in seqs:
-            self.scheduler.add(seq)
+            self.output_processor.add(request)
+            for seq in request.seqs:
+                self.scheduler.add(seq)
 
-    def tokenize(self, prompt: Any, how: Tokenization = Tokenization()) -> tuple[str | None, np.ndarray]:
-        """A prompt of any form -> (text to echo, token ids as int32). Raises TypeError or ValueError for a bad one."""
-        text, token_ids = prompt, None
-        if isinstance(prompt, Mapping):
-            text, token_ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
-            if text is None and token_ids is None:
-                raise TypeError(f"prompt: a dict needs 'prompt' or 'prompt_token_ids', got the keys {list(prompt)}")
-            if more := [key for key in prompt if key not in ("prompt", "prompt_token_ids") and asks(prompt[key])]:
-                raise ValidationError(f"prompt: {more} are not supported; accepted are 'prompt' and 'prompt_token_ids'")
-        elif not isinstance(prompt, str):
-            text, token_ids = None, prompt
-        if token_ids is None:
-            if not isinstance(text, str):
-                raise TypeError(f"prompt: text must be a str, got {type(text).__name__}")
-            if self.tokenizer is None:
-                raise ValidationError("prompt: skip_tokenizer_init=True leaves token ids as the only form; got text")
-            check_unicode("prompt", text)
-            token_ids = self.tokenizer.encode(how.text(text), add_special_tokens=how.add_special_tokens)
-        tokens = as_token_ids(token_ids)
-        return text, self._checked(tokens[how.kept(len(tokens), self.max_model_len)])
-
-    def _checked(self, tokens: np.ndarray) -> np.ndarray:
-        """Token ids as int32, once they are known to be the model's and to fit."""
-        if not len(tokens):
-            raise ValidationError("prompt: it has no tokens; at least one is needed")
-        if tokens.min() < 0 or tokens.max() >= self.vocab_size:
-            bad = tokens[(tokens < 0) | (tokens >= self.vocab_size)][0]
-            raise ValidationError(f"prompt: token id {bad} is outside the vocabulary, 0..{self.vocab_size - 1}")
-        if len(tokens) >= self.max_model_len:
-            raise ValidationError(
-                f"prompt: it has {len(tokens)} tokens, and max_model_len={self.max_model_len} must hold it and at "
-                "least one new token"
-            )
-        return tokens.astype(np.int32)
-
-    def _bad_word_ids(self, words: list[str]) -> list[tuple[int, ...]]:
-        """Each word as it is tokenised where it is written so, at the start of a text, and after a space.
-
-        A form that holds an id without a row in the model can never be generated, and is left out.
-        """
-        tokenizer: Any = self.tokenizer  # without one, bad words were refused
-        found: set[tuple[int, ...]] = set()
-        for word in words:
-            bare = word.lstrip()
-            for form in {word, bare, " " + bare} if bare else {word}:
-                ids = tuple(tokenizer.encode(form, add_special_tokens=False))
-                if ids and max(ids) < self.vocab_size:
-                    found.add(ids)
-        return sorted(found)
-
-    def _tokenizer_knows(self, token_id: int) -> bool:
-        if self.tokenizer is None or token_id >= 2**31:
-            return False
-        try:
-            return self.tokenizer.convert_ids_to_tokens(token_id) is not None
-        except (IndexError, KeyError, ValueError, OverflowError):  # of slow tokenizers
-            return False
-
-    def _seed(self, seed: int | None, number: int, index: int) -> int:
-        """64 bits for one sequence: of the request's seed if it has one, else of the engine's and the request's number."""
-        # As spawn keys the two never coincide: one is longer than the other.
-        entropy, key = (self.args.seed, (number, index)) if seed is None else (seed, (index,))
-        return int(np.random.SeedSequence(entropy % 2**64, spawn_key=key).generate_state(1, np.uint64)[0])
+    def new_request_id(self) -> str:
+        requests = self.output_processor.requests
+        return next(i for i in self.request_ids if i not in requests)
 
     def abort_request(self, request_ids: str | list[str]) -> None:
-        """Ends requests at once and frees their pages; ids that are not (or no longer) there are ignored."""
-        wanted = [request_ids] if isinstance(request_ids, str) else list(request_ids)
-        if not wanted or os.getpid() != self.pid:  # a forked copy of the process has nothing to end
+        """Ends requests and frees their blocks. Ids of no unfinished request are ignored."""
+        ids = [request_ids] if isinstance(request_ids, str) else list(request_ids)
+        if not ids or os.getpid() != self.pid:  # a forked copy of the process has nothing to end
             return
-        if self.turns.mine and self.stepping:  # a garbage collection in the middle of a step has found a stream
-            self.to_abort += wanted
+        if self.lock.mine and self.stepping:  # a garbage collection during a step found a stream
+            self.to_abort += ids
             return
-        with self.turns:
-            self._abort(wanted)
+        with self.lock:
+            self._abort(ids)
 
     def _abort(self, request_ids: list[str]) -> None:
         for request_id in request_ids:
-            request = self.processor.requests.pop(request_id, None)
+            request = self.output_processor.remove(request_id)
             if request is not None:
-                self._end(request, "abort")
+                self._finish(request, "abort")
 
-    def _end(self, request: Request, reason: str, message: str | None = None) -> None:
-        """Ends what is unfinished of a request."""
-        for completion in request.completions:
-            if completion.seq.finish_reason is None:
-                self.scheduler.finish(completion.seq, reason, message)
+    def _finish(self, request: Request, reason: str, message: str | None = None) -> None:
+        for seq in request.seqs:
+            if seq.finish_reason is None:
+                self.scheduler.finish(seq, reason, message)
 
     def has_unfinished_requests(self) -> bool:
-        return bool(self.processor.requests)
+        return bool(self.output_processor.requests)
 
     def get_num_unfinished_requests(self) -> int:
-        return len(self.processor.requests)
+        return len(self.output_processor.requests)
 
-    # -- running -----------------------------------------------------------------------------------------------------
+    # -- running -----------------------------------------------------------------------------------
 
     def step(self) -> list[RequestOutput]:
-        """Runs one step and returns what it, or with overlap the step before, brought.
+        """Runs one step and returns the outputs that it, or with overlap the step before,
+        brought.
 
-        Outputs of requests that have a queue of their own go there instead. If it raises, or is interrupted, all requests
-        are dropped and the engine starts afresh with an empty cache.
+        Outputs of requests with a queue go there instead. If a step raises or is
+        interrupted, all requests are dropped and the engine goes on with an empty cache.
         """
-        with self.turn():
+        with self.exclusive():
             self.run_step()
-            outputs, self.undelivered = self.undelivered, []
+            outputs = self.undelivered
+            self.undelivered = []
         return outputs
 
     def run_step(self) -> None:
-        """Like `step`, and leaves outputs of requests without a queue to the next call of `step`."""
-        with self.turn():
-            aborted, self.to_abort = self.to_abort, []
-            self._abort(aborted)
+        """Like `step`, and keeps the outputs of requests without a queue for the next `step`."""
+        with self.exclusive():
+            self._abort(self.to_abort)
+            self.to_abort.clear()
             self.stepping = True
             try:
                 produced = self._step()
@@ -294,105 +233,136 @@ class LLMEngine:
             finally:
                 self.stepping = False
             for request, output in produced:
-                (self.undelivered if request.queue is None else request.queue).append(output)
+                queue = self.undelivered if request.queue is None else request.queue
+                queue.append(output)
 
-    def _step(self) -> list[tuple[Request, RequestOutput]]:
-        outputs = []
-        if self.in_flight and self.scheduler.needs_known_tokens():
-            outputs = self._collect()
+    def _step(self) -> NewOutputs:
+        outputs: NewOutputs = []
+        if self.in_flight and self.scheduler.needs_previous_tokens():
+            outputs += self._collect()
         launched = self._launch()
-        outputs += self._end_failed()
+        outputs += self._end_failed(self.scheduler.failures)
         if self.in_flight:
             outputs += self._collect()
         self.in_flight = launched
         if launched and not self.overlap:
             outputs += self._collect()
         if not self.scheduler.unfinished:
-            self.in_flight = None  # it holds surplus tokens only
+            self._drop_in_flight()  # it holds surplus tokens only
         return outputs
 
-    def _launch(self) -> tuple[Step, Batch, list[tuple[Sequence, int, int]], Any] | None:
+    def _drop_in_flight(self) -> None:
+        self.in_flight = None
+        for readout in self.readouts:
+            readout.clear()
+
+    def _launch(self) -> StepInFlight | None:
         scheduler = self.scheduler
         step = scheduler.schedule()
         if step is None:
             return None
-        if self.log_stats:
+        if not self.args.disable_log_stats:
             self._note_first_schedule(step)
-        batch, failures = build_batch(scheduler.table, step, scheduler.block_size, self.vocab_size)
-        scheduler.failures += [(scheduler.table.seqs[row], err) for row, err in failures]
-        asked = add_prompt_logprobs(batch, scheduler.table, step)
-        return step, batch, asked, self.executor.launch(batch)
+        batch, failures = build_batch(scheduler.table, step, scheduler.block_size, self.abilities)
+        scheduler.failures += failures
+        return StepInFlight(step, batch, self.executor.launch(batch))
 
-    def _collect(self) -> list[tuple[Request, RequestOutput]]:
+    def _collect(self) -> NewOutputs:
         assert self.in_flight is not None
-        (step, batch, asked, launch), self.in_flight = self.in_flight, None
-        result = launch.collect()
-        news = self.scheduler.update(step, result.tokens)
-        outputs = self.processor.process(news, batch, asked, result)
-        return outputs + self._end_failed()
+        flight = self.in_flight
+        self.in_flight = None
+        result = flight.pending.collect()
+        processor = self.output_processor
+        new_tokens = self.scheduler.update(flight.step, result.tokens)
+        for readout in self.readouts:
+            if readout.name in flight.batch.parts:
+                readout.deliver(result.readouts[readout.name], processor)
+        for seq, stop_string in processor.take(new_tokens, result):
+            if seq.finish_reason is None:
+                self.scheduler.finish(seq, "stop")
+            seq.finish_reason = "stop"
+            seq.stop_reason = stop_string
+        outputs = processor.outputs(new_tokens)
+        return outputs + self._end_failed(processor.failures)
 
-    def _end_failed(self) -> list[tuple[Request, RequestOutput]]:
-        """Ends the requests in whose own part of a step something was raised; the others go on."""
-        failures, self.scheduler.failures = self.scheduler.failures, []
+    def _end_failed(self, failures: list[Failure]) -> NewOutputs:
+        """Ends the requests in whose own part of a step an error was raised. Others go on."""
         outputs = []
-        for seq, err in failures:
-            request = seq.owner.request
-            if self.processor.requests.pop(request.request_id, None) is not None:
-                message = f"{type(err).__name__}: {err}"
+        for failure in failures:
+            request = self.output_processor.find(failure.seq)
+            if request is not None:
+                message = f"{type(failure.error).__name__}: {failure.error}"
                 logger.warning("request %s ends with an error: %s", request.request_id, message)
-                self._end(request, "error", message)
-                outputs.append((request, self.processor.error_output(request, message)))
+                self._finish(request, "error", message)
+                outputs.append((request, self.output_processor.error_output(request, message)))
+                self.output_processor.remove(request.request_id)
+        failures.clear()
         return outputs
 
     def _note_first_schedule(self, step: Step) -> None:
-        for row in step.rows[step.starts == self.scheduler.table.num_cached[step.rows]]:
-            metrics = self.scheduler.table.seqs[row].owner.request.metrics
-            metrics.first_scheduled_time = metrics.first_scheduled_time or time.monotonic()
+        table = self.scheduler.table
+        for row in step.rows[step.starts == table.num_cached[step.rows]]:
+            request = self.output_processor.find(table.seqs[row])
+            if request and request.metrics and request.metrics.first_scheduled_time is None:
+                request.metrics.first_scheduled_time = time.monotonic()
 
-    # -- for clients -------------------------------------------------------------------------------------------------
+    # -- for clients -------------------------------------------------------------------------------
 
-    def collective_rpc(
-        self, method: str | Callable[..., Any], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> list[Any]:
-        """Calls `method(worker, ...)`, or the method of that name of the worker's model runner, on each rank."""
-        with self.turn():
-            return self.executor.collective_rpc(method, args, kwargs or {})
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        return self.input_processor.tokenizer
 
-    def get_tokenizer(self) -> Any:
+    def get_tokenizer(self) -> Tokenizer | None:
         return self.tokenizer
 
-    def set_tokenizer(self, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
-        self.processor.detokenizer = Detokenizer(tokenizer)
+    def set_tokenizer(self, tokenizer: Tokenizer | None) -> None:
+        with self.exclusive():
+            self.input_processor.tokenizer = tokenizer
+            detokenizer = None if tokenizer is None else Detokenizer(tokenizer)
+            self.output_processor.detokenizer = detokenizer
+
+    def tokenize(
+        self, prompt: object, how: Tokenization = Tokenization()
+    ) -> tuple[str | None, np.ndarray]:
+        """A prompt of any form -> (text to echo, token ids as int32)."""
+        return self.input_processor.tokenize(prompt, how)
+
+    @property
+    def freed(self) -> set[str]:
+        """What `sleep` has freed and `wake_up` not brought back, of "weights" and "kv_cache"."""
+        return self.executor.runner.freed
 
     def reset_prefix_cache(self) -> bool:
-        """Forgets all cached prefixes; running requests go on."""
-        with self.turn():
+        """Makes all cached prefixes unfindable. Running requests go on."""
+        with self.exclusive():
             self.scheduler.reset_prefix_cache()
         return True
+
+    def collective_rpc(
+        self,
+        method: str | Callable[..., object],
+        args: tuple[object, ...] = (),
+        kwargs: dict[str, object] | None = None,
+    ) -> list[object]:
+        """`method(worker, ...)`, or the worker's method of that name, on each rank."""
+        with self.exclusive():
+            return self.executor.collective_rpc(method, args, kwargs or {})
+
+    def get_metrics(self) -> list[Metric]:
+        scheduler = self.scheduler
+        blocks = scheduler.blocks
+        gauges = {
+            "num_requests_running": float(len(scheduler.running)),
+            "num_requests_waiting": float(len(scheduler.waiting)),
+            "kv_cache_usage_perc": 1 - blocks.num_free / blocks.num_blocks,
+        }
+        return metrics(self.stats, gauges)
 
 
 def check_process(pid: int) -> None:
     if os.getpid() != pid:
         raise RuntimeError(
-            f"process {os.getpid()} was forked from process {pid}, in which an engine was made, and the engine's threads "
-            "do not exist here: make the engine in the process that uses it, started with multiprocessing's 'spawn'"
-        )
-
-
-def check_candidates(
-    params: SamplingParams, vocab_size: int, bad_words: tuple[tuple[int, ...], ...], ends: tuple[int, ...]
-) -> None:
-    """Raises ValidationError where the request's own bans leave no token to sample."""
-    banned = {word[0] for word in bad_words if len(word) == 1} | set(ends)
-    banned |= {token for token, bias in (params.logit_bias or {}).items() if bias == -np.inf}
-    if params.allowed_token_ids is None:
-        left = vocab_size - len(banned)
-    else:
-        left = len(set(params.allowed_token_ids) - banned)
-    if not left:
-        names = ("allowed_token_ids", "bad_words", "logit_bias", "min_tokens")
-        given = ", ".join(f"{name}={str(value)[:60]}" for name in names if (value := getattr(params, name)))
-        raise ValidationError(
-            f"{given}: together they leave no token that may be sampled; at least one must stay allowed"
+            f"process {os.getpid()} was forked from process {pid}, in which an engine was made, "
+            "and the engine's threads do not exist here: make the engine in the process that uses "
+            "it, started with multiprocessing's 'spawn'"
         )

@@ -1,50 +1,40 @@
-"""Turns sampled tokens into what the user sees: text, stop strings, logprobs, `RequestOutput`s.
+"""Turns sampled tokens into what the user sees: text, stop strings, logprobs,
+`RequestOutput`s.
 
-It knows requests and text, not how tokens were computed. A sequence whose tokens nobody wants to see on the way costs
-nothing here until it ends: its text is then decoded at once.
+It knows requests and text, not how tokens were computed. A sequence that streams no
+tokens costs nothing here until it ends: its text is then decoded at once.
 """
 
 from __future__ import annotations
 
 import time
-from collections import deque
 from dataclasses import dataclass, field
-from typing import Any
 
-from nanovllm.engine.batch import Batch
+import numpy as np
+
+from nanovllm.core.request import Request
+from nanovllm.core.sequence import Failure, Sequence
+from nanovllm.core.step import Logprobs, StepResult
 from nanovllm.engine.detokenizer import Detokenizer, IncrementalDetokenizer, TokenPieces
-from nanovllm.engine.scheduler import Scheduler
-from nanovllm.engine.sequence import Sequence
-from nanovllm.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
-from nanovllm.sampling_params import RequestOutputKind, SamplingParams
+from nanovllm.engine.logprob_entries import (
+    add_prompt_logprobs,
+    logprob_entry,
+    token_pieces,
+)
+from nanovllm.outputs import CompletionOutput, Logprob, RequestOutput
+from nanovllm.sampling_params import RequestOutputKind
 
-
-@dataclass(eq=False)
-class Request:
-    """A request under way; it has one `Completion` for each of its n sequences."""
-
-    request_id: str
-    prompt: str | None
-    prompt_token_ids: list[int]
-    params: SamplingParams
-    metrics: RequestMetrics | None
-    queue: deque[RequestOutput] | None = None  # where its outputs go; None: to whoever calls LLMEngine.step
-    completions: list[Completion] = field(default_factory=list)
-    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
-
-    @property
-    def finished(self) -> bool:
-        return all(c.seq.finish_reason for c in self.completions)
+NewToken = tuple[int, Sequence]  # (index into a step's sampled tokens, the sequence that got it)
 
 
 @dataclass(eq=False)
 class Completion:
-    """One sequence's output so far. `token_ids` is filled on the way only if the sequence is watched."""
+    """One sequence's output so far. `token_ids` is filled only if the sequence streams tokens."""
 
     request: Request
     index: int
     seq: Sequence
-    text: IncrementalDetokenizer | None  # where stop strings or streaming need text on the way
+    text: IncrementalDetokenizer | None  # where stop strings or streaming need text early
     pieces: TokenPieces | None = None  # where logprobs need each token's text
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[dict[int, Logprob]] | None = None
@@ -53,207 +43,205 @@ class Completion:
 
 
 class OutputProcessor:
-    def __init__(self, scheduler: Scheduler, detokenizer: Detokenizer | None) -> None:
-        self.scheduler, self.detokenizer = scheduler, detokenizer
-        self.requests: dict[str, Request] = {}
+    """Invariant: `requests` are the unfinished requests, `completions` their outputs so far."""
 
-    def add(self, request: Request, seqs: list[Sequence]) -> None:
-        """Makes the output state of a new request and its sequences."""
+    def __init__(self, detokenizer: Detokenizer | None = None) -> None:
+        self.detokenizer = detokenizer
+        self.requests: dict[str, Request] = {}
+        self.completions: dict[int, Completion] = {}  # by the id of the sequence
+        self.failures: list[Failure] = []  # errors in one sequence's output
+
+    def add(self, request: Request) -> None:
         params = request.params
-        on_the_way = params.detokenize and (params.stop or params.output_kind is not RequestOutputKind.FINAL_ONLY)
-        for index, seq in enumerate(seqs):
+        is_final_only = params.output_kind is RequestOutputKind.FINAL_ONLY
+        needs_text = params.detokenize and bool(params.stop or not is_final_only)
+        made = []
+        for index, seq in enumerate(request.seqs):
             text = None
-            if on_the_way and self.detokenizer is not None:
+            if needs_text and self.detokenizer is not None:
                 text = IncrementalDetokenizer(self.detokenizer, params, request.prompt_token_ids)
             completion = Completion(request, index, seq, text)
             if params.logprobs is not None:
-                completion.logprobs, completion.cumulative_logprob = [], 0.0
-                completion.pieces = self._pieces(params, request.prompt_token_ids)
-            seq.owner = completion
-            seq.watched = bool(
-                text
-                or params.logprobs is not None
-                or params.output_kind is not RequestOutputKind.FINAL_ONLY
-                or request.metrics is not None
+                completion.logprobs = []
+                completion.cumulative_logprob = 0.0
+                completion.pieces = token_pieces(self.detokenizer, params, request.prompt_token_ids)
+            seq.streams_tokens = bool(
+                text or params.logprobs is not None or not is_final_only or request.metrics
             )
-            request.completions.append(completion)
-        if params.prompt_logprobs is not None:
-            request.prompt_logprobs = [None] * len(request.prompt_token_ids)
+            made.append(completion)
+        self.completions.update((completion.seq.seq_id, completion) for completion in made)
         self.requests[request.request_id] = request
 
-    def process(
-        self, news: list[tuple[int, Sequence]], batch: Batch, asked: list[tuple[Sequence, int, int]], result: Any
-    ) -> list[tuple[Request, RequestOutput]]:
-        """What a step brought: `news` are (row of the result, sequence) of those finished or watched.
+    def remove(self, request_id: str) -> Request | None:
+        """Takes a request out; None where it is not (or no longer) there."""
+        request = self.requests.pop(request_id, None)
+        for seq in request.seqs if request else ():
+            del self.completions[seq.seq_id]
+        return request
 
-        What is raised for one completion goes to `scheduler.failures`, and the others go on.
-        """
-        if result.prompt_logprobs is not None:
-            self._take_prompt_logprobs(asked, result.prompt_logprobs)
-        place = {int(at): i for i, at in enumerate(batch.logprob_at)}
-        touched: dict[Request, list[Completion]] = {}
-        failed: set[Request] = set()
-        for i, seq in news:
-            completion = seq.owner
-            if seq.watched:
-                try:
-                    self._take(completion, int(result.tokens[i]), place.get(i), result.logprobs)
-                except Exception as err:
-                    self.scheduler.failures.append((seq, err))
-                    failed.add(completion.request)
-            touched.setdefault(completion.request, []).append(completion)
-        outputs = []
-        for request, completions in touched.items():
-            if request in failed:
+    def find(self, seq: Sequence) -> Request | None:
+        """The unfinished request that a sequence belongs to."""
+        completion = self.completions.get(seq.seq_id)
+        return completion.request if completion else None
+
+    def clear(self) -> None:
+        self.requests.clear()
+        self.completions.clear()
+        self.failures.clear()
+
+    # -- a step's results --------------------------------------------------------------------------
+
+    def take(self, new_tokens: list[NewToken], result: StepResult) -> list[tuple[Sequence, str]]:
+        """Adds a step's tokens, logprobs and text. Returns the stop strings that were completed."""
+        row_of = {int(at): row for row, at in enumerate(result.logprob_rows)}
+        matches = []
+        for i, seq in new_tokens:
+            if not seq.streams_tokens:
                 continue
-            finished, kind = request.finished, request.params.output_kind
-            if finished or kind is not RequestOutputKind.FINAL_ONLY:
-                # A delta speaks of what is new, any other output of all completions.
-                shown = completions if kind is RequestOutputKind.DELTA else request.completions
-                try:
-                    outputs.append((request, self._output(request, shown)))
-                except Exception as err:
-                    self.scheduler.failures.append((completions[0].seq, err))
-                    continue
-            if finished:
-                del self.requests[request.request_id]
-        return outputs
+            try:
+                completion = self.completions[seq.seq_id]
+                token = int(result.tokens[i])
+                if i in row_of and result.logprobs is not None:
+                    self._take_logprobs(completion, token, row_of[i], result.logprobs)
+                match = self._take_token(completion, token)
+                if match is not None:
+                    matches.append((seq, match))
+            except Exception as error:
+                self.failures.append(Failure(seq, error))
+        return matches
 
-    def error_output(self, request: Request, message: str) -> RequestOutput:
-        """The last output of a request that ends with an error: its tokens so far, without text that may be the cause."""
-        completions = [
-            CompletionOutput(
-                index=c.index,
-                text=c.text.text if c.text else "",
-                token_ids=c.seq.token_ids[c.seq.prompt_len :].tolist(),
-                cumulative_logprob=c.cumulative_logprob,
-                logprobs=c.logprobs,
-                finish_reason="error",
-                stop_reason=message,
-            )
-            for c in request.completions
-        ]
-        return RequestOutput(
-            request_id=request.request_id,
-            prompt=request.prompt,
-            prompt_token_ids=request.prompt_token_ids,
-            prompt_logprobs=request.prompt_logprobs,
-            outputs=completions,
-            finished=True,
-            metrics=request.metrics,
-            num_cached_tokens=max(request.completions[0].seq.num_cached_tokens, 0),
-        )
-
-    def _take(self, completion: Completion, token: int, row: int | None, logprobs: Any) -> None:
-        seq, request = completion.seq, completion.request
+    def _take_token(self, completion: Completion, token: int) -> str | None:
+        """Adds a token; returns the stop string that it completed."""
+        seq, metrics = completion.seq, completion.request.metrics
         completion.token_ids.append(token)
-        if row is not None and completion.logprobs is not None:
-            last = seq.finish_reason is not None
-            entry = self._entry(token, row, logprobs, request.params.logprobs or 0, completion.pieces, last)
-            completion.logprobs.append(entry)
-            completion.cumulative_logprob = (completion.cumulative_logprob or 0.0) + entry[token].logprob
-        if completion.text is not None:
-            match = completion.text.feed([token], hide_last=seq.finish_reason == "stop")
-            if match is not None:
-                if seq.finish_reason is None:
-                    self.scheduler.finish(seq, "stop", match.string)
-                seq.finish_reason, seq.stop_reason = "stop", match.string
-            if seq.finish_reason:
-                completion.text.finish()
-        metrics = request.metrics
         if metrics is not None:
             metrics.last_token_time = time.monotonic()
             metrics.first_token_time = metrics.first_token_time or metrics.last_token_time
             metrics.num_generation_tokens += 1
-            if request.finished:
-                metrics.finished_time = metrics.last_token_time
-
-    def _pieces(self, params: SamplingParams, before: list[int]) -> TokenPieces | None:
-        """The state that decoded tokens after the tokens `before` need; None where nobody asks for text."""
-        if self.detokenizer is None or not params.detokenize:
+        if completion.text is None:
             return None
-        return TokenPieces(self.detokenizer, params, before)
+        match = completion.text.feed([token], hide_last=seq.finish_reason == "stop")
+        if match is not None:
+            return match.string
+        if seq.finish_reason:
+            completion.text.finish()
+        return None
 
-    def _entry(
-        self, token: int, row: int, logprobs: Any, k: int, pieces: TokenPieces | None, last: bool = False
-    ) -> dict[int, Logprob]:
-        """The token itself first, then the k most likely, each with its rank.
+    def _take_logprobs(
+        self, completion: Completion, token: int, row: int, logprobs: Logprobs[np.ndarray]
+    ) -> None:
+        k = completion.request.params.logprobs or 0
+        is_last = completion.seq.finish_reason is not None
+        entry = logprob_entry(token, row, logprobs, k, self.detokenizer, completion.pieces, is_last)
+        assert completion.logprobs is not None
+        completion.logprobs.append(entry)
+        total = completion.cumulative_logprob or 0.0
+        completion.cumulative_logprob = total + entry[token].logprob
 
-        last: no more tokens follow.
-        """
-        entry = {token: Logprob(float(logprobs.token[row]), int(logprobs.rank[row]), None)}
-        for rank, (top_id, value) in enumerate(zip(logprobs.top_ids[row, :k], logprobs.top[row, :k]), 1):
-            if top_id != token:
-                decoded = self._token_text(int(top_id), pieces)
-                entry[int(top_id)] = Logprob(float(value), rank, decoded)
-        # The token's own text comes last, because it moves `pieces` on.
-        entry[token].decoded_token = pieces.take(token, last) if pieces else self._token_text(token, None)
-        return entry
+    def take_prompt_logprobs(
+        self, seq: Sequence, position: int, count: int, row: int, logprobs: Logprobs[np.ndarray]
+    ) -> None:
+        """Rows `row:row + count` are of the prompt tokens from `position` on."""
+        request = self.find(seq)
+        if request is None:  # it was aborted
+            return
+        try:
+            add_prompt_logprobs(request, self.detokenizer, position, count, row, logprobs)
+        except Exception as error:
+            self.failures.append(Failure(seq, error))
 
-    def _token_text(self, token: int, pieces: TokenPieces | None) -> str | None:
-        if pieces is not None:
-            return pieces.other(token)
-        return None if self.detokenizer is None else self.detokenizer.token_text(token)
+    # -- outputs -----------------------------------------------------------------------------------
 
-    def _take_prompt_logprobs(self, asked: list[tuple[Sequence, int, int]], logprobs: Any) -> None:
-        row = 0
-        for seq, position, count in asked:
+    def outputs(self, new_tokens: list[NewToken]) -> list[tuple[Request, RequestOutput]]:
+        """The outputs of the requests that got new tokens. Finished requests are removed."""
+        failed = {failure.seq.seq_id for failure in self.failures}
+        touched: dict[Request, list[Completion]] = {}
+        for _, seq in new_tokens:
+            completion = self.completions[seq.seq_id]
+            touched.setdefault(completion.request, []).append(completion)
+        outputs = []
+        for request, completions in touched.items():
+            if any(seq.seq_id in failed for seq in request.seqs):
+                continue
+            kind = request.params.output_kind
+            if kind is RequestOutputKind.FINAL_ONLY and not request.finished:
+                continue
+            if kind is not RequestOutputKind.DELTA:  # a delta shows only what is new
+                completions = [self.completions[seq.seq_id] for seq in request.seqs]
             try:
-                self._take_prompt_chunk(seq, range(position, position + count), row, logprobs)
-            except Exception as err:
-                self.scheduler.failures.append((seq, err))
-            row += count
+                shown = [self._completion_output(completion) for completion in completions]
+                outputs.append((request, request_output(request, shown)))
+            except Exception as error:
+                self.failures.append(Failure(completions[0].seq, error))
+                continue
+            if request.finished:
+                self.remove(request.request_id)
+        return outputs
 
-    def _take_prompt_chunk(self, seq: Sequence, positions: range, row: int, logprobs: Any) -> None:
-        """Logprobs of a chunk of a prompt, of which the first is in `row`."""
-        request = seq.owner.request
-        tokens = request.prompt_token_ids
-        # A chunk may begin inside a character, so some tokens before it are taken too.
-        start = max(positions.start - 4, 1)
-        pieces = self._pieces(request.params, tokens[:start])
-        for token in tokens[start : positions.start]:
-            if pieces:
-                pieces.take(token)
-        for i, at in enumerate(positions):
-            last = at + 1 == len(tokens)
-            entry = self._entry(tokens[at], row + i, logprobs, seq.prompt_logprobs or 0, pieces, last)
-            request.prompt_logprobs[at] = entry
-
-    def _output(self, request: Request, completions: list[Completion]) -> RequestOutput:
-        """The request as it stands, with these of its completions."""
-        return RequestOutput(
-            request_id=request.request_id,
-            prompt=request.prompt,
-            prompt_token_ids=request.prompt_token_ids,
-            prompt_logprobs=request.prompt_logprobs,
-            outputs=[self._completion(c) for c in completions],
-            finished=request.finished,
-            metrics=request.metrics,
-            num_cached_tokens=max(request.completions[0].seq.num_cached_tokens, 0),
-        )
-
-    def _completion(self, completion: Completion) -> CompletionOutput:
-        seq, params, detokenizer = completion.seq, completion.request.params, self.detokenizer
-        token_ids, logprobs = completion.token_ids, completion.logprobs
-        if not seq.watched:
+    def _completion_output(self, completion: Completion) -> CompletionOutput:
+        seq, params = completion.seq, completion.request.params
+        token_ids = completion.token_ids
+        logprobs = completion.logprobs
+        if not seq.streams_tokens:
             token_ids = seq.token_ids[seq.prompt_len :].tolist()
         if params.output_kind is RequestOutputKind.DELTA:
-            token_ids, logprobs = token_ids[completion.num_shown :], logprobs and logprobs[completion.num_shown :]
-            completion.num_shown = len(completion.token_ids)
-            text = completion.text.delta() if completion.text else ""
-        elif completion.text is not None:
-            text = completion.text.emitted()
-        elif params.detokenize and detokenizer is not None:
-            hide_last = seq.finish_reason == "stop"
-            text = detokenizer.text(params, completion.request.prompt_token_ids, token_ids, hide_last)
-        else:
-            text = ""
+            start = completion.num_shown
+            completion.num_shown = len(token_ids)
+            token_ids = token_ids[start:]
+            logprobs = None if logprobs is None else logprobs[start:]
         return CompletionOutput(
             index=completion.index,
-            text=text,
+            text=self._text(completion, token_ids),
             token_ids=list(token_ids),
             cumulative_logprob=completion.cumulative_logprob,
             logprobs=None if logprobs is None else list(logprobs),
             finish_reason=seq.finish_reason,
             stop_reason=seq.stop_reason,
         )
+
+    def _text(self, completion: Completion, token_ids: list[int]) -> str:
+        params, prompt = completion.request.params, completion.request.prompt_token_ids
+        if completion.text is not None:
+            is_delta = params.output_kind is RequestOutputKind.DELTA
+            return completion.text.delta() if is_delta else completion.text.emitted()
+        if self.detokenizer is None or not params.detokenize:
+            return ""
+        hide_last = completion.seq.finish_reason == "stop"
+        return self.detokenizer.text(params, prompt, token_ids, hide_last)
+
+    def error_output(self, request: Request, message: str) -> RequestOutput:
+        """The last output of a request that ends with an error: its tokens and earlier text."""
+        shown = []
+        for seq in request.seqs:
+            completion = self.completions[seq.seq_id]
+            shown.append(
+                CompletionOutput(
+                    index=completion.index,
+                    text=completion.text.text if completion.text else "",
+                    token_ids=seq.token_ids[seq.prompt_len :].tolist(),
+                    cumulative_logprob=completion.cumulative_logprob,
+                    logprobs=completion.logprobs,
+                    finish_reason="error",
+                    stop_reason=message,
+                )
+            )
+        return request_output(request, shown, finished=True)
+
+
+def request_output(
+    request: Request, completions: list[CompletionOutput], finished: bool | None = None
+) -> RequestOutput:
+    metrics = request.metrics
+    finished = request.finished if finished is None else finished
+    if metrics is not None and finished:
+        metrics.finished_time = metrics.last_token_time
+    return RequestOutput(
+        request_id=request.request_id,
+        prompt=request.prompt,
+        prompt_token_ids=request.prompt_token_ids,
+        prompt_logprobs=request.prompt_logprobs,
+        outputs=completions,
+        finished=finished,
+        metrics=metrics,
+        num_cached_tokens=max(request.seqs[0].num_cached_tokens, 0),
+    )

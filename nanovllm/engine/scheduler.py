@@ -1,37 +1,32 @@
-"""Decides which sequences run in a step and how many tokens of each, and applies what the step sampled.
+"""Decides which sequences run in a step and how many tokens of each, and applies what was
+sampled.
 
-There is no prefill mode and no decode mode. A sequence has tokens it knows (`num_tokens`) and tokens whose K/V is in the
-cache (`num_computed`); a step computes some of the difference within one token budget. A prefill is a large difference,
-a decode a difference of one, a chunk a part of a difference: continuous batching and chunked prefill are the same line.
-The scheduler knows no torch and no text.
+There is no prefill mode and no decode mode. A sequence has tokens it knows (`num_tokens`)
+and tokens whose K/V is in the cache (`num_computed`). A step computes some of the
+difference within one token budget. A prefill is a large difference, a decode a difference
+of one, a chunk a part of a difference. The scheduler knows no torch and no text.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
+from collections.abc import Mapping
 
 import numpy as np
 
+from nanovllm.core.batch import ceil_div
+from nanovllm.core.sequence import PENDING, Failure, Sequence, SequenceTable
+from nanovllm.core.step import Step
 from nanovllm.engine.block_manager import BlockManager
-from nanovllm.engine.sequence import PENDING, Sequence, SequenceTable
-
-
-@dataclass
-class Step:
-    """One step's plan: sequence in `rows[i]` computes tokens `starts[i]:ends[i]`; those in `sampled` get a new token."""
-
-    rows: np.ndarray
-    starts: np.ndarray
-    ends: np.ndarray
-    sampled: np.ndarray  # indices into rows
-    seq_ids: np.ndarray  # of the sampled; a row may change hands before the tokens come back
+from nanovllm.engine.stats import EngineStats
 
 
 class Scheduler:
-    """Invariant: `order` holds the running rows as they stood in the queue, and every waiting sequence stood behind them.
+    """Invariant: `running` holds the running rows in queue order; waiting sequences come
+    later.
 
-    The first sequence is therefore never preempted while another runs, so it always makes progress and nobody starves.
+    The first running sequence is therefore never preempted while another runs. It always
+    makes progress, and no sequence starves.
     """
 
     def __init__(
@@ -45,198 +40,229 @@ class Scheduler:
         eos_token_ids: frozenset[int] = frozenset(),
         enable_prefix_caching: bool = True,
         enable_chunked_prefill: bool = True,
+        columns: Mapping[str, type] | None = None,
+        stats: EngineStats | None = None,
     ) -> None:
         self.block_size = block_size
         self.max_num_batched_tokens = max_num_batched_tokens
         self.eos_token_ids = eos_token_ids
         self.enable_prefix_caching = enable_prefix_caching
         self.enable_chunked_prefill = enable_chunked_prefill
+        self.stats = stats or EngineStats()
         self.blocks = BlockManager(num_blocks, block_size)
-        self.table = SequenceTable(max_num_seqs, max_model_len, block_size)
-        self.order = np.empty(0, np.int64)
+        self.table = SequenceTable(max_num_seqs, max_model_len, block_size, columns)
+        self.running = np.empty(0, np.int64)
         self.waiting: deque[Sequence] = deque()
         self.unfinished: dict[int, Sequence] = {}
-        self.failures: list[tuple[Sequence, Exception]] = []  # what was raised in a sequence's own part of a step
-        self.num_preemptions = 0
-        self.prompt_tokens = self.generation_tokens = 0
-        self.prefix_cache_queries = self.prefix_cache_hits = 0  # in tokens
+        self.failures: list[Failure] = []  # of admissions; the engine ends their requests
 
     def add(self, seq: Sequence) -> None:
         self.unfinished[seq.seq_id] = seq
         self.waiting.append(seq)
 
-    def longest_first(self) -> None:
-        """Lets those that wait in by the most tokens they may generate, where all came at once and nobody watches.
+    def sort_waiting_longest_first(self) -> None:
+        """Sorts the waiting queue by output budget, longest first.
 
-        If there are more of them than fit, the last steps are then not of a few long ones alone.
+        Only used for requests that arrived together. If there are more of them than rows,
+        the last steps then do not consist of a few long sequences alone.
         """
         self.waiting = deque(sorted(self.waiting, key=lambda seq: seq.prompt_len - seq.end))
 
-    def needs_known_tokens(self) -> bool:
-        """Whether the next step's sampling must know the tokens that are in flight."""
-        return bool(self.table.waits[self.order].any())
+    def needs_previous_tokens(self) -> bool:
+        """Whether the next step's sampling must know the tokens of the step in flight."""
+        return bool(self.table.needs_previous_token[self.running].any())
 
     def reset_prefix_cache(self) -> None:
-        """Nothing computed so far can be hit any more; running sequences go on, and register nothing of what they hold."""
+        """Makes all cached prefixes unfindable. Running sequences go on, and register nothing."""
         self.blocks.reset()
-        self.table.num_registered[self.order] = self.blocks.num_blocks
+        self.table.num_registered[self.running] = self.blocks.num_blocks
 
-    # -- planning ----------------------------------------------------------------------------------------------------
+    # -- planning ----------------------------------------------------------------------------------
 
     def schedule(self) -> Step | None:
-        """The next step, or None when nothing can run before the tokens in flight are known (or nothing is left)."""
-        table, before = self.table, self.num_preemptions
+        """The next step. None if nothing can run before the tokens in flight are known."""
+        table = self.table
+        preemptions = self.stats.num_preemptions
         rows, counts = self._grant_running()
         starts = table.num_computed[rows]
         sampled = self._advance(rows, counts)
-        parts = [(rows, starts, counts, sampled)]
+        grants = [(rows, starts, counts, sampled)]
         budget = self.max_num_batched_tokens - int(counts.sum())
-        while self.waiting and budget > 0 and table.free_rows and self.num_preemptions == before:
-            seq = self.waiting[0]
-            try:
-                row = self._admit(seq, budget)
-            except Exception as err:  # it has taken no page yet; the engine ends it
-                self.failures.append((seq, err))
+        while self.waiting and budget > 0 and table.free_rows:
+            if self.stats.num_preemptions > preemptions:
                 break
+            row = self._try_to_admit(self.waiting[0], budget)
             if row is None:
                 break
             new = np.array([row])
             start = table.num_computed[new]
             count = np.minimum(table.num_tokens[new] - start, budget)
-            self._allocate(row, -(-int(start[0] + count[0]) // self.block_size) - int(table.num_blocks[row]))
-            parts.append((new, start, count, self._advance(new, count)))
-            self.order = np.append(self.order, row)
+            end = int(start[0] + count[0])
+            self._allocate(row, ceil_div(end, self.block_size) - int(table.num_blocks[row]))
+            grants.append((new, start, count, self._advance(new, count)))
+            self.running = np.append(self.running, row)
             budget -= int(count[0])
-        if len(parts) > 1:
-            rows, starts, counts, sampled = map(np.concatenate, zip(*parts))
+        if len(grants) > 1:
+            rows, starts, counts, sampled = map(np.concatenate, zip(*grants))
         if not len(rows):
             return None
         picked = np.flatnonzero(sampled)
         return Step(rows, starts, starts + counts, picked, table.seq_id[rows[picked]])
 
     def _grant_running(self) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens and pages for the running sequences: (rows, counts > 0). Preempts the youngest while pages are short."""
-        table, size = self.table, self.block_size
+        """Tokens and blocks for the running sequences: (rows, counts), counts above 0.
+
+        Preempts the last running sequence while blocks are short.
+        """
+        table = self.table
         while True:
-            rows = self.order
-            num_tokens, computed = table.num_tokens[rows], table.num_computed[rows]
-            # One that waits for its last token (the end is known before the token is) has nothing left to compute.
+            rows = self.running
+            num_tokens = table.num_tokens[rows]
+            computed = table.num_computed[rows]
+            # A sequence whose end is known, but not its last token, has nothing left to
+            # compute.
             wanted = np.where(num_tokens < table.end[rows], num_tokens - computed, 0)
-            counts = np.clip(self.max_num_batched_tokens - (np.cumsum(wanted) - wanted), 0, wanted)
-            # A new block is due when the tokens computed after this step no longer fit into those it holds.
-            needed = np.maximum(-(-(computed + counts) // size) - table.num_blocks[rows], 0)
+            wanted_before = np.cumsum(wanted) - wanted
+            counts = np.clip(self.max_num_batched_tokens - wanted_before, 0, wanted)
+            # A new block is due when the computed tokens no longer fit into the
+            # sequence's blocks.
+            needed = ceil_div(computed + counts, self.block_size) - table.num_blocks[rows]
+            needed = np.maximum(needed, 0)
             if needed.sum() <= self.blocks.num_free:
                 break
-            self._preempt(self.table.seqs[rows[-1]])
+            self._preempt(table.seqs[rows[-1]])
         for i in np.flatnonzero(needed):
             self._allocate(int(rows[i]), int(needed[i]))
-        running = counts > 0
-        return rows[running], counts[running].astype(np.int32)
+        has_work = counts > 0
+        return rows[has_work], counts[has_work].astype(np.int32)
+
+    def _try_to_admit(self, seq: Sequence, budget: int) -> int | None:
+        try:
+            return self._admit(seq, budget)
+        except Exception as error:  # the sequence has acquired no block that it does not know of
+            self.failures.append(Failure(seq, error))
+            return None
 
     def _admit(self, seq: Sequence, budget: int) -> int | None:
-        """A row for the sequence with its prefix hit taken, or None if the whole of it cannot be paged now.
+        """A row for the sequence with its prefix hit, or None if it cannot run now.
 
-        It is admitted only if all its tokens fit beside what running sequences have yet to compute: a chunked prompt
-        never preempts another on the way.
+        The sequence is admitted only if all its tokens fit beside the tokens that running
+        sequences have yet to compute: a chunked prompt never preempts another chunked
+        prompt.
         """
-        table, blocks, size = self.table, self.blocks, self.block_size
-        running, length = self.order, len(seq.token_ids)
-        promised = np.maximum(-(-table.num_tokens[running] // size) - table.num_blocks[running], 0).sum()
-        free = blocks.num_free - int(promised)
-        if free <= 0 or (not self.enable_chunked_prefill and length > self.max_num_batched_tokens):
+        table, blocks = self.table, self.blocks
+        length = len(seq.token_ids)
+        if not self.enable_chunked_prefill and length > self.max_num_batched_tokens:
             return None
-        root = self._root(seq)
-        hit = blocks.match(seq.token_ids, root) if seq.reads_cache else []
-        # The logits of the last token are needed even if its K/V is cached: then the query is that one token, and it
-        # is not written again (its slot is -1), as others may be reading the page.
-        num_cached = min(len(hit) * size, length - 1)
-        if -(-length // size) - len(hit) + blocks.num_free_in(hit) > free:
+        promised = ceil_div(table.num_tokens[self.running], self.block_size)
+        promised = promised - table.num_blocks[self.running]
+        num_free = blocks.num_free - int(np.maximum(promised, 0).sum())
+        if num_free <= 0:
+            return None
+        hit = blocks.match(seq.token_ids, self._hash_seed(seq)) if seq.reads_cache else []
+        # The last token's logits are needed even if its K/V is cached. The query is then
+        # that one token, and it is not written again (its slot is -1), because others may
+        # read the page.
+        num_cached = min(len(hit) * self.block_size, length - 1)
+        needed = ceil_div(length, self.block_size) - len(hit)
+        if needed + blocks.num_free_in(hit) > num_free:
             return None
         if not self.enable_chunked_prefill and length - num_cached > budget:
             return None
         row = table.admit(seq)
         self.waiting.popleft()
-        table.block_table[row, : len(hit)] = blocks.hold(hit)
-        table.num_blocks[row] = table.num_registered[row] = len(hit)
+        table.block_table[row, : len(hit)] = blocks.acquire(hit)
+        table.num_blocks[row] = len(hit)
+        table.num_registered[row] = len(hit)
         table.num_computed[row] = num_cached
-        table.num_cached[row] = len(hit) * size
+        table.num_cached[row] = len(hit) * self.block_size
         seq.prefix = hit[-1] if hit else None
-        if seq.num_cached_tokens < 0:
+        if seq.num_cached_tokens < 0:  # first admission
             seq.num_cached_tokens = num_cached
-            self.prompt_tokens += length
-            self.prefix_cache_queries += length
-            self.prefix_cache_hits += num_cached
+            self.stats.prompt_tokens += length
+            self.stats.prefix_cache_queries += length
+            self.stats.prefix_cache_hits += num_cached
         return row
 
     def _allocate(self, row: int, count: int) -> None:
-        held = int(self.table.num_blocks[row])
-        self.table.block_table[row, held : held + count] = self.blocks.allocate(count)
-        self.table.num_blocks[row] = held + count
+        used = int(self.table.num_blocks[row])
+        self.table.block_table[row, used : used + count] = self.blocks.allocate(count)
+        self.table.num_blocks[row] = used + count
 
     def _advance(self, rows: np.ndarray, counts: np.ndarray) -> np.ndarray:
-        """Counts the tokens as computed, makes full blocks findable, and returns which rows sample a new token."""
+        """Counts the tokens as computed and registers full blocks. Returns which rows sample."""
         table = self.table
         num_tokens = table.num_tokens[rows]
         known = num_tokens - (table.token_ids[rows, num_tokens - 1] == PENDING)
         computed = table.num_computed[rows] + counts
         table.num_computed[rows] = computed
-        # A block whose last token is still pending has no hash yet; it is registered in the step after.
-        full = np.minimum(computed, known) // self.block_size
-        for i in np.flatnonzero(full > table.num_registered[rows]):
-            self._register(int(rows[i]), int(full[i]))
+        # A block whose last token is pending has no hash yet. The next step registers it.
+        num_full = np.minimum(computed, known) // self.block_size
+        for i in np.flatnonzero(num_full > table.num_registered[rows]):
+            self._register(int(rows[i]), int(num_full[i]))
         sampled = computed == num_tokens
         table.token_ids[rows[sampled], num_tokens[sampled]] = PENDING
         table.num_tokens[rows[sampled]] += 1
         return sampled
 
-    def _register(self, row: int, full: int) -> None:
-        table, size, seq = self.table, self.block_size, self.table.seqs[row]
-        for i in range(int(table.num_registered[row]), full):
+    def _register(self, row: int, num_full: int) -> None:
+        table, size = self.table, self.block_size
+        seq = table.seqs[row]
+        hash_seed = self._hash_seed(seq)
+        for i in range(int(table.num_registered[row]), num_full):
             tokens = table.token_ids[row, i * size : (i + 1) * size]
-            seq.prefix = self.blocks.register(int(table.block_table[row, i]), tokens, seq.prefix, self._root(seq))
-        table.num_registered[row] = full
+            block_id = int(table.block_table[row, i])
+            seq.prefix = self.blocks.register(block_id, tokens, seq.prefix, hash_seed)
+        table.num_registered[row] = num_full
 
-    def _root(self, seq: Sequence) -> int:
-        """Where its hash chain starts. With prefix caching off only the sequences of one request share pages."""
+    def _hash_seed(self, seq: Sequence) -> int:
+        """Where a sequence's hash chain starts. It covers whatever changes K/V besides
+        the tokens.
+
+        With prefix caching off only the sequences of one request share blocks.
+        """
         return 0 if self.enable_prefix_caching else 1 + seq.request_number
 
     def _preempt(self, seq: Sequence) -> None:
-        """Preemption by recomputation: its pages go, its tokens stay, and it is first in line to come back."""
-        self.num_preemptions += 1
+        """Preemption by recomputation: frees the blocks, keeps the tokens, comes back first."""
+        self.stats.num_preemptions += 1
         self._release(seq)
         self.waiting.appendleft(seq)
 
     def _release(self, seq: Sequence) -> None:
         row = seq.row
         self.blocks.release(self.table.blocks_of(row), keep=self.enable_prefix_caching)
-        self.order = self.order[self.order != row]
+        self.running = self.running[self.running != row]
         self.table.remove(seq)
 
-    # -- results -----------------------------------------------------------------------------------------------------
+    # -- results -----------------------------------------------------------------------------------
 
     def update(self, step: Step, tokens: np.ndarray) -> list[tuple[int, Sequence]]:
-        """Puts the sampled tokens [len(step.sampled)] in place and finishes the sequences that they end.
+        """Stores the sampled tokens [K] and finishes the sequences that they end.
 
-        Returns (index into tokens, sequence) of those that are finished or watched. A sequence that ended since the
-        step was launched (an EOS noticed one step late, an abort) drops its surplus token here.
+        Returns (index into tokens, sequence) of the sequences that are finished or stream
+        their tokens. A sequence that ended after the launch of the step (EOS noticed one
+        step late, an abort) drops its surplus token here.
         """
-        table, rows, positions = self.table, step.rows[step.sampled], step.ends[step.sampled]
-        live = table.seq_id[rows] == step.seq_ids
-        table.token_ids[rows[live], positions[live]] = tokens[live]
-        look = ~live | (positions + 1 >= table.end[rows]) | table.looked_at[rows]
+        table = self.table
+        rows = step.rows[step.sampled]
+        positions = step.ends[step.sampled]
+        is_live = table.seq_id[rows] == step.seq_ids
+        table.token_ids[rows[is_live], positions[is_live]] = tokens[is_live]
+        check = ~is_live | (positions + 1 >= table.end[rows]) | table.checks_every_token[rows]
         for eos in self.eos_token_ids:
-            look |= (tokens == eos) & ~table.ignore_eos[rows]
-        news: list[tuple[int, Sequence]] = []
-        for i in np.flatnonzero(look).tolist():
+            check |= (tokens == eos) & ~table.ignore_eos[rows]
+        new_tokens: list[tuple[int, Sequence]] = []
+        for i in np.flatnonzero(check).tolist():
             seq = self.unfinished.get(int(step.seq_ids[i]))
             if seq is None:
                 continue
-            if seq.row < 0:  # preempted meanwhile: it waits with the pending token as its last
+            if seq.row < 0:  # preempted since the launch: the pending token is its last
                 seq.token_ids[positions[i]] = tokens[i]
             self._finish_if_ended(seq, int(tokens[i]), int(positions[i]) + 1)
-            if seq.finish_reason or seq.watched:
-                news.append((i, seq))
-        return news
+            if seq.finish_reason or seq.streams_tokens:
+                new_tokens.append((i, seq))
+        return new_tokens
 
     def _finish_if_ended(self, seq: Sequence, token: int, length: int) -> None:
         """EOS, then stop tokens, then length: the order decides which reason is given."""
@@ -249,12 +275,13 @@ class Scheduler:
             self.finish(seq, "length")
 
     def finish(self, seq: Sequence, reason: str, stop_reason: int | str | None = None) -> None:
-        """Ends a sequence wherever it is, and frees its pages."""
+        """Ends a sequence, running or waiting, and frees its blocks."""
         if seq.row >= 0:
             self._release(seq)
         else:
             self.waiting.remove(seq)
         del self.unfinished[seq.seq_id]
-        seq.token_ids = seq.token_ids[seq.token_ids != PENDING]  # a surplus token is still in flight
-        self.generation_tokens += len(seq.token_ids) - seq.prompt_len
-        seq.finish_reason, seq.stop_reason = reason, stop_reason
+        seq.token_ids = seq.token_ids[seq.token_ids != PENDING]  # a surplus token is in flight
+        self.stats.generation_tokens += len(seq.token_ids) - seq.prompt_len
+        seq.finish_reason = reason
+        seq.stop_reason = stop_reason

@@ -1,7 +1,8 @@
-"""The operations that models are made of, each as its plain PyTorch definition.
+"""The operations that models are made of, each defined in plain PyTorch.
 
-Where a faster twin exists for the tensor's device it is used instead; the definition here stays the specification that
-the twin is tested against.
+A tensor's device may have a faster kernel for an operation (`cpu`, `triton_ops`). Then
+the kernel runs. The definition here is the specification that the kernel is tested
+against.
 """
 
 from __future__ import annotations
@@ -9,89 +10,156 @@ from __future__ import annotations
 import logging
 from functools import cache
 from importlib import import_module
-from typing import Any
+from types import ModuleType
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from nanovllm.kernels import cpu
+from nanovllm.kernels.rope import Rope
 
 logger = logging.getLogger("nanovllm")
 
 
 @cache
-def gpu() -> Any:
-    """`triton_ops`, or None where Triton does not import. Asked for by the first tensor on a GPU: it takes half a second."""
+def gpu() -> ModuleType | None:
+    """`triton_ops`, or None where Triton does not import.
+
+    The first tensor on a GPU imports it, because the import of Triton is slow.
+    """
     try:
         return import_module("nanovllm.kernels.triton_ops")
     except ImportError as err:
-        logger.warning("Triton does not import (%s): the GPU runs plain PyTorch, which is several times slower", err)
+        logger.warning(
+            "Triton does not import (%s): the GPU runs plain PyTorch, "
+            "which is several times slower",
+            err,
+        )
         return None
 
 
+def triton_for(x: Tensor) -> ModuleType | None:
+    """`triton_ops` where x lies on a GPU and Triton imports, else None."""
+    return gpu() if x.is_cuda else None
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """weight * x / sqrt(mean(x^2) + eps) over the last dimension, computed in float32 and rounded before the product."""
-    if x.is_cpu and (out := cpu.rms_norm(x, weight, eps)) is not None:
-        return out
-    if x.is_cuda and gpu():
-        return gpu().rms_norm(x, weight, eps)
+    """weight * x / sqrt(mean(x^2) + eps) over the last dimension.
+
+    The quotient is computed in float32 and rounded to the type of x before the product.
+    """
+    if x.is_cpu:
+        out = cpu.rms_norm(x, weight, eps)
+        if out is not None:
+            return out
+    triton = triton_for(x)
+    if triton is not None:
+        return triton.rms_norm(x, weight, eps)
     x32 = x.float()
-    return weight * (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+    scale = torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
+    return weight * (x32 * scale).to(x.dtype)
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """(rms_norm(residual + x), residual + x); may overwrite both inputs."""
-    if x.is_cpu and (both := cpu.add_rms_norm(x, residual, weight, eps)) is not None:
-        return both
-    if x.is_cuda and gpu():
-        return gpu().add_rms_norm(x, residual, weight, eps)
+    """(rms_norm(residual + x), residual + x). May overwrite both inputs."""
+    if x.is_cpu:
+        both = cpu.add_rms_norm(x, residual, weight, eps)
+        if both is not None:
+            return both
+    triton = triton_for(x)
+    if triton is not None:
+        return triton.add_rms_norm(x, residual, weight, eps)
     residual = residual + x
     return rms_norm(residual, weight, eps), residual
 
 
 def silu_and_mul(x: Tensor) -> Tensor:
-    """[T, 2I] -> [T, I]: silu of the first half times the second (SwiGLU, Shazeer, 2020)."""
-    if x.is_cpu and (out := cpu.silu_and_mul(x)) is not None:
-        return out
-    if x.is_cuda and gpu():
-        return gpu().silu_and_mul(x)
+    """[T, 2I] -> [T, I]: silu of the first half times the second half (SwiGLU, Shazeer, 2020)."""
+    if x.is_cpu:
+        out = cpu.silu_and_mul(x)
+        if out is not None:
+            return out
+    triton = triton_for(x)
+    if triton is not None:
+        return triton.silu_and_mul(x)
     gate, up = x.chunk(2, dim=-1)
     return F.silu(gate) * up
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, packed: bool = False) -> Tensor:
-    """x [T, K] @ weight [N, K].T + bias [N] -> [T, N]; `packed`: cpu.pack has turned the weight's panels."""
-    if x.is_cpu and (out := cpu.linear(x, weight, bias, packed)) is not None:
-        return out
-    assert not packed, "a packed weight is for x of its own dtype"
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x [T, K] @ weight [N, K].T + bias [N] -> [T, N]."""
+    if x.is_cpu:
+        out = cpu.linear(x, weight, bias)
+        if out is not None:
+            return out
     return F.linear(x, weight, bias)
 
 
-def embedding(ids: Tensor, weight: Tensor, packed: bool = False) -> Tensor:
+def embedding(ids: Tensor, weight: Tensor) -> Tensor:
     """Rows ids [T] of weight [N, K] -> [T, K]."""
-    return cpu.rows_of(weight, ids) if packed else F.embedding(ids, weight)
+    if ids.is_cpu:
+        out = cpu.embedding(ids, weight)
+        if out is not None:
+            return out
+    return F.embedding(ids, weight)
+
+
+def qk_norm_rope(qkv: Tensor, positions: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
+    """RMSNorm of each head of Q and K where the model has one, then rotary embedding.
+
+    qkv [T, (Hq + 2 Hkv) D], positions [T] -> q [T, Hq, D], k [T, Hkv, D], v [T, Hkv, D].
+    The embedding (Su et al., 2021) has the half-split form that checkpoints use.
+    """
+    heads = qkv.view(qkv.shape[0], -1, rope.head_dim)  # [T, Hq + 2 Hkv, D]
+    counts = [rope.num_heads, rope.num_kv_heads, rope.num_kv_heads]
+    q, k, v = heads.split(counts, dim=1)
+    if rope.q_norm is not None and rope.k_norm is not None:
+        q = rms_norm(q, rope.q_norm, rope.eps)
+        k = rms_norm(k, rope.k_norm, rope.eps)
+    cos_sin = rope.cos_sin[positions.long()].to(qkv.dtype)  # [T, D]
+    cos, sin = cos_sin.unsqueeze(1).chunk(2, dim=-1)
+    return rotate(q, cos, sin), rotate(k, cos, sin), v
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotates the pair (x[i], x[i + D/2]) by the i-th angle.
+
+    x [T, heads, D], cos and sin [T, 1, D/2] -> [T, heads, D].
+    """
+    x1, x2 = x.chunk(2, dim=-1)
+    rotated1 = x1 * cos - x2 * sin
+    rotated2 = x2 * cos + x1 * sin
+    return torch.cat((rotated1, rotated2), dim=-1)
 
 
 def draw(logits: Tensor, temperature: Tensor, u: Tensor, threshold: Tensor | None = None) -> Tensor:
-    """Draws from softmax(logits / temperature) by inverse CDF: logits [R, V], temperature and u [R] -> ids [R] int64.
+    """Draws a token of each row from softmax(logits / temperature) by inverse CDF.
 
-    The token is the first in vocabulary order whose cumulative probability exceeds u, among those that are not 0; at
-    temperature 0 the first of the largest logits. Logits below `threshold` [R] do not take part. NaN counts as -inf,
-    infinity as the largest finite number. A row in which nothing can be drawn gets id 0.
+    logits [R, V], temperature and u [R] -> ids [R] int64. The token is the first one in
+    vocabulary order whose cumulative probability exceeds u and whose own probability is
+    not 0. At temperature 0 it is the largest logit; the lowest id wins a tie. Logits
+    below `threshold` [R] do not take part. NaN counts as -inf, and infinity as the
+    largest finite number. A row in which nothing can be drawn gets id 0.
     """
-    if logits.is_cuda and gpu():
-        return gpu().draw(logits, temperature, u, threshold)
+    triton = triton_for(logits)
+    if triton is not None:
+        return triton.draw(logits, temperature, u, threshold)
     if threshold is not None:
         logits = logits.masked_fill(logits < threshold[:, None], float("-inf"))
-    if logits.is_cpu and (ids := cpu.draw(logits, temperature, u)) is not None:
-        return ids
+    if logits.is_cpu:
+        ids = cpu.draw(logits, temperature, u)
+        if ids is not None:
+            return ids
     greedy = temperature == 0
     logits = without_infinities(logits)
-    top = logits.amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).min)
-    weights = ((logits - top) / temperature.masked_fill(greedy, 1)[:, None]).exp()
-    mass = weights.cumsum(-1)
-    beyond = (mass > u[:, None] * mass[:, -1:]) & (weights > 0)
+    least = torch.finfo(torch.float32).min
+    top = logits.amax(-1, keepdim=True).clamp(min=least)  # [R, 1]
+    divisor = temperature.masked_fill(greedy, 1)[:, None]
+    weights = ((logits - top) / divisor).exp()  # [R, V]
+    prob_sum = weights.cumsum(-1)
+    target = u[:, None] * prob_sum[:, -1:]
+    beyond = (prob_sum > target) & (weights > 0)
     return torch.where(greedy, logits.argmax(-1), beyond.int().argmax(-1))
 
 
@@ -101,10 +169,11 @@ def without_infinities(logits: Tensor) -> Tensor:
 
 
 def argmax(logits: Tensor) -> Tensor:
-    """[K, V] -> [K] int64: the id of the largest logit of each row, the first of several."""
+    """[K, V] -> [K] int64: the id of the largest logit of each row. The lowest id wins a tie."""
     if logits.is_cpu:
         zeros = torch.zeros(len(logits))
-        if (ids := cpu.draw(logits, zeros, zeros)) is not None:
+        ids = cpu.draw(logits, zeros, zeros)
+        if ids is not None:
             return ids
         logits = without_infinities(logits)
     return logits.argmax(-1)

@@ -1,9 +1,11 @@
-// The CPU's kernels: attention over pages, matrix products, norms and sampling, for bf16, fp16 and fp32.
+// The CPU's kernels for bf16, fp16 and fp32: attention over pages, matrix products, norms, sampling.
 //
-// Plain pointers, no torch headers: it builds in seconds on first use (cpu.py) and is called through ctypes. Vectors are the
-// compiler's own, as wide as the machine's; the only intrinsics are those that have no portable spelling (bf16 dot products,
-// conversions of halves, sums across a vector). A row's result depends on that row alone: tiles have fixed places and are
-// added in a fixed order, whatever else is in the batch and however many threads there are.
+// It has plain pointers and no torch headers, so it builds fast on first use (cpu.py).
+// Python calls it through ctypes. Vectors are the compiler's own, as wide as the
+// machine's. Intrinsics stand only for operations without a portable spelling: bf16 dot
+// products, conversions of halves, sums across a vector. The result of a row depends on
+// that row alone: tiles have fixed places and are added in a fixed order, for every batch
+// and every number of threads.
 
 #include <algorithm>
 #include <cfloat>
@@ -12,6 +14,7 @@
 #include <cstring>
 #include <memory>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include <omp.h>
@@ -24,7 +27,7 @@
 
 namespace {
 
-// ---------------------------------------------------------------------------------------------------------------- vectors
+// ------------------------------------------------------------------------------- vectors
 
 #if defined(__AVX512F__)
 constexpr int W = 16;
@@ -42,7 +45,8 @@ struct bf16 { uint16_t bits; };
 struct fp16 { uint16_t bits; };
 using fp32 = float;
 
-// Any type at any address. (Through memcpy gcc 12 takes AVX2 vectors by way of the stack.)
+// Any type at any address. It is no memcpy, because gcc 12 copies AVX2 vectors of a
+// memcpy through the stack.
 template <class V> struct __attribute__((packed, may_alias)) Unaligned { V value; };
 template <class V> INLINE V read(const void* p) { return ((const Unaligned<V>*)p)->value; }
 template <class V> INLINE void put(void* p, V v) { ((Unaligned<V>*)p)->value = v; }
@@ -56,7 +60,7 @@ INLINE void store(bf16* p, Vec v) {
   put(p, _mm512_cvtneps_pbh((__m512)v));
 #else
   Bits u = (Bits)v;
-  u = v == v ? u + 0x7fff + ((u >> 16) & 1) : u | 0x400000;  // to nearest, ties to even; a NaN stays one
+  u = v == v ? u + 0x7fff + ((u >> 16) & 1) : u | 0x400000;  // to nearest, ties to even; NaN stays NaN
   put(p, __builtin_convertvector(u >> 16, Halves));
 #endif
 }
@@ -73,7 +77,7 @@ INLINE Vec load(const fp16* p) { return __builtin_convertvector(read<Float16s>(p
 INLINE void store(fp16* p, Vec v) { put(p, __builtin_convertvector(v, Float16s)); }
 #endif
 
-// The first n of W elements, or all of them where n is larger; what is missing reads as 0.
+// The first min(n, W) elements. The other elements read as 0.
 template <class T> INLINE Vec load(const T* p, int64_t n) {
   if (n >= W) return load(p);
   T rest[W] = {};
@@ -114,10 +118,10 @@ INLINE float max(Vec v) {
 }
 #endif
 
-// 2^x for x <= 0, and exactly 0 below 2^-126: 2^round(x) by way of the exponent's bits, the rest by a polynomial (relative
-// error 8e-8).
+// 2^x for x <= 0, and exactly 0 below 2^-126. 2^round(x) is set in the bits of the
+// exponent; a polynomial computes the rest (relative error 8e-8).
 INLINE Vec exp2(Vec x) {
-  const Vec shifted = x + 12582912.f;  // 1.5 * 2^23: rounds to an integer, which then stands in the low bits
+  const Vec shifted = x + 12582912.f;  // 1.5 * 2^23: the sum has round(x) in its low bits
   const Vec r = x - (shifted - 12582912.f);
   Vec y = 0.00132764671f * r + 0.00967554124f;
   y = ((y * r + 0.0555071329f) * r + 0.240221197f) * r;
@@ -126,8 +130,9 @@ INLINE Vec exp2(Vec x) {
 }
 constexpr float LOG2E = 1.44269504f;
 
-// sum + a * b, rounded once wherever the machine can: compilers choose between that and two roundings loop by loop, and a row's
-// result would depend on how many rows there are.
+// sum + a * b, rounded once wherever the machine can. It is explicit, because compilers
+// choose between one and two roundings loop by loop. The result of a row would then
+// depend on the number of rows.
 INLINE Vec multiply_add(Vec a, Vec b, Vec sum) {
 #if defined(__AVX512F__)
   return (Vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)sum);
@@ -138,13 +143,16 @@ INLINE Vec multiply_add(Vec a, Vec b, Vec sum) {
 #endif
 }
 
-// One step of a dot product: P neighbouring elements of each operand go into each of W float32 sums.
+// One step of a dot product: P neighbouring elements of each operand are added to each of
+// W float32 sums.
 template <class T> struct Dot {
   static constexpr int P = 1;
   using Element = float;  // of an operand that is broadcast
   using In = Vec;
   static INLINE In load_in(const T* p) { return load(p); }
-  static INLINE In splat(const Element* p) { return Vec{} + *p; }
+  // x - 0 is x for every x, so this is one broadcast. x + 0 would be an addition, because
+  // of -0.
+  static INLINE In splat(const Element* p) { return *p - Vec{}; }
   static INLINE In first_of_pair(In v) { return v; }
   static INLINE Vec step(Vec sum, In a, In b) { return multiply_add(a, b, sum); }
 };
@@ -171,8 +179,9 @@ template <class T, int M, int N, class A, class B> INLINE void multiply(Vec (&su
   }
 }
 
-// Calls f(first row, number of rows as a type) for one of the blocks of at most MOST rows, as even as they come: only what is
-// known at compile time stays in registers.
+// Calls f(first row, number of rows as a type) for one block of at most MOST rows. Blocks
+// have almost equal numbers of rows. The number is a type, because sums stay in registers
+// only if the compiler knows it.
 template <int M, class F> INLINE void with_rows(int m, F f) {
   if (m == M) f(std::integral_constant<int, M>());
   else if constexpr (M > 1) with_rows<M - 1>(m, f);
@@ -191,12 +200,14 @@ template <class F> INLINE void for_vectors(int n, F f) {
   for (; j < n; j++) f(j, std::integral_constant<int, 1>());
 }
 
-constexpr int64_t PARALLEL = 1 << 15;  // elements below which waking the other threads costs more than it brings
+// With fewer elements, waking the other threads takes longer than the work.
+constexpr int64_t PARALLEL = 1 << 15;
 
-// -------------------------------------------------------------------------------------------------------------- attention
+// ----------------------------------------------------------------------------- attention
 
-constexpr int ROWS = 24, TILE = 128, MAX_DIM = 256;  // query rows and keys of a tile; the largest head
-constexpr int BLOCK = W == 8 ? 2 : 6;  // rows with four vectors of sums each: AVX2 has 16 registers, AVX-512 and Arm have 32
+constexpr int ROWS = 24, TILE = 128, MAX_DIM = 256;  // query rows and keys of a tile; largest head
+// Rows with four vectors of sums each. AVX2 has 16 registers, AVX-512 and Arm have 32.
+constexpr int BLOCK = W == 8 ? 2 : 6;
 
 struct Layer {
   void* pages;  // [pages][kv_heads][K, V]
@@ -208,8 +219,9 @@ struct Step {  // AttentionMetadata
   int64_t table_stride, tokens, sequences;
 };
 
-// K of a page is [head_dim / P][block][P], V is [block / P][head_dim][P]: products run along tokens for K and along
-// dimensions for V, without sums across lanes; the P elements that meet in one step lie side by side.
+// K of a page is [head_dim / P][block][P], and V is [block / P][head_dim][P]. Products
+// run along tokens for K and along dimensions for V, so they need no sums across lanes.
+// The P elements of one step of a dot product lie side by side.
 template <class T> INLINE T* page(const Layer& layer, int64_t id, int64_t head) {
   return (T*)layer.pages + (id * layer.kv_heads + head) * 2 * layer.block * layer.head_dim;
 }
@@ -239,7 +251,8 @@ void write(const Layer& layer, const Step& step, const T* qkv, int64_t heads, co
   const int64_t dim = layer.head_dim, block = layer.block, kv_heads = layer.kv_heads, all = heads + 2 * kv_heads;
 #pragma omp parallel for schedule(static) if (step.tokens * all * dim > PARALLEL)
   for (int64_t t = 0; t < step.tokens; t++) {
-    // A key is spread over as many cache lines as it has pairs: those of a token a little ahead are fetched meanwhile.
+    // A key is spread over many cache lines, one for each P dimensions. The cache lines
+    // of a token a little ahead are fetched meanwhile.
     if (const int64_t next = t + 2; next < step.tokens && step.slots[next] >= 0)
       for (int h = 0; h < kv_heads; h++) {
         const T* to = page<T>(layer, step.slots[next] / block, h);
@@ -254,11 +267,11 @@ void write(const Layer& layer, const Step& step, const T* qkv, int64_t heads, co
     if (step.slots[t] < 0) continue;
     const int64_t id = step.slots[t] / block, at = step.slots[t] % block;
     for (int h = 0; h < kv_heads; h++) {
-      T turned[MAX_DIM];
+      T rotated[MAX_DIM];
       const T *k = x + (heads + h) * dim, *v = k + kv_heads * dim;
       if (angles) {
-        norm_rope(k, k_norm, eps, angles, dim, turned);
-        k = turned;
+        norm_rope(k, k_norm, eps, angles, dim, rotated);
+        k = rotated;
       }
       T *to_k = page<T>(layer, id, h) + at * P, *to_v = page<T>(layer, id, h) + (block + at - at % P) * dim + at % P;
       for (int d = 0; d < dim; d += P) std::memcpy(to_k + d * block, k + d, P * sizeof(T));
@@ -267,7 +280,8 @@ void write(const Layer& layer, const Step& step, const T* qkv, int64_t heads, co
   }
 }
 
-// What a row has of the softmax over some keys: weights are relative to 2^max, so that states can be merged.
+// The softmax of rows over some of their keys. Weights are relative to 2^max, so that
+// states can be merged.
 struct State {
   float max[ROWS], sum[ROWS], out[ROWS * MAX_DIM];
 
@@ -283,8 +297,9 @@ struct State {
   }
 };
 
-// Rows are the queries of one KV head, those of the first token's GQA group and then the next one's: what is read of K and V
-// serves them all. An item is what one thread does at a time: up to ROWS of them.
+// The rows of one KV head are the queries of the first token's GQA group, then of the
+// next token's, and so on. All rows use the same K and V, which are read once. An item is
+// the work of one thread at a time: at most ROWS rows.
 struct Item {
   int sequence, head, first_row, rows, first_tile, last_tile;
 };
@@ -323,7 +338,8 @@ template <class T> struct Attention {
   void tile(const Item& item, int tile, State& state) {
     const int first = tile * TILE, keys = std::min(TILE, position(item, item.rows - 1) + 1 - first);
     const int chunks = (keys + W - 1) / W;
-    // Pages lie anywhere, so the hardware does not foresee them: V is fetched while K is used, and the next tile's K with V.
+    // The hardware does not prefetch across pages, because they lie anywhere. So V is
+    // fetched while K is used, and K of the next tile while V is used.
     const T *k[TILE / W], *v[TILE / W], *next_k[TILE / W];
     const int64_t k_stride = find_pages(item, first, keys, k, v, next_k);
 
@@ -344,7 +360,8 @@ template <class T> struct Attention {
     });
 
     for (int r = 0; r < item.rows; r++) {
-      const int end = position(item, r) + 1 - first, begin = layer.window ? end - layer.window : 0;  // what this row sees
+      // The row sees the keys begin..end of the tile.
+      const int end = position(item, r) + 1 - first, begin = layer.window ? end - layer.window : 0;
       Vec top = Vec{} - INFINITY, total = {};
       for (int c = 0; c < chunks; c++) {
         Vec x = load(scores + r * TILE + c * W) * (layer.scale * LOG2E);
@@ -377,7 +394,9 @@ template <class T> struct Attention {
                   __builtin_prefetch(next_k[c] + t * dim + (d + j) * W * P);
                   return D::load_in(b + t * dim + j * W * P);
                 });
-          if (pairs < here)  // the rest of the pair lies past the context: its weight is 0, but what is in the page may be infinite
+          // The second key of the last pair may lie past the context. Its weight is 0,
+          // but the page may hold infinity there.
+          if (pairs < here)
             multiply<T>(
                 sums, [&](int i) { return D::splat(a + i * TILE + pairs); },
                 [&](int j) { return D::first_of_pair(D::load_in(b + pairs * dim + j * W * P)); });
@@ -388,7 +407,8 @@ template <class T> struct Attention {
     });
   }
 
-  // Where each W tokens of a tile lie, and K's stride there. Blocks that are no multiple of W are gathered first.
+  // Finds where each W tokens of a tile lie, and returns the stride of K there. Tokens of
+  // blocks that are no multiple of W are copied together first.
   int64_t find_pages(const Item& item, int first, int keys, const T** k, const T** v, const T** next_k) {
     const int32_t* table = step.tables + item.sequence * step.table_stride;
     const int block = layer.block, last = position(item, item.rows - 1);
@@ -431,7 +451,8 @@ template <class T> void attend(const Layer& layer, const Step& step, const T* q,
         work += (to - from) * layer.head_dim;
       }
   }
-  // Where there are few items with many tiles (one sequence, say) threads share the tiles, and merge them in the same order.
+  // With few items of many tiles (for example one sequence), threads share the tiles.
+  // They merge them in the same order.
   const bool split = items.size() < 4u * omp_get_max_threads() && tiles > (int64_t)items.size();
   std::vector<std::pair<const Item*, int>> parts;
   for (const Item& item : items)
@@ -468,41 +489,49 @@ template <class T> void attend(const Layer& layer, const Step& step, const T* q,
   }
 }
 
-// -------------------------------------------------------------------------------------------------------- matrix products
+// ----------------------------------------------------------------------- matrix products
 
-// x [rows, depth] @ w [cols, depth].T. Packed weights lie in panels of PANEL columns, [depth / P][PANEL][P] each: they are read
-// from one end to the other, and meet all rows of a block in registers. What fills no panel lies as checkpoints have it.
+// x [rows, depth] @ w [cols, depth].T. Columns of w in panels lie as [cols / PANEL][depth
+// / P][PANEL][P]. A panel is read from one end to the other, and is multiplied by all
+// rows of a block in registers. The last columns, too few for a panel, lie as in
+// checkpoints.
 constexpr int PANEL = 2 * W, PANEL_ROWS = W == 16 ? 11 : 6;
 
-// M rows times one panel. A function of its own, as with what its caller has alive the row pointers do not fit the registers.
-template <class T, int M>
-__attribute__((noinline)) void times_panel(const Element<T>* x, int64_t stride, const T* panel, int64_t depth, const T* bias,
+// M rows times one panel of numbers of type B: T, or float for T's that were converted.
+// It is not inlined, because with the variables of its caller the row pointers do not fit
+// the registers.
+template <class T, class B, int M>
+__attribute__((noinline)) void times_panel(const Element<B>* x, int64_t stride, const B* panel, int64_t depth, const T* bias,
                                            T* out, int64_t out_stride) {
-  using D = Dot<T>;
+  using D = Dot<B>;
   Vec sums[M][2] = {};
   for (int64_t d = 0; d < depth; d += D::P)
-    multiply<T>(
+    multiply<B>(
         sums, [&](int i) { return D::splat(x + i * stride + d); },
         [&](int j) {
-          const T* at = panel + d * PANEL + j * W * D::P;
-          if (M > FEW_ROWS) __builtin_prefetch(at + 4096, 0, 2);  // with fewer rows memory alone sets the pace
+          const B* at = panel + d * PANEL + j * W * D::P;
+          if (M > FEW_ROWS) __builtin_prefetch(at + 4096, 0, 2);  // fewer rows are bound by memory
           return D::load_in(at);
         });
   for (int i = 0; i < M; i++)
     for (int j = 0; j < 2; j++) store(out + i * out_stride + j * W, bias ? sums[i][j] + load(bias + j * W) : sums[i][j]);
 }
 
+// The first `panels` * PANEL columns of w lie in panels.
 template <class T>
-void linear(const T* x, int64_t x_stride, const T* w, bool packed, const T* bias, T* out, int64_t rows, int64_t cols,
-            int64_t depth) {
+void product(const T* x, int64_t x_stride, const T* w, int64_t panels, const T* bias, T* out, int64_t rows, int64_t cols,
+             int64_t depth) {
   using D = Dot<T>;
-  constexpr int STEP = W * D::P, SPAN = 1024;  // the shorter a span that is summed at once, the smaller its rounding errors
-  const int64_t panels = packed ? cols / PANEL : 0, blocks = (rows + PANEL_ROWS - 1) / PANEL_ROWS;
-  // Many rows a power of two apart would share few places in the cache, so they are copied, a vector further apart.
+  // Each span is summed on its own, because shorter sums have smaller rounding errors.
+  constexpr int STEP = W * D::P, SPAN = 1024;
+  const int64_t blocks = (rows + PANEL_ROWS - 1) / PANEL_ROWS;
+  // Rows whose stride is a power of two would share few places in the cache. So many rows
+  // are copied with a stride that is a vector longer.
   constexpr bool same = std::is_same_v<T, Element<T>>;
   const bool copied = panels && (!same || rows > FEW_ROWS);
   const int64_t stride = copied ? (depth + W - 1) / W * W + STEP : x_stride;
   const std::unique_ptr<Element<T>[]> copy(copied ? new Element<T>[rows * stride] : nullptr);
+  const bool widened = !same && blocks > 2;  // converts each panel to floats once, not once a block
 #pragma omp parallel if (cols * depth > PARALLEL)
   {
     const Element<T>* all = copy.get();
@@ -513,13 +542,22 @@ void linear(const T* x, int64_t x_stride, const T* w, bool packed, const T* bias
       for (int64_t r = 0; r < rows; r++)
         for (int64_t d = 0; d < depth; d += W) store(&copy[r * stride + d], load(x + r * x_stride + d, depth - d));
     }
+    const std::unique_ptr<float[]> wide(widened ? new float[PANEL * depth] : nullptr);
+    int64_t wide_panel = -1;
 #pragma omp for schedule(static) nowait
-    for (int64_t unit = 0; unit < panels * blocks; unit++)
+    for (int64_t unit = 0; unit < panels * blocks; unit++) {
+      const int64_t panel = unit / blocks, col = panel * PANEL;
+      const T *from = w + col * depth, *panel_bias = bias ? bias + col : nullptr;
+      if (widened && panel != wide_panel)
+        for (int64_t i = 0; i < PANEL * depth; i += W) store(&wide[i], load(from + i));
+      wide_panel = panel;
       for_block<PANEL_ROWS>(rows, unit % blocks, [&](int64_t first, auto m) {
-        const int64_t col = unit / blocks * PANEL;
-        const T* panel_bias = bias ? bias + col : nullptr;
-        times_panel<T, m()>(all + first * stride, stride, w + col * depth, depth, panel_bias, out + first * cols + col, cols);
+        T* to = out + first * cols + col;
+        if constexpr (!same)
+          if (widened) return times_panel<T, float, m()>(all + first * stride, stride, wide.get(), depth, panel_bias, to, cols);
+        times_panel<T, T, m()>(all + first * stride, stride, from, depth, panel_bias, to, cols);
       });
+    }
 #pragma omp for schedule(static) nowait
     for (int64_t col = panels * PANEL; col < cols; col++)
       for_rows<FEW_ROWS>(rows, [&](int64_t first, auto m) {
@@ -548,8 +586,38 @@ void linear(const T* x, int64_t x_stride, const T* w, bool packed, const T* bias
   }
 }
 
+template <class T>
+void linear(const T* x, int64_t x_stride, const T* w, const T* bias, T* out, int64_t rows, int64_t cols, int64_t depth) {
+  product(x, x_stride, w, 0, bias, out, rows, cols, depth);
+}
+template <class T>
+void linear_panels(const T* x, int64_t x_stride, const T* w, const T* bias, T* out, int64_t rows, int64_t cols, int64_t depth) {
+  product(x, x_stride, w, cols / PANEL, bias, out, rows, cols, depth);
+}
+
+// Rows `ids` of w [rows, depth]. An id outside w gives zeros, so the kernel reads only w.
+template <class T> void embed(const int64_t* ids, const T* w, T* out, int64_t count, int64_t rows, int64_t depth) {
+  for (int64_t i = 0; i < count; i++)
+    if (ids[i] >= 0 && ids[i] < rows) std::copy_n(w + ids[i] * depth, depth, out + i * depth);
+    else std::fill_n(out + i * depth, depth, T{});
+}
+template <class T> void embed_panels(const int64_t* ids, const T* w, T* out, int64_t count, int64_t rows, int64_t depth) {
+  constexpr int P = Dot<T>::P;
+#pragma omp parallel for schedule(static) if (count * depth > PARALLEL)
+  for (int64_t i = 0; i < count; i++) {
+    const int64_t id = ids[i], lane = id % PANEL;
+    T* to = out + i * depth;
+    if (id < 0 || id >= rows / PANEL * PANEL) {
+      embed(&id, w, to, 1, rows, depth);
+      continue;
+    }
+    const T* from = w + (id - lane) * depth + lane * P;
+    for (int64_t d = 0; d < depth; d += P) std::copy_n(from + d * PANEL, P, to + d);
+  }
+}
+
 // Transposes each of `panels` matrices [rows, cols] in place.
-template <class U> void turn(U* panel, int64_t panels, int64_t rows, int64_t cols) {
+template <class U> void transpose(U* panel, int64_t panels, int64_t rows, int64_t cols) {
 #pragma omp parallel
   {
     const std::unique_ptr<U[]> copy(new U[rows * cols]);
@@ -563,7 +631,7 @@ template <class U> void turn(U* panel, int64_t panels, int64_t rows, int64_t col
   }
 }
 
-// ----------------------------------------------------------------------------------------------------- norms and activation
+// ------------------------------------------------------------------ norms and activation
 
 template <class T> void norm_row(T* out, const T* x, const T* weight, float eps, int64_t size) {
   Vec squares = {};
@@ -582,7 +650,7 @@ void rms_norm(const T* x, int64_t x_stride, const T* weight, float eps, T* out, 
   for (int64_t r = 0; r < rows; r++) norm_row(out + r * size, x + r * x_stride, weight, eps, size);
 }
 
-// residual += x, then x = the norm of it.
+// residual += x, then x = norm(residual).
 template <class T> void add_rms_norm(T* x, T* residual, const T* weight, float eps, int64_t rows, int64_t size) {
 #pragma omp parallel for schedule(static) if (rows * size > PARALLEL)
   for (int64_t r = 0; r < rows; r++) {
@@ -603,58 +671,19 @@ template <class T> void silu_and_mul(const T* x, int64_t x_stride, T* out, int64
     }
 }
 
-// ------------------------------------------------------------------------------------------------------ a stack of layers
+// ------------------------------------------------------------------------------ sampling
 
-// The weights of one decoder layer; null where the model has none.
-template <class T> struct Weights {
-  const T *input_norm, *qkv, *qkv_bias, *q_norm, *k_norm, *o, *o_bias, *post_norm, *gate_up, *gate_up_bias, *down, *down_bias;
-};
-struct Stack {
-  const float* cos_sin;
-  int64_t layers, hidden, intermediate, packed;
-  float eps;
-};
-
-// models/decoder.py's layers in one call, as calling them one by one from Python shows in all but the largest steps. x and
-// residual are what its loop ends with.
-template <class T>
-void decode(const Stack& stack, const Weights<T>* weights, const Layer* caches, const Step& step, T* x, T* residual) {
-  const int64_t rows = step.tokens, hidden = stack.hidden, inner = stack.intermediate;
-  const int64_t heads = caches->heads, q_size = heads * caches->head_dim;
-  const int64_t qkv_size = q_size + 2 * caches->kv_heads * caches->head_dim;
-  const std::unique_ptr<T[]> memory(new T[rows * (qkv_size + 2 * q_size + 3 * inner)]);
-  T *qkv = memory.get(), *q = qkv + rows * qkv_size, *attended = q + rows * q_size;
-  T *gate_up = attended + rows * q_size, *product = gate_up + rows * 2 * inner;
-  for (int64_t i = 0; i < stack.layers; i++) {
-    const Weights<T>& w = weights[i];
-    if (i) {
-      add_rms_norm(x, residual, w.input_norm, stack.eps, rows, hidden);
-    } else {
-      std::copy(x, x + rows * hidden, residual);
-      rms_norm(residual, hidden, w.input_norm, stack.eps, x, rows, hidden);
-    }
-    linear(x, hidden, w.qkv, stack.packed, w.qkv_bias, qkv, rows, qkv_size, hidden);
-    write(caches[i], step, qkv, heads, stack.cos_sin, w.q_norm, w.k_norm, stack.eps, q);
-    attend(caches[i], step, q, attended);
-    linear(attended, q_size, w.o, stack.packed, w.o_bias, x, rows, hidden, q_size);
-    add_rms_norm(x, residual, w.post_norm, stack.eps, rows, hidden);
-    linear(x, hidden, w.gate_up, stack.packed, w.gate_up_bias, gate_up, rows, 2 * inner, hidden);
-    silu_and_mul(gate_up, 2 * inner, product, rows, inner);
-    linear(product, inner, w.down, stack.packed, w.down_bias, x, rows, hidden, inner);
-  }
-}
-
-// --------------------------------------------------------------------------------------------------------------- sampling
-
-// Inverse CDF in the order of the vocabulary: the first id at which the cumulated exp((logit - max) / temperature) exceeds
-// `uniform` times the total. Logits are read once, span by span, and then again only the span in which the token lies.
+// Inverse CDF in the order of the vocabulary: the first id at which the cumulative sum of
+// exp((logit - max) / temperature) exceeds `uniform` times the total. Logits are read
+// once, span by span. Then only the span of the drawn token is read again.
 template <class T>
 void sample(const T* logits, int64_t stride, const float* temperature, const float* uniform, int64_t* tokens, int64_t rows,
             int64_t vocab) {
   constexpr int64_t SPAN = 1024;
   const int64_t spans = (vocab + SPAN - 1) / SPAN;
   std::unique_ptr<float[]> tops(new float[rows * spans]), sums(new float[rows * spans]);
-  // W logits, -inf past the end. NaN counts as -inf, and infinity as the largest finite number.
+  // W logits, -inf past the end. NaN counts as -inf, and infinity as the largest finite
+  // number.
   const auto at = [&](int64_t row, int64_t id) {
     Vec x = load(logits + row * stride + id, vocab - id);
     x = x == x ? x : Vec{} - INFINITY;
@@ -680,17 +709,18 @@ void sample(const T* logits, int64_t stride, const float* temperature, const flo
       const float *top = &tops[row * spans], best = *std::max_element(top, top + spans);
       const bool greedy = temperature[row] == 0;
       const float scale = LOG2E / temperature[row];
-      tokens[row] = 0;  // stays where nothing can be drawn
+      tokens[row] = 0;  // the result if nothing can be drawn
       int64_t span = std::find(top, top + spans, best) - top;
       double seen = 0, target = 0;
       if (!greedy) {
-        const auto mass = [&](int64_t s) {
+        const auto prob_sum = [&](int64_t s) {
           const float power = (top[s] - best) * scale;  // NaN where both are -inf
-          return power > -126 ? (double)sums[row * spans + s] * std::exp2(power) : 0.;  // as exp2 below: 0 further down
+          // 0 below 2^-126, like exp2 of vectors.
+          return power > -126 ? (double)sums[row * spans + s] * std::exp2(power) : 0.;
         };
-        for (int64_t s = 0; s < spans; s++) target += mass(s);
+        for (int64_t s = 0; s < spans; s++) target += prob_sum(s);
         target *= uniform[row];
-        for (span = 0; span < spans - 1 && seen + mass(span) <= target; span++) seen += mass(span);
+        for (span = 0; span < spans - 1 && seen + prob_sum(span) <= target; span++) seen += prob_sum(span);
       }
       bool found = false;
       for (int64_t id = span * SPAN; id < std::min(vocab, (span + 1) * SPAN) && !found; id += W) {
@@ -705,39 +735,56 @@ void sample(const T* logits, int64_t stride, const float* temperature, const flo
   }
 }
 
+// --------------------------------------------------------------------------------- calls
+
+// The form in which Python calls a kernel, at once or in a recorded program: the
+// arguments of the kernel's function, eight bytes each.
+union Arg {
+  int64_t integer;
+  const void* address;
+  double number;
+};
+struct Call {
+  void (*kernel)(const Arg*);
+  Arg args[CALL_ARGS];
+};
+
+template <class A> INLINE A value(const Arg& arg) {
+  if constexpr (std::is_reference_v<A>) return *(std::remove_reference_t<A>*)arg.address;
+  else if constexpr (std::is_pointer_v<A>) return (A)arg.address;
+  else if constexpr (std::is_floating_point_v<A>) return (A)arg.number;
+  else return (A)arg.integer;
+}
+template <class... A, size_t... I>
+INLINE void apply(void (*kernel)(A...), const Arg* args, std::index_sequence<I...>) {
+  static_assert(sizeof...(A) <= CALL_ARGS);
+  kernel(value<A>(args[I])...);
+}
+template <class... A> INLINE void apply(void (*kernel)(A...), const Arg* args) {
+  apply(kernel, args, std::index_sequence_for<A...>());
+}
+
 }  // namespace
 
-#define EXPORT(T)                                                                                                              \
-  extern "C" int64_t panel_depth_##T() { return Dot<T>::P; }                                                                   \
-  extern "C" void write_##T(const Layer* layer, const Step* step, const T* qkv, int64_t heads, const float* cos_sin,           \
-                            const T* q_norm, const T* k_norm, float eps, T* q) {                                               \
-    write(*layer, *step, qkv, heads, cos_sin, q_norm, k_norm, eps, q);                                                         \
-  }                                                                                                                            \
-  extern "C" void attend_##T(const Layer* layer, const Step* step, const T* q, T* out) { attend(*layer, *step, q, out); }      \
-  extern "C" void linear_##T(const T* x, int64_t x_stride, const T* w, int64_t packed, const T* bias, T* out, int64_t rows,    \
-                             int64_t cols, int64_t depth) {                                                                    \
-    linear(x, x_stride, w, packed, bias, out, rows, cols, depth);                                                              \
-  }                                                                                                                            \
-  extern "C" void rms_norm_##T(const T* x, int64_t x_stride, const T* weight, float eps, T* out, int64_t rows, int64_t size) { \
-    rms_norm(x, x_stride, weight, eps, out, rows, size);                                                                       \
-  }                                                                                                                            \
-  extern "C" void add_rms_norm_##T(T* x, T* residual, const T* weight, float eps, int64_t rows, int64_t size) {                \
-    add_rms_norm(x, residual, weight, eps, rows, size);                                                                        \
-  }                                                                                                                            \
-  extern "C" void silu_and_mul_##T(const T* x, int64_t x_stride, T* out, int64_t rows, int64_t size) {                         \
-    silu_and_mul(x, x_stride, out, rows, size);                                                                                \
-  }                                                                                                                            \
-  extern "C" void decode_##T(const Stack* stack, const Weights<T>* weights, const Layer* caches, const Step* step, T* x,       \
-                             T* residual) {                                                                                    \
-    decode(*stack, weights, caches, *step, x, residual);                                                                       \
-  }                                                                                                                            \
-  extern "C" void sample_##T(const T* logits, int64_t stride, const float* temperature, const float* uniform, int64_t* tokens, \
-                             int64_t rows, int64_t vocab) {                                                                    \
-    sample(logits, stride, temperature, uniform, tokens, rows, vocab);                                                         \
-  }
-extern "C" int64_t panel_columns() { return PANEL; }
-extern "C" void turn_16(uint16_t* panel, int64_t panels, int64_t rows, int64_t cols) { turn(panel, panels, rows, cols); }
-extern "C" void turn_32(uint32_t* panel, int64_t panels, int64_t rows, int64_t cols) { turn(panel, panels, rows, cols); }
+#define EXPORT(T)                                                                          \
+  extern "C" int64_t panel_depth_##T() { return Dot<T>::P; }                               \
+  extern "C" void embed_##T(const Arg* args) { apply(embed<T>, args); }                    \
+  extern "C" void embed_panels_##T(const Arg* args) { apply(embed_panels<T>, args); }      \
+  extern "C" void write_##T(const Arg* args) { apply(write<T>, args); }                    \
+  extern "C" void attend_##T(const Arg* args) { apply(attend<T>, args); }                  \
+  extern "C" void linear_##T(const Arg* args) { apply(linear<T>, args); }                  \
+  extern "C" void linear_panels_##T(const Arg* args) { apply(linear_panels<T>, args); }    \
+  extern "C" void rms_norm_##T(const Arg* args) { apply(rms_norm<T>, args); }              \
+  extern "C" void add_rms_norm_##T(const Arg* args) { apply(add_rms_norm<T>, args); }      \
+  extern "C" void silu_and_mul_##T(const Arg* args) { apply(silu_and_mul<T>, args); }      \
+  extern "C" void sample_##T(const Arg* args) { apply(sample<T>, args); }
 EXPORT(bf16)
 EXPORT(fp16)
 EXPORT(fp32)
+
+extern "C" void replay(const Call* calls, int64_t count) {
+  for (int64_t i = 0; i < count; i++) calls[i].kernel(calls[i].args);
+}
+extern "C" int64_t panel_columns() { return PANEL; }
+extern "C" void transpose_16(uint16_t* panel, int64_t panels, int64_t rows, int64_t cols) { transpose(panel, panels, rows, cols); }
+extern "C" void transpose_32(uint32_t* panel, int64_t panels, int64_t rows, int64_t cols) { transpose(panel, panels, rows, cols); }

@@ -1,7 +1,8 @@
-"""The CPU twins: builds cpu.cpp on first use, binds it through ctypes and says when it is worth calling.
+"""The CPU's kernels in Python: builds cpu.cpp on first use and calls it through ctypes.
 
-Every function returns None where it cannot do what is asked (no compiler, another dtype or layout) and the caller then
-uses the plain definition. This file knows pointers and shapes, not models.
+An operation returns None where its kernel cannot run: without a compiler, or for another
+dtype or layout. The caller then uses the plain definition. This file knows pointers and
+shapes, not models.
 """
 
 from __future__ import annotations
@@ -14,10 +15,13 @@ import os
 import platform
 import shlex
 import shutil
+import struct
 import subprocess
 import tempfile
 from collections.abc import Callable
+from contextvars import ContextVar
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -25,43 +29,73 @@ from torch import Tensor
 logger = logging.getLogger("nanovllm")
 
 SOURCE = Path(__file__).with_suffix(".cpp")
-FEW_ROWS = 4  # up to so many our product is the faster one wherever it builds, of weights that are not packed too
-FLAGS = ["-O3", "-march=native", "-std=c++17", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"]
-FLAGS += [f"-DFEW_ROWS={FEW_ROWS}"]
+FEW_ROWS = 4  # a product of at most this many rows is bound by memory
+CALL_ARGS = 10  # no kernel has more arguments
+FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"]
+FLAGS += [f"-DFEW_ROWS={FEW_ROWS}", f"-DCALL_ARGS={CALL_ARGS}"]
+# The values of NANOVLLM_CPU_ISA: which instructions the kernels may use.
+LEVELS = {
+    "native": ["-march=native"],
+    "avx512": ["-march=x86-64-v4", "-mtune=native"],
+    "avx2": ["-march=x86-64-v3", "-mtune=native"],
+}
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
-_pointer, _int, _float = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
-ARGUMENTS = {
-    "write": [_pointer, _pointer, _pointer, _int, _pointer, _pointer, _pointer, _float, _pointer],
-    "attend": [_pointer, _pointer, _pointer, _pointer],
-    "linear": [_pointer, _int, _pointer, _int, _pointer, _pointer, _int, _int, _int],
-    "rms_norm": [_pointer, _int, _pointer, _float, _pointer, _int, _int],
-    "add_rms_norm": [_pointer, _pointer, _pointer, _float, _int, _int],
-    "silu_and_mul": [_pointer, _int, _pointer, _int, _int],
-    "decode": [_pointer, _pointer, _pointer, _pointer, _pointer, _pointer],
-    "sample": [_pointer, _int, _pointer, _pointer, _pointer, _int, _int],
-}
+# cpu.cpp's Arg: integers, addresses and the bits of float64 numbers.
+Arguments = ctypes.c_int64 * CALL_ARGS
+Kernel = Callable[[ctypes.Array[ctypes.c_int64]], None]
+
+
+class Recorder(Protocol):
+    """Notes the calls of kernels while a model runs, so that they can be repeated."""
+
+    def call(self, kernel: Kernel, arguments: tuple[int, ...]) -> None:
+        """Notes one call, after the kernel ran."""
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Memory for a result. It keeps its address while the calls are repeated."""
+
+
+RECORDER: ContextVar[Recorder | None] = ContextVar("RECORDER", default=None)
 
 
 def cpu_features() -> str:
-    """What `-march=native` depends on: the instruction sets of this machine's first core."""
+    """The instruction sets of this machine's first core, on which `-march=native` depends."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor()
-    return next((line for line in lines if line.lower().startswith(("flags", "features"))), "")
+    for line in lines:
+        if line.lower().startswith(("flags", "features")):
+            return line
+    return ""
+
+
+def instructions() -> list[str]:
+    """The compiler's flags for NANOVLLM_CPU_ISA. The default is "native".
+
+    Raises ValueError for a value that is not in LEVELS.
+    """
+    level = os.environ.get("NANOVLLM_CPU_ISA", "native")
+    if level not in LEVELS:
+        raise ValueError(
+            f"NANOVLLM_CPU_ISA={level!r} is not known; accepted are {', '.join(LEVELS)}"
+        )
+    return LEVELS[level]
 
 
 def build(again: bool = False) -> Path:
-    """Compiles cpu.cpp into the user's cache unless it is there and whole; `again`: in any case.
+    """Compiles cpu.cpp into the user's cache, unless a whole library is there already.
 
-    Raises OSError or subprocess.SubprocessError.
+    again: compile in any case. Raises OSError or subprocess.SubprocessError.
     """
     named = shlex.split(os.environ.get("CXX", ""))
     compiler = shutil.which(named[0]) if named else shutil.which("g++") or shutil.which("c++")
     if compiler is None:
         raise FileNotFoundError(f"no C++ compiler ({named[0] if named else 'g++'}) in PATH")
-    command, stat = [compiler, *named[1:], *FLAGS], os.stat(compiler)
+    driver = [compiler, *named[1:]]
+    command = [*driver, *instructions(), *FLAGS]
+    stat = os.stat(compiler)
     source = SOURCE.read_text()
     key = repr((source, command, stat.st_size, stat.st_mtime, platform.machine(), cpu_features()))
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nanovllm"
@@ -70,24 +104,37 @@ def build(again: bool = False) -> Path:
         return library
     logger.info("building the CPU kernels with %s, once, into %s", compiler, cache)
     cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache) as folder:  # several processes may build at once: the last rename wins
-        part, whole = os.path.join(folder, "cpu.o"), os.path.join(folder, "cpu.so")
-        # Linked without -fopenmp: OpenMP's symbols resolve to the runtime that torch has loaded, so there is one thread pool.
-        for step in ([*command, "-c", str(SOURCE), "-o", part], [compiler, *named[1:], "-shared", part, "-o", whole]):
-            done = subprocess.run(step, capture_output=True, text=True, timeout=300)
-            if done.returncode:
-                raise OSError(f"{shlex.join(step)} failed: {done.stderr.strip()[:500] or done.returncode}")
+    # Several processes may build at once. Each has its own folder, and the last rename
+    # wins.
+    with tempfile.TemporaryDirectory(dir=cache) as folder:
+        part = os.path.join(folder, "cpu.o")
+        whole = os.path.join(folder, "cpu.so")
+        run_compiler([*command, "-c", str(SOURCE), "-o", part])
+        # The link goes without -fopenmp, so that OpenMP's symbols resolve to the runtime
+        # that torch has loaded. Then there is one pool of threads.
+        run_compiler([*driver, "-shared", part, "-o", whole])
         with open(whole, "r+b") as file:
             digest = hashlib.sha256(file.read()).digest()
-            file.write(digest)  # the loader of the system reads no further than the tables say
+            file.write(digest)  # the system's loader reads no further than the tables say
         os.replace(whole, library)
     return library
 
 
-def is_whole(library: Path) -> bool:
-    """Whether a cached library ends with the SHA-256 of what comes before, as `build` leaves it.
+def run_compiler(command: list[str]) -> None:
+    """Runs a compiler. Raises OSError with its message where it fails."""
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    if done.returncode:
+        message = done.stderr.strip()[:500] or done.returncode
+        raise OSError(f"{shlex.join(command)} failed: {message}")
 
-    The system maps a library that was cut short without an error, and the process dies where a page is missing.
+
+def is_whole(library: Path) -> bool:
+    """Whether a cached library ends with the SHA-256 of its other bytes.
+
+    `build` writes it.
+
+    The check is needed because the system maps a truncated library without an error. The
+    process then dies where a page is missing.
     """
     try:
         content = library.read_bytes()
@@ -99,6 +146,7 @@ def is_whole(library: Path) -> bool:
 
 @functools.cache
 def load() -> ctypes.CDLL | None:
+    """The built library. None, with a warning, where it cannot be built or loaded."""
     try:
         library = build()
         try:
@@ -111,118 +159,217 @@ def load() -> ctypes.CDLL | None:
 
 
 @functools.cache
-def kernel(name: str, dtype: torch.dtype) -> Callable[..., None] | None:
-    """The C function `name` for this dtype; None where there is none."""
+def kernel(name: str, dtype: torch.dtype) -> Kernel | None:
+    """The C++ function `name` for this dtype; None where there is none."""
     library = load() if dtype in DTYPES else None
     if library is None:
         return None
     function = getattr(library, f"{name}_{DTYPES[dtype]}")
-    function.argtypes, function.restype = ARGUMENTS[name], None
+    function.argtypes = [ctypes.c_void_p]
+    function.restype = None
     return function
+
+
+def call(run: Kernel, *arguments: int) -> None:
+    """Runs a kernel on integers and addresses, in the order of its C++ parameters.
+
+    The active recorder, if there is one, notes the call.
+    """
+    run(Arguments(*arguments))
+    recorder = RECORDER.get()
+    if recorder is not None:
+        recorder.call(run, arguments)
+
+
+def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Memory for the result of a kernel."""
+    recorder = RECORDER.get()
+    if recorder is not None:
+        return recorder.empty(shape, dtype)
+    return torch.empty(shape, dtype=dtype, device="cpu")
+
+
+@functools.lru_cache(maxsize=64)
+def float_bits(number: float) -> int:
+    """A float64 as the integer of the same bits."""
+    return struct.unpack("q", struct.pack("d", number))[0]
+
+
+@functools.cache
+def replay_function() -> Callable[[int, int], None]:
+    """replay(address of Call structures, number of them): runs recorded calls in their order."""
+    library = load()
+    assert library is not None
+    function = library.replay
+    function.argtypes = [ctypes.c_void_p, ctypes.c_int64]
+    function.restype = None
+    return function
+
+
+# -- panels: the order in which a product reads a weight ---------------------------------
 
 
 @functools.cache
 def panel(dtype: torch.dtype) -> tuple[int, int] | None:
-    """(output features of a panel, neighbours in depth) of packed weights; None where weights stay as they are.
+    """(output features of a panel, neighbours in depth).
 
-    They do where torch's product is the faster one: with AMX, and without AVX-512 unless for 16 bits. In panels a row's
-    result is the same in any company.
+    None where there are no kernels for this dtype.
     """
-    library, features = load() if dtype in DTYPES else None, set(cpu_features().split())
-    enough = {"avx512f"} if dtype is torch.float32 else {"avx512f", "avx2"}
-    if library is None or "amx_tile" in features or not features & enough:
+    library = load() if dtype in DTYPES else None
+    if library is None:
         return None
     return library.panel_columns(), getattr(library, f"panel_depth_{DTYPES[dtype]}")()
 
 
-def panels(weight: Tensor) -> Tensor | None:
-    """The rows [N, K] that fill panels, as [panels, columns, K / neighbours] integers, one for so many neighbours."""
-    if (sizes := panel(weight.dtype)) is None or weight.shape[1] % sizes[1] or not weight.is_contiguous():
-        return None
+def fits_panels(depth: int, dtype: torch.dtype) -> bool:
+    """Whether rows of `depth` numbers can lie in panels."""
+    sizes = panel(dtype)
+    return sizes is not None and depth % sizes[1] == 0
+
+
+def to_panels(weight: Tensor) -> None:
+    """Transposes each panel of contiguous rows [N, K] in place.
+
+    The last rows, too few for a panel, stay as they are.
+    """
+    count, columns, units = panel_shape(weight)
+    transpose(weight, count, columns, units)
+
+
+def to_rows(weight: Tensor) -> None:
+    """Undoes `to_panels`."""
+    count, columns, units = panel_shape(weight)
+    transpose(weight, count, units, columns)
+
+
+def panel_shape(weight: Tensor) -> tuple[int, int, int]:
+    """(number of panels, output features of a panel, groups of neighbours in depth)."""
+    sizes = panel(weight.dtype)
+    assert sizes is not None
+    assert weight.is_contiguous()
     columns, neighbours = sizes
-    units = weight.view(torch.int16 if weight.itemsize * neighbours == 2 else torch.int32)
-    return units[: len(units) // columns * columns].view(-1, columns, units.shape[1])
+    return weight.shape[0] // columns, columns, weight.shape[1] // neighbours
 
 
-def pack(weight: Tensor) -> bool:
-    """Turns each panel of a weight [N, K] in place, as cpu.cpp's `linear` reads it; False where it stays as it is."""
-    if (found := panels(weight)) is None:
-        return False
-    turn(found, *found.shape)
-    return True
-
-
-def unpack(weight: Tensor) -> None:
-    found = panels(weight)
-    assert found is not None
-    count, columns, units = found.shape
-    turn(found, count, units, columns)
-
-
-def turn(panels: Tensor, count: int, rows: int, columns: int) -> None:
+def transpose(weight: Tensor, count: int, rows: int, columns: int) -> None:
+    """Transposes the first `count` matrices [rows, columns] of a weight in place."""
     library = load()
+    sizes = panel(weight.dtype)
     assert library is not None
-    function = library.turn_16 if panels.itemsize == 2 else library.turn_32
-    function(*map(ctypes.c_int64, (panels.data_ptr(), count, rows, columns)))
+    assert sizes is not None
+    neighbours_bytes = weight.itemsize * sizes[1]
+    function = library.transpose_16 if neighbours_bytes == 2 else library.transpose_32
+    function(*map(ctypes.c_int64, (weight.data_ptr(), count, rows, columns)))
 
 
-def rows_of(weight: Tensor, ids: Tensor) -> Tensor:
-    """Rows [n, K] of a packed weight [N, K]."""
-    found = panels(weight)
-    assert found is not None
-    (count, columns, units), full = found.shape, found.shape[0] * found.shape[1]
-    if not full:
-        return weight[ids]
-    at = ids.clamp(max=full - 1)
-    rows = found.view(count, units, columns)[at // columns, :, at % columns].view(weight.dtype)
-    return rows if full == len(weight) else torch.where((ids < full)[:, None], rows, weight[ids])
+# -- the operations ----------------------------------------------------------------------
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, packed: bool) -> Tensor | None:
-    run = kernel("linear", x.dtype)
-    if run is None or weight.dtype is not x.dtype or not weight.is_contiguous() or (len(x) > FEW_ROWS and not packed):
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+    """x [T, K] @ weight [N, K].T + bias [N] -> [T, N], of a weight in rows."""
+    return product("linear", x, weight, bias)
+
+
+def linear_panels(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+    """The same product, of a weight that `to_panels` has transposed."""
+    return product("linear_panels", x, weight, bias)
+
+
+def product(name: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+    """The product by the kernel `name`."""
+    run = kernel(name, x.dtype)
+    if run is None or weight.dtype is not x.dtype or not weight.is_contiguous():
         return None
     x = x if x.stride(1) == 1 else x.contiguous()
-    (rows, depth), cols = x.shape, weight.shape[0]
-    out = x.new_empty((rows, cols))
-    at = None if bias is None else bias.data_ptr()
-    run(x.data_ptr(), x.stride(0), weight.data_ptr(), packed, at, out.data_ptr(), rows, cols, depth)
+    rows, depth = x.shape
+    columns = weight.shape[0]
+    out = empty((rows, columns), x.dtype)
+    bias_address = 0 if bias is None else bias.data_ptr()
+    call(
+        run,
+        x.data_ptr(),
+        x.stride(0),
+        weight.data_ptr(),
+        bias_address,
+        out.data_ptr(),
+        rows,
+        columns,
+        depth,
+    )
+    return out
+
+
+def embedding(ids: Tensor, weight: Tensor) -> Tensor | None:
+    """Rows ids [T] int64 of a weight [N, K] in rows -> [T, K].
+
+    An id outside the weight gives zeros.
+    """
+    return rows_of("embed", ids, weight)
+
+
+def embedding_panels(ids: Tensor, weight: Tensor) -> Tensor | None:
+    """The same rows, of a weight that `to_panels` has transposed."""
+    return rows_of("embed_panels", ids, weight)
+
+
+def rows_of(name: str, ids: Tensor, weight: Tensor) -> Tensor | None:
+    """Rows by the kernel `name`."""
+    run = kernel(name, weight.dtype)
+    if run is None or ids.dtype is not torch.int64:
+        return None
+    if not (ids.is_contiguous() and weight.is_contiguous()):
+        return None
+    out = empty((len(ids), weight.shape[1]), weight.dtype)
+    call(run, ids.data_ptr(), weight.data_ptr(), out.data_ptr(), len(ids), *weight.shape)
     return out
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor | None:
+    """x [T, size], weight [size] -> [T, size]."""
     run = kernel("rms_norm", x.dtype)
     if run is None or weight.dtype is not x.dtype or x.ndim != 2 or x.stride(1) != 1:
         return None
-    out = x.new_empty(x.shape)
-    run(x.data_ptr(), x.stride(0), weight.data_ptr(), eps, out.data_ptr(), *x.shape)
+    out = empty((x.shape[0], x.shape[1]), x.dtype)
+    weight_and_eps = (weight.data_ptr(), float_bits(eps))
+    call(run, x.data_ptr(), x.stride(0), *weight_and_eps, out.data_ptr(), *x.shape)
     return out
 
 
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor] | None:
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor] | None:
+    """Norms residual + x, both [T, size]. Overwrites x with the norm and residual with the sum."""
     run = kernel("add_rms_norm", x.dtype)
-    if run is None or weight.dtype is not x.dtype or not (x.is_contiguous() and residual.is_contiguous()):
+    if run is None or weight.dtype is not x.dtype:
         return None
-    run(x.data_ptr(), residual.data_ptr(), weight.data_ptr(), eps, *x.shape)
+    if not (x.is_contiguous() and residual.is_contiguous()):
+        return None
+    call(run, x.data_ptr(), residual.data_ptr(), weight.data_ptr(), float_bits(eps), *x.shape)
     return x, residual
 
 
 def silu_and_mul(x: Tensor) -> Tensor | None:
+    """[T, 2I] -> [T, I]."""
     run = kernel("silu_and_mul", x.dtype)
     if run is None or x.stride(1) != 1:
         return None
     rows, size = x.shape[0], x.shape[1] // 2
-    out = x.new_empty((rows, size))
-    run(x.data_ptr(), x.stride(0), out.data_ptr(), rows, size)
+    out = empty((rows, size), x.dtype)
+    call(run, x.data_ptr(), x.stride(0), out.data_ptr(), rows, size)
     return out
 
 
 def draw(logits: Tensor, temperature: Tensor, u: Tensor) -> Tensor | None:
-    """Rows of temperature 0 get their most likely token, the lowest id of several."""
+    """logits [R, V], temperature and u [R] float32 -> ids [R] int64.
+
+    A row of temperature 0 gets its most likely token. The lowest id wins a tie.
+    """
     run = kernel("sample", logits.dtype)
-    if run is None or logits.stride(1) != 1 or not (temperature.is_contiguous() and u.is_contiguous()):
+    if run is None or logits.stride(1) != 1:
+        return None
+    if not (temperature.is_contiguous() and u.is_contiguous()):
         return None
     tokens = torch.empty(len(logits), dtype=torch.int64)
     pointers = (temperature.data_ptr(), u.data_ptr(), tokens.data_ptr())
-    run(logits.data_ptr(), logits.stride(0), *pointers, *logits.shape)
+    call(run, logits.data_ptr(), logits.stride(0), *pointers, *logits.shape)
     return tokens

@@ -1,14 +1,15 @@
-"""The memory-bound operations between matrix products as Triton kernels, each tested against its plain PyTorch definition.
+"""The memory-bound operations between matrix products as Triton kernels.
 
-All compute in float32 and round where the definition rounds. bfloat16 is converted right after each load and right
-before each store, so the kernels also run under Triton's interpreter, whose own bfloat16 arithmetic is wrong.
+Each kernel is tested against its plain PyTorch definition. It computes in float32 and
+rounds where the definition rounds. It converts bfloat16 right after each load and right
+before each store, because the bfloat16 arithmetic of Triton's interpreter is wrong.
 """
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 # (kernel parameters have no Python types)
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -16,58 +17,84 @@ import triton.language as tl
 from torch import Tensor
 from triton import knobs
 
-if TYPE_CHECKING:  # the layers import the kernels
-    from nanovllm.layers.rotary import QKNormRope
+from nanovllm.core.batch import ceil_div
+from nanovllm.kernels.rope import Rope
 
-INTERPRETED = knobs.runtime.interpret  # TRITON_INTERPRET=1: kernels run in numpy on tensors of the CPU
+# With TRITON_INTERPRET=1 kernels run in numpy, on tensors of the CPU.
+INTERPRETED = knobs.runtime.interpret
 
 
-def card(device: torch.device) -> tuple[tuple[int, int], int, int]:
-    """Compute capability, multiprocessors, and bytes of shared memory of one; a small Hopper under the interpreter."""
+@dataclass(frozen=True)
+class DeviceProperties:
+    """The properties of a GPU that launches depend on."""
+
+    capability: tuple[int, int]  # compute capability
+    multiprocessors: int
+    shared_memory: int  # bytes in one multiprocessor
+
+
+def device_properties(device: torch.device) -> DeviceProperties:
+    """The properties of a GPU. Under the interpreter: a small Hopper GPU."""
     if device.type != "cuda":
-        return (9, 0), 2, 228 * 1024
-    card = torch.cuda.get_device_properties(device)
-    # Of AMD's cards torch does not tell; an MI300 has 64 KB.
-    shared_memory = getattr(card, "shared_memory_per_multiprocessor", 64 * 1024)
-    return (card.major, card.minor), card.multi_processor_count, shared_memory
+        return DeviceProperties((9, 0), 2, 228 * 1024)
+    found = torch.cuda.get_device_properties(device)
+    # torch does not know the shared memory of AMD's GPUs. An MI300 has 64 KB.
+    shared_memory = getattr(found, "shared_memory_per_multiprocessor", 64 * 1024)
+    return DeviceProperties(
+        capability=(found.major, found.minor),
+        multiprocessors=found.multi_processor_count,
+        shared_memory=shared_memory,
+    )
 
 
 def registers(count: int) -> dict[str, int]:
-    """The launch option that bounds a thread's registers; Triton knows it for NVIDIA's cards only."""
+    """The launch option that bounds a thread's registers. Triton has it for NVIDIA's GPUs only."""
     return {} if torch.version.hip else {"maxnreg": count}
 
 
 def power_of_2(n: int) -> int:
-    """The least that is not below n. Triton's own takes a microsecond: it could also be called inside a kernel."""
+    """The least power of two that is not below n.
+
+    triton.next_power_of_2 is slower, because it can also be called inside a kernel.
+    """
     return 1 << (n - 1).bit_length()
 
 
 def compute_type(dtype: torch.dtype) -> tl.dtype:
-    """What matrix products inside a kernel run in: the tensors' own type, but float32 under the interpreter."""
+    """The type of matrix products inside a kernel: `dtype`, but float32 under the interpreter."""
     return tl.float32 if INTERPRETED else getattr(tl, str(dtype).removeprefix("torch."))
 
 
 @triton.jit
 def _round(x, dtype: tl.constexpr):
-    """float32 rounded to what `dtype` can hold."""
+    """float32 rounded to the precision of `dtype`."""
     return x.to(dtype).to(tl.float32)
 
 
 def _warps(block: int) -> int:
-    """Warps for one row of `block` elements: 16 bytes a thread and load, no more than 16 warps."""
+    """Warps for one row of `block` elements: 16 bytes a thread and load, at most 16 warps."""
     return min(max(block // 512, 1), 16)
 
 
 @triton.jit
 def _rms_norm_kernel(
-    x_ptr, residual_ptr, weight_ptr, out_ptr, EPS: tl.constexpr, H: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr
+    x_ptr,
+    residual_ptr,
+    weight_ptr,
+    out_ptr,
+    EPS: tl.constexpr,
+    H: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ADD: tl.constexpr,
 ):
+    """One row of H elements, padded to BLOCK. ADD: adds the residual first and stores the sum."""
     start = tl.program_id(0).to(tl.int64) * H
     i = tl.arange(0, BLOCK)
     dtype = x_ptr.dtype.element_ty
     x = tl.load(x_ptr + start + i, mask=i < H, other=0.0).to(tl.float32)
     if ADD:
-        x = _round(x + tl.load(residual_ptr + start + i, mask=i < H, other=0.0).to(tl.float32), dtype)
+        residual = tl.load(residual_ptr + start + i, mask=i < H, other=0.0).to(tl.float32)
+        x = _round(x + residual, dtype)
         tl.store(residual_ptr + start + i, x.to(dtype), mask=i < H)
     x = _round(x * tl.rsqrt(tl.sum(x * x) / H + EPS), dtype)
     weight = tl.load(weight_ptr + i, mask=i < H, other=0.0).to(tl.float32)
@@ -75,7 +102,7 @@ def _rms_norm_kernel(
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """weight * x / sqrt(mean(x^2) + eps) over the last dimension; one program a row."""
+    """weight * x / sqrt(mean(x^2) + eps) over the last dimension. One program computes a row."""
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     out = torch.empty_like(rows)
     block = power_of_2(rows.shape[1])
@@ -87,21 +114,25 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """(rms_norm(residual + x), residual + x), both [T, H] contiguous; overwrites both inputs with its results."""
+    """(rms_norm(residual + x), residual + x), both [T, H] contiguous. Overwrites both inputs."""
     block = power_of_2(x.shape[1])
     if len(x):
-        _rms_norm_kernel[(len(x),)](x, residual, weight, x, eps, x.shape[1], block, True, num_warps=_warps(block))
+        _rms_norm_kernel[(len(x),)](
+            x, residual, weight, x, eps, x.shape[1], block, True, num_warps=_warps(block)
+        )
     return x, residual
 
 
 @triton.jit
 def _silu_and_mul_kernel(x_ptr, out_ptr, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """BLOCK of the SIZE outputs of one row."""
     row = tl.program_id(0).to(tl.int64)
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     gate = tl.load(x_ptr + row * (2 * SIZE) + i, mask=i < SIZE, other=0.0).to(tl.float32)
     up = tl.load(x_ptr + row * (2 * SIZE) + SIZE + i, mask=i < SIZE, other=0.0).to(tl.float32)
     dtype = x_ptr.dtype.element_ty
-    tl.store(out_ptr + row * SIZE + i, (_round(gate / (1.0 + tl.exp(-gate)), dtype) * up).to(dtype), mask=i < SIZE)
+    silu = _round(gate / (1.0 + tl.exp(-gate)), dtype)
+    tl.store(out_ptr + row * SIZE + i, (silu * up).to(dtype), mask=i < SIZE)
 
 
 def silu_and_mul(x: Tensor) -> Tensor:
@@ -109,18 +140,24 @@ def silu_and_mul(x: Tensor) -> Tensor:
     size = x.shape[1] // 2
     out = x.new_empty(len(x), size)
     if len(x):
-        _silu_and_mul_kernel[(len(x), -(-size // 1024))](x, out, size, 1024, num_warps=4)
+        grid = (len(x), ceil_div(size, 1024))
+        _silu_and_mul_kernel[grid](x, out, size, 1024, num_warps=4)
     return out
 
 
 @triton.jit
 def _write_kernel(
     qkv_ptr, q_ptr, k_cache, v_cache, slots, positions, cos_sin, q_weight, k_weight,
-    EPS: tl.constexpr, HQ: tl.constexpr, HKV: tl.constexpr, ROTATED: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr,
-    HEADS: tl.constexpr, PAGE: tl.constexpr, PAGE_STRIDE: tl.constexpr, HEAD_STRIDE: tl.constexpr,
-    TOKEN_STRIDE: tl.constexpr, NORM: tl.constexpr,
+    EPS: tl.constexpr, HQ: tl.constexpr, HKV: tl.constexpr, ROTATED: tl.constexpr,
+    D: tl.constexpr, HALF: tl.constexpr, HEADS: tl.constexpr, PAGE: tl.constexpr,
+    PAGE_STRIDE: tl.constexpr, HEAD_STRIDE: tl.constexpr, TOKEN_STRIDE: tl.constexpr,
+    NORM: tl.constexpr,
 ):  # fmt: skip
-    """One token, HEADS of its HQ + 2 HKV heads, as the two halves that the rotation pairs."""
+    """One token, HEADS of its HQ + 2 HKV heads.
+
+    A head is loaded as the two halves that the rotation pairs. The first ROTATED heads
+    are rotated. HALF is D // 2 padded to a power of two.
+    """
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     i = tl.arange(0, HALF)
@@ -129,7 +166,7 @@ def _write_kernel(
     x1 = tl.load(source, mask=inside, other=0.0).to(tl.float32)
     x2 = tl.load(source + D // 2, mask=inside, other=0.0).to(tl.float32)
     if ROTATED > 0:
-        turned = (head < ROTATED)[:, None]
+        is_rotated = (head < ROTATED)[:, None]
         if NORM:
             scale = tl.rsqrt((tl.sum(x1 * x1, 1) + tl.sum(x2 * x2, 1)) / D + EPS)[:, None]
             is_q = (head < HQ)[:, None]
@@ -137,12 +174,15 @@ def _write_kernel(
             q2 = tl.load(q_weight + D // 2 + i, mask=i < D // 2, other=0.0).to(tl.float32)[None, :]
             k1 = tl.load(k_weight + i, mask=i < D // 2, other=0.0).to(tl.float32)[None, :]
             k2 = tl.load(k_weight + D // 2 + i, mask=i < D // 2, other=0.0).to(tl.float32)[None, :]
-            x1 = tl.where(turned, x1 * scale * tl.where(is_q, q1, k1), x1)
-            x2 = tl.where(turned, x2 * scale * tl.where(is_q, q2, k2), x2)
+            x1 = tl.where(is_rotated, x1 * scale * tl.where(is_q, q1, k1), x1)
+            x2 = tl.where(is_rotated, x2 * scale * tl.where(is_q, q2, k2), x2)
         angle = cos_sin + tl.load(positions + token).to(tl.int64) * D + i
         cos = tl.load(angle, mask=i < D // 2, other=0.0)[None, :]
         sin = tl.load(angle + D // 2, mask=i < D // 2, other=0.0)[None, :]
-        x1, x2 = tl.where(turned, x1 * cos - x2 * sin, x1), tl.where(turned, x2 * cos + x1 * sin, x2)
+        rotated1 = tl.where(is_rotated, x1 * cos - x2 * sin, x1)
+        rotated2 = tl.where(is_rotated, x2 * cos + x1 * sin, x2)
+        x1 = rotated1
+        x2 = rotated2
 
     if HQ > 0:
         target = q_ptr + token * (HQ * D) + (head * D)[:, None] + i[None, :]
@@ -151,7 +191,7 @@ def _write_kernel(
         tl.store(target + D // 2, x2.to(q_ptr.dtype.element_ty), mask=is_q)
     slot = tl.load(slots + token).to(tl.int64)
     dtype = k_cache.dtype.element_ty
-    if dtype == tl.float8e4nv:  # beyond its largest number, 448, is NaN
+    if dtype == tl.float8e4nv:  # larger numbers than 448 would become NaN
         x1 = tl.minimum(tl.maximum(x1, -448.0), 448.0)
         x2 = tl.minimum(tl.maximum(x2, -448.0), 448.0)
     kv_head = head - HQ
@@ -167,52 +207,58 @@ def _write_kernel(
 
 
 def write_qkv(
-    qkv: Tensor, positions: Tensor, slots: Tensor, rope: QKNormRope, k_cache: Tensor, v_cache: Tensor
+    qkv: Tensor, positions: Tensor, slots: Tensor, rope: Rope, k_cache: Tensor, v_cache: Tensor
 ) -> Tensor:
-    """QK-norm, RoPE and the K/V store in one pass over qkv [T, (Hq + 2 Hkv) D]; returns q [T, Hq, D].
+    """QK-norm, RoPE and the K/V store in one pass.
 
-    The caches are views [num_blocks, Hkv, block_size, D] of any strides but 1 in the last dimension. In bfloat16 it rounds
-    once, at the end, where `QKNormRope.forward` rounds after every product.
+    qkv [T, (Hq + 2 Hkv) D] -> q [T, Hq, D]. The caches are views [num_blocks, Hkv,
+    block_size, D] whose last dimension has stride 1. In bfloat16 this rounds once, at the
+    end. `kernels.qk_norm_rope` rounds after every product.
     """
     q = qkv.new_empty(len(qkv), rope.num_heads, rope.head_dim)
     rotated = rope.num_heads + rope.num_kv_heads
     q_weight = k_weight = qkv  # not read
     eps = 0.0
     if rope.q_norm is not None and rope.k_norm is not None:
-        q_weight, k_weight, eps = rope.q_norm.weight, rope.k_norm.weight, rope.q_norm.eps
+        q_weight = rope.q_norm
+        k_weight = rope.k_norm
+        eps = rope.eps
     _launch_write(
-        qkv, q, slots, positions, rope.cos_sin, q_weight, k_weight, eps, rope.num_heads, rotated, k_cache, v_cache
-    )
+        qkv, q, slots, positions, rope.cos_sin, q_weight, k_weight,
+        eps, rope.num_heads, rotated, k_cache, v_cache,
+    )  # fmt: skip
     return q
 
 
 def write_kv(k: Tensor, v: Tensor, slots: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:
-    """Stores k and v, [T, Hkv, D] each, as they are."""
+    """Stores k and v, [T, Hkv, D] each, without norm or rotation."""
     kv = torch.cat((k, v), dim=1)
     _launch_write(kv, kv, slots, slots, kv, kv, kv, 0.0, 0, 0, k_cache, v_cache)
 
 
 def _launch_write(
-    qkv: Tensor, q: Tensor, slots: Tensor, positions: Tensor, cos_sin: Tensor, q_weight: Tensor, k_weight: Tensor,
-    eps: float, num_heads: int, rotated: int, k_cache: Tensor, v_cache: Tensor,
+    qkv: Tensor, q: Tensor, slots: Tensor, positions: Tensor, cos_sin: Tensor, q_weight: Tensor,
+    k_weight: Tensor, eps: float, num_heads: int, rotated: int, k_cache: Tensor, v_cache: Tensor,
 ) -> None:  # fmt: skip
+    """Launches `_write_kernel`. eps of 0: no norm; rotated of 0: no rotation."""
     _, num_kv_heads, page, dim = k_cache.shape
     half = power_of_2(dim // 2)
     heads = min(power_of_2(num_heads + 2 * num_kv_heads), max(2048 // half, 1))
-    grid = (len(qkv), -(-(num_heads + 2 * num_kv_heads) // heads))
+    grid = (len(qkv), ceil_div(num_heads + 2 * num_kv_heads, heads))
     if len(qkv):
         _write_kernel[grid](
             qkv, q, k_cache, v_cache, slots, positions, cos_sin, q_weight, k_weight,
-            eps, num_heads, num_kv_heads, rotated, dim, half, heads, page, *k_cache.stride()[:3], eps > 0.0, num_warps=4,
+            eps, num_heads, num_kv_heads, rotated, dim, half, heads, page,
+            *k_cache.stride()[:3], eps > 0.0, num_warps=4,
         )  # fmt: skip
 
 
-SAMPLE_TILE = 4096  # logits a program of the first pass reads: 38 programs a row of 152k
+SAMPLE_TILE = 4096  # logits that a program of the first pass reads
 
 
 @triton.jit
-def _tile_mass_kernel(
-    logits_ptr, stride, temperature_ptr, threshold_ptr, max_ptr, mass_ptr, V,
+def _tile_sum_kernel(
+    logits_ptr, stride, temperature_ptr, threshold_ptr, max_ptr, sum_ptr, V,
     TILE: tl.constexpr, TILES: tl.constexpr, FILTER: tl.constexpr,
 ):  # fmt: skip
     """The maximum of a tile of a row and the sum of exp((x - maximum) / temperature)."""
@@ -220,16 +266,17 @@ def _tile_mass_kernel(
     x = _load_logits(logits_ptr, stride, threshold_ptr, row, tl.program_id(1), V, TILE, FILTER)
     temperature = tl.load(temperature_ptr + row)
     maximum = tl.max(x)
-    # a tile without a candidate: exp(-inf - finite) = 0
-    mass = tl.sum(tl.exp((x - tl.maximum(maximum, -3e38)) / tl.where(temperature > 0, temperature, 1.0)))
+    # The bound is for a tile without a candidate, because exp(-inf - finite) is 0.
+    distance = x - tl.maximum(maximum, -3e38)
+    prob_sum = tl.sum(tl.exp(distance / tl.where(temperature > 0, temperature, 1.0)))
     tl.store(max_ptr + row * TILES + tl.program_id(1), maximum)
-    tl.store(mass_ptr + row * TILES + tl.program_id(1), mass)
+    tl.store(sum_ptr + row * TILES + tl.program_id(1), prob_sum)
 
 
 @triton.jit
-def _beside(maximum, tile_mass, tile_max, temperature):
-    """The tiles' masses relative to the largest logit of the row, no longer to that of each tile."""
-    return tile_mass * tl.exp((tl.maximum(tile_max, -3e38) - maximum) / temperature)
+def _rescaled(maximum, tile_sum, tile_max, temperature):
+    """The tiles' sums relative to the largest logit of the row, not to that of each tile."""
+    return tile_sum * tl.exp((tl.maximum(tile_max, -3e38) - maximum) / temperature)
 
 
 @triton.jit
@@ -240,9 +287,13 @@ def _without_infinities(x):
 
 
 @triton.jit
-def _load_logits(logits_ptr, stride, threshold_ptr, row, tile, V, TILE: tl.constexpr, FILTER: tl.constexpr):
+def _load_logits(
+    logits_ptr, stride, threshold_ptr, row, tile, V, TILE: tl.constexpr, FILTER: tl.constexpr
+):
+    """A tile of a row, [TILE] float32. Logits below the threshold and padding are -inf."""
     i = tile * TILE + tl.arange(0, TILE)
-    x = _without_infinities(tl.load(logits_ptr + row.to(tl.int64) * stride + i, mask=i < V, other=float("-inf")))
+    address = logits_ptr + row.to(tl.int64) * stride + i
+    x = _without_infinities(tl.load(address, mask=i < V, other=float("-inf")))
     if FILTER:
         x = tl.where(x >= tl.load(threshold_ptr + row), x, float("-inf"))
     return x
@@ -250,24 +301,27 @@ def _load_logits(logits_ptr, stride, threshold_ptr, row, tile, V, TILE: tl.const
 
 @triton.jit
 def _draw_kernel(
-    logits_ptr, stride, temperature_ptr, u_ptr, threshold_ptr, max_ptr, mass_ptr, token_ptr, V, num_tiles,
+    logits_ptr, stride, temperature_ptr, u_ptr, threshold_ptr, max_ptr, sum_ptr, token_ptr,
+    V, num_tiles,
     TILE: tl.constexpr, TILES: tl.constexpr, PADDED: tl.constexpr, FILTER: tl.constexpr,
 ):  # fmt: skip
-    """Finds the tile in which a row's cumulative mass passes u, reads it again and finds the token in it."""
+    """Finds the tile in which a row's cumulative probability passes u, then the token in it."""
     row = tl.program_id(0)
     temperature = tl.load(temperature_ptr + row)
     tile_index = tl.arange(0, PADDED)
-    tile_max = tl.load(max_ptr + row * TILES + tile_index, mask=tile_index < num_tiles, other=float("-inf"))
-    tile_mass = tl.load(mass_ptr + row * TILES + tile_index, mask=tile_index < num_tiles, other=0.0)
+    is_tile = tile_index < num_tiles
+    tile_max = tl.load(max_ptr + row * TILES + tile_index, mask=is_tile, other=float("-inf"))
+    tile_sum = tl.load(sum_ptr + row * TILES + tile_index, mask=is_tile, other=0.0)
     maximum = tl.max(tile_max)
     if temperature > 0:
-        mass = _beside(maximum, tile_mass, tile_max, temperature)
-        end = tl.cumsum(mass)
-        target = tl.load(u_ptr + row) * tl.sum(mass)
-        # Rounding may leave the target a hair beyond the last sum: then it is the last tile, the last token, with mass.
-        tile = tl.min(tl.where((end > target) & (mass > 0), tile_index, PADDED))
-        tile = tl.where(tile < PADDED, tile, tl.max(tl.where(mass > 0, tile_index, 0)))
-        target -= tl.sum(tl.where(tile_index < tile, mass, 0.0))
+        prob_sum = _rescaled(maximum, tile_sum, tile_max, temperature)
+        end = tl.cumsum(prob_sum)
+        target = tl.load(u_ptr + row) * tl.sum(prob_sum)
+        # Rounding may leave the target slightly above the last sum. Then the drawn token
+        # is the last one whose probability is not 0, in the last such tile.
+        tile = tl.min(tl.where((end > target) & (prob_sum > 0), tile_index, PADDED))
+        tile = tl.where(tile < PADDED, tile, tl.max(tl.where(prob_sum > 0, tile_index, 0)))
+        target -= tl.sum(tl.where(tile_index < tile, prob_sum, 0.0))
         x = _load_logits(logits_ptr, stride, threshold_ptr, row, tile, V, TILE, FILTER)
         p = tl.exp((x - maximum) / temperature)
         i = tl.arange(0, TILE)
@@ -277,58 +331,76 @@ def _draw_kernel(
         tile = tl.min(tl.where(tile_max == maximum, tile_index, PADDED - 1))
         x = _load_logits(logits_ptr, stride, threshold_ptr, row, tile, V, TILE, FILTER)
         at = tl.min(tl.where(x == maximum, tl.arange(0, TILE), TILE - 1))
-    tl.store(token_ptr + row, tl.minimum(tile * TILE + at, V - 1).to(tl.int64))  # no other id, whatever NaN does
+    # The bound keeps the id inside the vocabulary, whatever NaN does.
+    token = tl.minimum(tile * TILE + at, V - 1)
+    tl.store(token_ptr + row, token.to(tl.int64))
 
 
 def draw(logits: Tensor, temperature: Tensor, u: Tensor, threshold: Tensor | None = None) -> Tensor:
-    """One token a row by inverse CDF: logits [K, V] of any float type -> ids [K] int64, on two reads of a row at most.
+    """One token a row by inverse CDF: logits [K, V] of any float type -> ids [K] int64.
 
-    The token is the first in vocabulary order at which the cumulative softmax(logits / temperature) exceeds u [K] in
-    [0, 1); at temperature 0 it is the first of the largest logits. Logits below `threshold` [K] do not take part.
+    The token is the first in vocabulary order at which the cumulative softmax(logits /
+    temperature) exceeds u [K] in [0, 1). At temperature 0 it is the largest logit; the
+    lowest id wins a tie. Logits below `threshold` [K] do not take part. A logit is read
+    at most twice.
     """
     rows, vocab_size = logits.shape
     tokens = torch.empty(rows, dtype=torch.int64, device=logits.device)
     if rows:
-        maxima, masses = _tile_masses(logits, temperature, threshold, SAMPLE_TILE)
+        maxima, prob_sums = _tile_sums(logits, temperature, threshold, SAMPLE_TILE)
         num_tiles = maxima.shape[1]
         _draw_kernel[(rows,)](
-            logits, logits.stride(0), temperature, u, temperature if threshold is None else threshold, maxima, masses,
-            tokens, vocab_size, num_tiles,
+            logits, logits.stride(0), temperature, u,
+            temperature if threshold is None else threshold, maxima, prob_sums, tokens,
+            vocab_size, num_tiles,
             SAMPLE_TILE, num_tiles, power_of_2(num_tiles), threshold is not None, num_warps=8,
         )  # fmt: skip
     return tokens
 
 
-def _tile_masses(logits: Tensor, temperature: Tensor, threshold: Tensor | None, tile: int) -> tuple[Tensor, Tensor]:
-    """The maximum of each tile of each row [K, tiles], and the sum of exp((x - maximum) / temperature) over it."""
+def _tile_sums(
+    logits: Tensor, temperature: Tensor, threshold: Tensor | None, tile: int
+) -> tuple[Tensor, Tensor]:
+    """The maximum of each tile of each row, and the sum of its probabilities.
+
+    A probability is exp((x - maximum) / temperature). Both results are float32 [K,
+    tiles].
+    """
     rows, vocab_size = logits.shape
-    num_tiles = -(-vocab_size // tile)
-    # Not halves of one tensor: the second would be aligned for some numbers of rows only, and kernels be compiled twice.
-    maxima, masses = (torch.empty(rows, num_tiles, dtype=torch.float32, device=logits.device) for _ in range(2))
-    _tile_mass_kernel[(rows, num_tiles)](
-        logits, logits.stride(0), temperature, temperature if threshold is None else threshold, maxima, masses,
+    num_tiles = ceil_div(vocab_size, tile)
+    # Two tensors, not halves of one, because a half is aligned for some numbers of rows
+    # only. Triton would compile its kernels twice.
+    maxima = torch.empty(rows, num_tiles, dtype=torch.float32, device=logits.device)
+    prob_sums = torch.empty(rows, num_tiles, dtype=torch.float32, device=logits.device)
+    _tile_sum_kernel[(rows, num_tiles)](
+        logits, logits.stride(0), temperature,
+        temperature if threshold is None else threshold, maxima, prob_sums,
         vocab_size, tile, num_tiles, threshold is not None, num_warps=max(tile // 512, 1),
     )  # fmt: skip
-    return maxima, masses
+    return maxima, prob_sums
 
 
-# Filters. min-p, top-k and top-p all keep "the logits of at least t", so a row's filter is one number and needs no sort:
-# t is searched for over the bit patterns of floats, which sort like the numbers, reading once a step those tiles of the
-# row that have a logit in the interval.
+# Filters. min-p, top-k and top-p all keep the logits that are at least some t. So the
+# filter of a row is one number t, and it needs no sort. `_search` looks for t over the
+# bit patterns of floats, because these sort like the numbers. A step of the search reads
+# only tiles that have a logit in the interval.
 
 FILTER_TILE = 1024
 
 
 @triton.jit
 def _key(x, SHIFT: tl.constexpr):
-    """float32 -> integer of the same order; the SHIFT low bits, which the logits' own type does not have, are left out."""
+    """float32 -> integer of the same order, without the SHIFT low bits.
+
+    The logits' own type does not have these bits.
+    """
     bits = x.to(tl.int32, bitcast=True)
     return ((bits ^ ((bits >> 31) & 0x7FFFFFFF)) >> SHIFT).to(tl.int64)
 
 
 @triton.jit
 def _value(key, SHIFT: tl.constexpr):
-    """The least float32 of that key."""
+    """The least float32 whose `_key` is `key`."""
     bits = (key << SHIFT).to(tl.int32)
     return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
 
@@ -336,36 +408,40 @@ def _value(key, SHIFT: tl.constexpr):
 @triton.jit
 def _search(
     row_ptr, max_ptr, V, floor, bound, need, maximum, temperature,
-    MASS: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr, SHIFT: tl.constexpr,
+    BY_PROB: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr, SHIFT: tl.constexpr,
 ):  # fmt: skip
-    """The largest t >= floor such that the logits >= t reach `need`, in number or in mass; `floor` if none does.
+    """The largest t >= floor such that the logits >= t reach `need`; else `floor`.
 
-    Where one does, it is known to be at least `bound`. Each read tries WAYS points and keeps the interval low <= t < high
-    between two of them. It ends when no two logits are left in the interval to be told apart.
+    They reach it in number, or with BY_PROB in probability. If a t exists, the caller
+    knows that it is at least `bound`. Each read tries WAYS points and keeps the interval
+    low <= t < high between two of them. The search ends when the interval has no two
+    logits of different keys.
     """
     WAYS: tl.constexpr = 4
     way = tl.arange(0, WAYS)
     low = _key(tl.maximum(floor, bound), SHIFT)
     high = _key(maximum, SHIFT) + 1
-    above = 0  # logits >= high
-    left = V  # logits in low:high
+    above = 0  # number of logits >= high
+    left = V  # number of logits in low:high
     while (high - low > 1) & (left > 1):
         step = tl.maximum((high - low) // WAYS, 1)
         point = _value(low + way * step, SHIFT)
-        point = tl.where(point > floor, point, floor)[:, None]  # a key of -inf may give the bits of a NaN
+        # Written as a comparison, because a key of -inf may give the bits of a NaN.
+        point = tl.where(point > floor, point, floor)[:, None]
         count = tl.zeros([WAYS, TILE], tl.int32)
-        mass = tl.zeros([WAYS, TILE], tl.float32)
+        prob_sum = tl.zeros([WAYS, TILE], tl.float32)
         least = tl.min(point)
         for tile in range(TILES):
             if tl.load(max_ptr + tile) >= least:
                 i = tile * TILE + tl.arange(0, TILE)
-                x = _without_infinities(tl.load(row_ptr + i, mask=i < V, other=float("-inf")))[None, :]
+                x = tl.load(row_ptr + i, mask=i < V, other=float("-inf"))
+                x = _without_infinities(x)[None, :]
                 taken = (x >= point) & (i < V)[None, :]
                 count += taken.to(tl.int32)
-                if MASS:
-                    mass += tl.where(taken, tl.exp((x - maximum) / temperature), 0.0)
+                if BY_PROB:
+                    prob_sum += tl.where(taken, tl.exp((x - maximum) / temperature), 0.0)
         counts = tl.sum(count, 1)
-        enough = tl.sum(mass, 1) >= need if MASS else counts >= need
+        enough = tl.sum(prob_sum, 1) >= need if BY_PROB else counts >= need
         best = tl.max(tl.where(enough, way, 0))
         above = tl.where(best + 1 < WAYS, tl.sum(tl.where(way == best + 1, counts, 0)), above)
         left = tl.sum(tl.where(way == best, counts, 0)) - above
@@ -377,13 +453,15 @@ def _search(
 
 @triton.jit
 def _threshold_kernel(
-    logits_ptr, stride, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, max_ptr, mass_ptr, threshold_ptr, V,
+    logits_ptr, stride, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, max_ptr, sum_ptr,
+    threshold_ptr, V,
     TILE: tl.constexpr, TILES: tl.constexpr, PADDED: tl.constexpr, SHIFT: tl.constexpr,
 ):  # fmt: skip
+    """The least logit of one row that min-p, top-k and top-p leave."""
     row = tl.program_id(0)
     row_ptr = logits_ptr + row.to(tl.int64) * stride
     max_ptr += row * TILES
-    mass_ptr += row * TILES
+    sum_ptr += row * TILES
     temperature = tl.load(temperature_ptr + row)
     top_k = tl.load(top_k_ptr + row)
     top_p = tl.load(top_p_ptr + row)
@@ -393,42 +471,54 @@ def _threshold_kernel(
     maximum = tl.max(tile_max)
     floor = maximum + temperature * tl.log(tl.load(min_p_ptr + row))
     if (top_k > 0) & (top_k < V):
-        # The k largest of the tiles' maxima are k logits: the k-th largest logit is no less than the least of them.
+        # The k largest of the tiles' maxima are k logits. So the k-th largest logit is
+        # not below the least of these k.
         kth = tl.sum(tl.where(tile_index == top_k - 1, tl.sort(tile_max, descending=True), 0.0))
         kth = tl.where(top_k <= TILES, kth, float("-inf"))
-        floor = _search(row_ptr, max_ptr, V, floor, kth, top_k, maximum, temperature, False, TILE, TILES, SHIFT)
+        floor = _search(
+            row_ptr, max_ptr, V, floor, kth, top_k, maximum, temperature, False, TILE, TILES, SHIFT
+        )
     if top_p < 1:
         if floor > float("-inf"):
-            mass = tl.zeros([TILE], tl.float32)
+            prob_sum = tl.zeros([TILE], tl.float32)
             for tile in range(TILES):
                 if tl.load(max_ptr + tile) >= floor:
                     i = tile * TILE + tl.arange(0, TILE)
                     x = _without_infinities(tl.load(row_ptr + i, mask=i < V, other=float("-inf")))
-                    mass += tl.where(x >= floor, tl.exp((x - maximum) / temperature), 0.0)
-            total = tl.sum(mass)
+                    prob_sum += tl.where(x >= floor, tl.exp((x - maximum) / temperature), 0.0)
+            total = tl.sum(prob_sum)
         else:
-            tile_mass = tl.load(mass_ptr + tile_index, mask=tile_index < TILES, other=0.0)
-            total = tl.sum(_beside(maximum, tile_mass, tile_max, temperature))
+            tile_sum = tl.load(sum_ptr + tile_index, mask=tile_index < TILES, other=0.0)
+            total = tl.sum(_rescaled(maximum, tile_sum, tile_max, temperature))
         need = tl.maximum(top_p, 1e-30) * total  # the largest logit always stays
-        # All logits below this have together less mass, e^-17, than float32 can tell from 0 beside the largest one's, 1.
+        # Logits below the bound have together at most the weight e^-17. The largest logit
+        # has the weight 1, and float32 cannot add e^-17 to 1.
         bound = maximum - temperature * (tl.log(V.to(tl.float32)) + 17.0)
-        floor = _search(row_ptr, max_ptr, V, floor, bound, need, maximum, temperature, True, TILE, TILES, SHIFT)
+        floor = _search(
+            row_ptr, max_ptr, V, floor, bound, need, maximum, temperature, True, TILE, TILES, SHIFT
+        )
     tl.store(threshold_ptr + row, floor)
 
 
-def filter_threshold(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
-    """[K] float32: the least logit of logits [K, V] that min-p, top-k and top-p, in this order, leave in a row.
+def filter_threshold(
+    logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor
+) -> Tensor:
+    """The least logit that min-p, top-k and top-p leave in a row: [K, V] -> [K] float32.
 
-    min-p keeps p >= min_p * max(p); top-k the k largest (k of 0 or less, or of V and more: all); top-p the smallest set
-    whose share of what the other two left reaches top_p. Ties with the last one kept are kept. temperature [K] > 0.
+    They apply in this order. min-p keeps p >= min_p * max(p). top-k keeps the k largest;
+    k of at most 0 or at least V keeps all. top-p keeps the smallest set whose share of
+    the rest reaches top_p. Ties with the last token kept are kept. temperature [K] is
+    above 0.
     """
     shift = {torch.bfloat16: 16, torch.float16: 13}.get(logits.dtype, 0)
     threshold = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
     if len(logits):
-        maxima, masses = _tile_masses(logits, temperature, None, FILTER_TILE)
+        maxima, prob_sums = _tile_sums(logits, temperature, None, FILTER_TILE)
         num_tiles = maxima.shape[1]
         _threshold_kernel[(len(logits),)](
-            logits, logits.stride(0), temperature, top_k, top_p, min_p, maxima, masses, threshold, logits.shape[1],
-            FILTER_TILE, num_tiles, max(power_of_2(num_tiles), 2), shift, num_warps=4, **registers(160),
+            logits, logits.stride(0), temperature, top_k, top_p, min_p, maxima, prob_sums,
+            threshold, logits.shape[1],
+            FILTER_TILE, num_tiles, max(power_of_2(num_tiles), 2), shift,
+            num_warps=4, **registers(160),
         )  # fmt: skip
     return threshold

@@ -1,8 +1,10 @@
 """Linear and embedding layers, whole or sharded over tensor-parallel ranks.
 
-Column-parallel layers hold a slice of the output features, row-parallel layers a slice of the input features; a column
-layer followed by a row layer needs one all-reduce (Shoeybi et al., Megatron-LM, 2019). Each layer says which slice of
-which checkpoint tensor fills it (`sources`), so a rank reads its shard only. Nothing outside layers/ knows of ranks.
+A column-parallel layer holds a slice of the output features, and a row-parallel layer a
+slice of the input features. A column layer followed by a row layer needs one all-reduce
+(Shoeybi et al., Megatron-LM, 2019). Each layer lists which slice of which checkpoint
+tensor fills it (`sources`), so a rank reads only its own shard. Nothing outside layers/
+knows ranks.
 """
 
 from __future__ import annotations
@@ -10,113 +12,151 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from nanovllm import kernels
-from nanovllm.kernels import cpu
-from nanovllm.layers.source import Source
+from nanovllm.core.batch import ceil_div
+from nanovllm.loader.source import Source
 from nanovllm.parallel import TensorParallel
+from nanovllm.weights.select import new_weight
 
-
-def empty(*shape: int) -> nn.Parameter:
-    return nn.Parameter(torch.empty(shape), requires_grad=False)
+EVERYTHING = slice(None)
 
 
 def span(part: range) -> slice:
+    """The slice of the same numbers."""
     return slice(part.start, part.stop)
 
 
 class Matrix(nn.Module):
-    """A weight [out, in] as checkpoints have it, until `pack` puts it into the order that the CPU's product reads."""
+    """A layer around one matrix [out_features, in_features].
 
-    weight: nn.Parameter
-    packed = False
+    `storage` knows how the matrix lies in memory. Its tensors are parameters of this
+    module.
+    """
 
-    def pack(self) -> None:
-        if not self.packed and self.weight.is_cpu:
-            self.packed = cpu.pack(self.weight.data)
+    def __init__(self, out_features: int, in_features: int, bias: bool = False) -> None:
+        super().__init__()
+        self.storage = new_weight(self, out_features, in_features)
+        self.bias = None
+        if bias:
+            self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False)
 
-    def unpack(self) -> None:
-        if self.packed:
-            cpu.unpack(self.weight.data)
-        self.packed = False
+    def begin_loading(self) -> None:
+        """Puts the weights into the form of checkpoints, so that they can be read or written."""
+        self.storage.begin_loading(self)
+
+    def finish_loading(self) -> None:
+        """Puts the weights into the form that products read."""
+        self.storage.finish_loading(self)
 
 
 class ColumnParallelLinear(Matrix):
-    """x [T, in] -> [T, out of this rank]: several checkpoint matrices side by side, as one product.
+    """x [T, in] -> [T, out of this rank].
 
-    `pieces` maps the checkpoint's names to how many times `unit` rows they have: ranks share out whole units (heads).
+    The matrix has several checkpoint matrices side by side, so they take one product.
+    `pieces` maps the checkpoint's names to numbers of units. A unit is `unit` rows, for
+    example one head. A rank gets whole units.
     """
 
-    def __init__(self, in_features: int, pieces: dict[str, int], bias: bool, tp: TensorParallel, unit: int = 1) -> None:
-        super().__init__()
-        self.pieces: dict[str, tuple[int, range]] = {}  # (rows in the checkpoint, this rank's range of them)
+    def __init__(
+        self,
+        in_features: int,
+        pieces: dict[str, int],
+        bias: bool,
+        tp: TensorParallel,
+        unit: int = 1,
+    ) -> None:
+        # name -> (rows in the checkpoint, this rank's range of them)
+        rows: dict[str, tuple[int, range]] = {}
+        out_features = 0
         for name, count in pieces.items():
             part = tp.split(count)
-            self.pieces[name] = count * unit, range(part.start * unit, part.stop * unit)
-        out_features = sum(len(part) for _, part in self.pieces.values())
-        self.weight = empty(out_features, in_features)
-        self.bias = empty(out_features) if bias else None
+            rows[name] = (count * unit, range(part.start * unit, part.stop * unit))
+            out_features += len(part) * unit
+        super().__init__(out_features, in_features, bias)
+        self.in_features = in_features
+        self.pieces = rows
 
     def sources(self, prefix: str) -> list[Source]:
-        parent, found, at = prefix.rpartition(".")[0], [], 0
-        for name, (total, part) in self.pieces.items():
-            rows = slice(at, at + len(part))
-            full = (total, self.weight.shape[1])
-            found.append(Source(f"{parent}.{name}.weight", full, (span(part), slice(None)), self.weight[rows]))
+        """The pieces fill the rows one after the other."""
+        parent = prefix.rpartition(".")[0]
+        found: list[Source] = []
+        start = 0
+        for piece, (total, part) in self.pieces.items():
+            name = f"{parent}.{piece}"
+            shape = (total, self.in_features)
+            rows = slice(start, start + len(part))
+            start = rows.stop
+            found += self.storage.sources(self, name, shape, (span(part), EVERYTHING), rows)
             if self.bias is not None:
-                found.append(Source(f"{parent}.{name}.bias", (total,), (span(part),), self.bias[rows]))
-            at += len(part)
+                source = Source(f"{name}.bias", (total,), (span(part),), self.bias[rows])
+                found.append(source)
         return found
 
     def forward(self, x: Tensor) -> Tensor:
-        return kernels.linear(x, self.weight, self.bias, self.packed)
+        return self.storage.linear(self, x, self.bias)
 
 
 class RowParallelLinear(Matrix):
-    """x [T, in of this rank] -> [T, out], summed over the ranks. The bias is added once, by rank 0."""
+    """x [T, in of this rank] -> [T, out], summed over the ranks. Rank 0 adds the bias."""
 
     def __init__(self, in_features: int, out_features: int, bias: bool, tp: TensorParallel) -> None:
-        super().__init__()
-        self.tp, self.in_features = tp, in_features
-        self.part = tp.split(in_features)
-        self.weight = empty(out_features, len(self.part))
-        self.bias = empty(out_features) if bias else None
+        part = tp.split(in_features)
+        super().__init__(out_features, len(part), bias)
+        self.tp = tp
+        self.part = part
+        self.shape = (out_features, in_features)  # of the whole matrix
 
     def sources(self, prefix: str) -> list[Source]:
-        full = (self.weight.shape[0], self.in_features)
-        found = [Source(f"{prefix}.weight", full, (slice(None), span(self.part)), self.weight)]
+        """A slice of the columns fills all rows."""
+        columns = (EVERYTHING, span(self.part))
+        found = self.storage.sources(self, prefix, self.shape, columns, EVERYTHING)
         if self.bias is not None:
-            found.append(Source(f"{prefix}.bias", full[:1], (slice(None),), self.bias))
+            shape = self.shape[:1]
+            found.append(Source(f"{prefix}.bias", shape, (EVERYTHING,), self.bias))
         return found
 
     def forward(self, x: Tensor) -> Tensor:
         bias = self.bias if self.tp.rank == 0 else None
-        return self.tp.all_reduce(kernels.linear(x, self.weight, bias, self.packed))
+        partial_sum = self.storage.linear(self, x, bias)
+        return self.tp.all_reduce(partial_sum)
 
 
 class VocabParallelEmbedding(Matrix):
-    """Token embedding, and by `logits` the output head, each rank holding a run of ceil(vocabulary / ranks) rows."""
+    """Token embedding, and by `logits` the output head.
+
+    Each rank holds ceil(vocab_size / ranks) consecutive rows. The last rank pads its
+    rows.
+    """
 
     def __init__(self, vocab_size: int, hidden_size: int, tp: TensorParallel) -> None:
-        super().__init__()
-        self.tp, self.vocab_size = tp, vocab_size
-        rows = -(-vocab_size // tp.size)
-        self.part = range(min(tp.rank * rows, vocab_size), min((tp.rank + 1) * rows, vocab_size))
-        self.weight = nn.Parameter(torch.zeros(rows, hidden_size), requires_grad=False)
+        rows = ceil_div(vocab_size, tp.size)
+        super().__init__(rows, hidden_size)
+        self.tp = tp
+        self.rows = rows
+        start = min(tp.rank * rows, vocab_size)
+        stop = min((tp.rank + 1) * rows, vocab_size)
+        self.part = range(start, stop)
+        self.shape = (vocab_size, hidden_size)  # of the whole matrix
+        for parameter in self.parameters():
+            parameter.data[len(self.part) :] = 0  # the padding
 
     def sources(self, prefix: str) -> list[Source]:
-        full = (self.vocab_size, self.weight.shape[1])
-        return [Source(f"{prefix}.weight", full, (span(self.part), slice(None)), self.weight[: len(self.part)])]
+        """A slice of the rows fills the rows before the padding."""
+        rows = slice(0, len(self.part))
+        part = (span(self.part), EVERYTHING)
+        return self.storage.sources(self, prefix, self.shape, part, rows)
 
     def forward(self, token_ids: Tensor) -> Tensor:
         """[T] -> [T, hidden]."""
         if self.tp.size == 1:
-            return kernels.embedding(token_ids, self.weight, self.packed)
+            return self.storage.embedding(self, token_ids)
         local = token_ids - self.part.start
         mine = (local >= 0) & (local < len(self.part))
-        rows = kernels.embedding(local.clamp(0, len(self.weight) - 1), self.weight, self.packed)
+        rows = self.storage.embedding(self, local.clamp(0, self.rows - 1))
         return self.tp.all_reduce(rows * mine[:, None])
 
     def logits(self, x: Tensor) -> Tensor:
         """[K, hidden] -> [K, vocabulary], on every rank."""
-        # Contiguous even where ranks hold padding: samplers read whole rows.
-        return self.tp.gather(kernels.linear(x, self.weight, None, self.packed))[:, : self.vocab_size].contiguous()
+        local = self.storage.linear(self, x, None)  # [K, rows]
+        every = self.tp.gather(local)  # [K, rows * ranks]
+        # Contiguous even with the padding cut off, because samplers read whole rows.
+        return every[:, : self.shape[0]].contiguous()

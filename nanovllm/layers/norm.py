@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from nanovllm import kernels
-from nanovllm.layers.source import Source
+from nanovllm.loader.source import Source
 
 
 class RMSNorm(nn.Module):
@@ -18,14 +18,19 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size), requires_grad=False)
 
     def sources(self, prefix: str) -> list[Source]:
-        # Q and K norms live in `rope`, one level below where checkpoints have them.
-        name = f"{prefix.replace('.rope.', '.')}.weight"
-        return [Source(name, tuple(self.weight.shape), (slice(None),), self.weight)]
+        """The whole checkpoint tensor fills the weight."""
+        name = f"{prefix}.weight"
+        shape = tuple(self.weight.shape)
+        everything = slice(None)
+        return [Source(name, shape, (everything,), self.weight)]
 
     def forward(self, x: Tensor) -> Tensor:
         """[T, size] -> [T, size]."""
         return kernels.rms_norm(x, self.weight, self.eps)
 
     def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """The normalised sum and the sum itself (the new residual); may overwrite both arguments."""
+        """(normalised sum, sum), both [T, size]. The sum is the new residual.
+
+        May overwrite both arguments.
+        """
         return kernels.add_rms_norm(x, residual, self.weight, self.eps)

@@ -1,44 +1,143 @@
-"""What happens to Q and K between the QKV product and attention: an optional RMSNorm of each head, then rotary embedding.
+"""Rotary position embedding: the table of cosines and sines.
 
-The table of cosines and sines comes from `models/config.py`; this file does not know how frequencies are scaled.
+It also scales the frequencies for long contexts. `kernels.qk_norm_rope` or an attention
+backend rotates Q and K by the angles of the table.
 """
 
 from __future__ import annotations
 
+import math
+from typing import TypedDict
+
 import torch
 from torch import Tensor, nn
 
-from nanovllm.layers.norm import RMSNorm
+
+class RopeParameters(TypedDict, total=False):
+    """`rope_parameters` of a Hugging Face config. `rope_type` and `rope_theta` are always there."""
+
+    rope_type: str
+    rope_theta: float
+    partial_rotary_factor: float
+    factor: float
+    original_max_position_embeddings: float
+    low_freq_factor: float
+    high_freq_factor: float
+    beta_fast: float
+    beta_slow: float
+    attention_factor: float
+    mscale: float
+    mscale_all_dim: float
+    truncate: bool
 
 
-class QKNormRope(nn.Module):
-    """QK-norm (Qwen3) and rotary position embedding (Su et al., 2021) in the half-split form that checkpoints use.
+class RotaryEmbedding(nn.Module):
+    """The table that all layers of a model share (Su et al., 2021).
 
-    `cos_sin` is float32 [max_position, head_dim]: cosines of the head_dim / 2 angles, then their sines.
+    `cos_sin` is float32 [length, head_dim]: the cosines of the head_dim / 2 angles of
+    each position, then their sines.
     """
 
     cos_sin: Tensor
 
     def __init__(
-        self, num_heads: int, num_kv_heads: int, head_dim: int, cos_sin: Tensor, qk_norm_eps: float | None = None
+        self, parameters: RopeParameters, head_dim: int, max_position: int, length: int
     ) -> None:
         super().__init__()
-        self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
-        self.q_norm = RMSNorm(head_dim, qk_norm_eps) if qk_norm_eps is not None else None
-        self.k_norm = RMSNorm(head_dim, qk_norm_eps) if qk_norm_eps is not None else None
-        self.register_buffer("cos_sin", cos_sin, persistent=False)
-
-    def forward(self, positions: Tensor, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """positions [T], qkv [T, (Hq + 2 Hkv) D] -> q [T, Hq, D], k [T, Hkv, D], v [T, Hkv, D]."""
-        heads = qkv.view(qkv.shape[0], -1, self.head_dim)
-        q, k, v = heads.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        cos, sin = self.cos_sin[positions.long()].to(qkv.dtype).unsqueeze(1).chunk(2, dim=-1)
-        return rotate(q, cos, sin), rotate(k, cos, sin), v
+        table = rope_table(parameters, head_dim, max_position, length)
+        device = torch.get_default_device()
+        self.register_buffer("cos_sin", table.to(device), persistent=False)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns the pair (x[i], x[i + D/2]) by the i-th angle; x [T, heads, D], cos and sin [T, 1, D/2]."""
-    x1, x2 = x.chunk(2, dim=-1)
-    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)
+def rope_table(parameters: RopeParameters, head_dim: int, max_position: int, length: int) -> Tensor:
+    """float32 [length, head_dim]. The CPU computes it, so every device gets the same numbers."""
+    frequency, scale = rope_frequencies(parameters, head_dim, max_position)
+    positions = torch.arange(length, device="cpu").float()
+    angles = torch.outer(positions, frequency)  # [length, head_dim / 2]
+    return torch.cat((angles.cos(), angles.sin()), dim=-1) * scale
+
+
+def rope_frequencies(
+    rope: RopeParameters, head_dim: int, max_position: int
+) -> tuple[Tensor, float]:
+    """(radians per position of each pair, factor for the table); [head_dim / 2] float32.
+
+    default: theta^(-2i/d) (Su et al., 2021). linear: divided by `factor` (Chen et al.,
+    2023). llama3: low frequencies are divided, with a linear ramp to the high ones. yarn:
+    the ramp of Peng et al., 2023, and the attention temperature as the factor for the
+    table.
+    """
+    kind = rope["rope_type"]
+    theta = float(rope["rope_theta"])
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise ValueError("model: partial_rotary_factor other than 1.0 is not supported")
+    pairs = torch.arange(0, head_dim, 2, dtype=torch.int64, device="cpu").float() / head_dim
+    frequency = 1.0 / theta**pairs
+    if kind == "default":
+        return frequency, 1.0
+    if kind == "linear":
+        return frequency / rope["factor"], 1.0
+    if kind == "llama3":
+        return llama3_frequencies(rope, frequency), 1.0
+    if kind == "yarn":
+        scale = yarn_scale(rope, max_position)
+        return yarn_frequencies(rope, frequency, head_dim, max_position), scale
+    raise ValueError(
+        f"model: rope type {kind!r} is not supported; "
+        "supported are default, linear, llama3 and yarn"
+    )
+
+
+def llama3_frequencies(rope: RopeParameters, frequency: Tensor) -> Tensor:
+    """Divides the frequencies of pairs that rotate few times over the trained context."""
+    low = rope["low_freq_factor"]
+    high = rope["high_freq_factor"]
+    trained = rope["original_max_position_embeddings"]
+    rotations = trained * frequency / (2 * math.pi)  # over the trained context
+    keep = ((rotations - low) / (high - low)).clamp(0, 1)
+    return (1 - keep) * frequency / rope["factor"] + keep * frequency
+
+
+def yarn_context(rope: RopeParameters, max_position: int) -> tuple[float, float]:
+    """(trained context, factor by which YaRN extends it)."""
+    trained = rope.get("original_max_position_embeddings") or max_position
+    factor = rope.get("factor") or max_position / trained
+    return trained, factor
+
+
+def yarn_frequencies(
+    rope: RopeParameters, frequency: Tensor, head_dim: int, max_position: int
+) -> Tensor:
+    """Divides low frequencies by the factor, with a linear ramp over pairs to the high ones."""
+    trained, factor = yarn_context(rope, max_position)
+
+    def pair_of(rotations: float) -> float:
+        """The (fractional) pair that rotates this many times over the trained context."""
+        wavelengths = math.log(trained / (rotations * 2 * math.pi))
+        return head_dim * wavelengths / (2 * math.log(rope["rope_theta"]))
+
+    low = pair_of(rope.get("beta_fast") or 32)
+    high = pair_of(rope.get("beta_slow") or 1)
+    if rope.get("truncate", True):
+        low = math.floor(low)
+        high = math.ceil(high)
+    low = max(low, 0)
+    high = min(high, head_dim - 1)
+    pair = torch.arange(head_dim // 2, device="cpu").float()
+    slow = ((pair - low) / max(high - low, 0.001)).clamp(0, 1)
+    return frequency / factor * slow + frequency * (1 - slow)
+
+
+def yarn_scale(rope: RopeParameters, max_position: int) -> float:
+    """The attention temperature of YaRN, as a factor for cosines and sines."""
+    _, factor = yarn_context(rope, max_position)
+
+    def temperature(mscale: float = 1.0) -> float:
+        return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
+
+    attention = rope.get("attention_factor")
+    if attention is not None:
+        return attention
+    if rope.get("mscale") and rope.get("mscale_all_dim"):
+        return temperature(rope["mscale"]) / temperature(rope["mscale_all_dim"])
+    return temperature()

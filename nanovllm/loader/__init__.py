@@ -1,16 +1,16 @@
-"""From the name of a model to its config, tokenizer and weights: a folder, a GGUF file, or a Hugging Face hub name.
+"""From the name of a model to its config, tokenizer and weights. A name is a folder, a
+GGUF file or a Hugging Face hub name.
 
-Knows file formats; knows neither layers nor ranks. A rank that needs a slice of a tensor slices it, and only that is read.
+Knows file formats. Does not know layers or ranks: a rank slices a tensor, and only the
+slice is read.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import Any, Protocol
 
 import torch
-from torch import Tensor
 
 from nanovllm.loader import safetensors
 from nanovllm.loader.config_files import (
@@ -20,6 +20,7 @@ from nanovllm.loader.config_files import (
     load_hf_config,
 )
 from nanovllm.loader.hub import ModelFiles, resolve
+from nanovllm.loader.source import EMBEDDING, HEAD, LazyTensor
 from nanovllm.loader.tokenizer import load_tokenizer
 
 __all__ = [
@@ -35,25 +36,18 @@ __all__ = [
     "resolve",
 ]
 
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-NO_PARAMETER = re.compile(r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$")  # old checkpoints saved these tables
-
-
-class LazyTensor(Protocol):
-    """A tensor of a checkpoint. `w[a:b]`, `w[:, a:b]`, `w[...]` read that part and return it as a tensor of `dtype`."""
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-
-    @property
-    def dtype(self) -> torch.dtype: ...
-
-    def __getitem__(self, index: Any) -> Tensor: ...
+# Old checkpoints saved these tables of RoPE. They are no parameters.
+NO_PARAMETER = re.compile(r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
+COMPARE_AT_ONCE = 4096  # rows
 
 
 def iter_weights(files: ModelFiles) -> Iterator[tuple[str, LazyTensor]]:
-    """(Hugging Face name, tensor) of every parameter in the checkpoint, none of them read yet."""
-    for name, tensor in files.gguf if files.gguf is not None else safetensors.iter_tensors(files.folder):
+    """(Hugging Face name, tensor) of every parameter in the checkpoint.
+
+    No tensor is read yet.
+    """
+    tensors = safetensors.iter_tensors(files.folder) if files.gguf is None else files.gguf
+    for name, tensor in tensors:
         if not NO_PARAMETER.search(name):
             yield name, tensor
     if files.gguf is not None:
@@ -61,10 +55,17 @@ def iter_weights(files: ModelFiles) -> Iterator[tuple[str, LazyTensor]]:
 
 
 def head_differs(files: ModelFiles) -> bool:
-    """Whether a checkpoint holds an output head that is not a copy of its embedding. Reads no more than these two."""
+    """Whether the checkpoint has an output head that is not a copy of its embedding.
+
+    Reads only these two tensors.
+    """
     found = {name: tensor for name, tensor in iter_weights(files) if name in (EMBEDDING, HEAD)}
     if len(found) < 2 or found[EMBEDDING].shape != found[HEAD].shape:
         return False
-    rows = 4096
-    parts = (slice(at, at + rows) for at in range(0, found[HEAD].shape[0], rows))
-    return not all(torch.equal(found[EMBEDDING][part].float(), found[HEAD][part].float()) for part in parts)
+    embedding = found[EMBEDDING]
+    head = found[HEAD]
+    for start in range(0, head.shape[0], COMPARE_AT_ONCE):
+        rows = slice(start, start + COMPARE_AT_ONCE)
+        if not torch.equal(embedding[rows].float(), head[rows].float()):
+            return True
+    return False

@@ -1,15 +1,18 @@
-"""config.json and generation_config.json as transformers reads them, or what a GGUF file says of the same."""
+"""Reads config.json and generation_config.json as transformers does, or the same facts of
+a GGUF file. Does not know what a model does with them.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from nanovllm.loader.fields import cause, field_at_fault, read_object, shown
 from nanovllm.loader.hub import ModelFiles
+from nanovllm.loader.source import FLOATS
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -19,37 +22,58 @@ def load_hf_config(
     files: ModelFiles,
     *,
     trust_remote_code: bool = False,
-    hf_overrides: dict[str, Any] | Callable[[PretrainedConfig], PretrainedConfig] | None = None,
+    hf_overrides: dict[str, object] | Callable[[PretrainedConfig], PretrainedConfig] | None = None,
 ) -> PretrainedConfig:
-    """The model's config. `hf_overrides` is merged into it, dictionaries within it too; or is a function of it."""
+    """The config of the model.
+
+    hf_overrides: fields to change, or a function that takes the config and returns
+    another one. A field that is a dictionary is merged, not replaced.
+    """
     if files.gguf is not None:
         from transformers import PretrainedConfig
 
-        # Not LlamaConfig and its kin: in transformers 5 their imports take a second, for defaults that are not needed.
+        # Not LlamaConfig, because its import is slow in transformers 5, and a GGUF file
+        # needs no defaults.
         config = PretrainedConfig(**files.gguf.hf_fields())
     else:
         config = load_config_file(files, trust_remote_code)
     if callable(hf_overrides):
         return hf_overrides(config)
-    for key, value in in_one_spelling(dict(hf_overrides or {}), config).items():
-        old = getattr(config, key, None)
-        setattr(config, key, {**old, **value} if isinstance(old, dict) and isinstance(value, dict) else value)
+    for name, value in rope_in_one_field(dict(hf_overrides or {}), config).items():
+        old = getattr(config, name, None)
+        merged = {**old, **value} if isinstance(old, dict) and isinstance(value, dict) else value
+        setattr(config, name, merged)
     return config
 
 
-def in_one_spelling(overrides: dict[str, Any], config: PretrainedConfig) -> dict[str, Any]:
-    """What transformers 4 calls rope_theta and rope_scaling lies in 5's rope_parameters, where a config has these."""
+def rope_in_one_field(overrides: dict[str, object], config: PretrainedConfig) -> dict[str, object]:
+    """Moves rope_theta and rope_scaling into rope_parameters, if the config has it.
+
+    transformers 4 has the first two fields, and transformers 5 the last one.
+    """
     rope = getattr(config, "rope_parameters", None)
-    if rope and not overrides.keys().isdisjoint({"rope_theta", "rope_scaling"}):
-        scaling = dict(overrides.pop("rope_scaling", rope) or {"rope_type": "default"})
-        scaling.setdefault("rope_type", scaling.get("type", "default"))
-        theta = overrides.pop("rope_theta", rope["rope_theta"])
-        overrides["rope_parameters"] = {**scaling, "rope_theta": theta, **overrides.get("rope_parameters", {})}
+    if not rope or overrides.keys().isdisjoint({"rope_theta", "rope_scaling"}):
+        return overrides
+    scaling = overrides.pop("rope_scaling", rope) or {"rope_type": "default"}
+    given = overrides.get("rope_parameters", {})
+    if not isinstance(scaling, dict) or not isinstance(given, dict):
+        raise ValueError(
+            "hf_overrides: rope_scaling and rope_parameters must be dictionaries or None, got "
+            f"{shown(scaling)} and {shown(given)}"
+        )
+    parameters = dict(scaling)
+    parameters.setdefault("rope_type", parameters.get("type", "default"))
+    parameters["rope_theta"] = overrides.pop("rope_theta", rope["rope_theta"])
+    parameters.update(given)
+    overrides["rope_parameters"] = parameters
     return overrides
 
 
 def load_config_file(files: ModelFiles, trust_remote_code: bool) -> PretrainedConfig:
-    """config.json as transformers reads it. Raises ValueError that names the file and the field at fault."""
+    """config.json as transformers reads it.
+
+    Raises ValueError that names the file and the wrong field.
+    """
     from transformers import CONFIG_MAPPING, AutoConfig
 
     path = files.folder / "config.json"
@@ -57,23 +81,29 @@ def load_config_file(files: ModelFiles, trust_remote_code: bool) -> PretrainedCo
         fields = read_object(path)
     except ValueError as err:
         raise ValueError(f"model={files.model!r}: config.json cannot be used: {err}") from err
-    remote = isinstance(fields.get("auto_map"), dict)
-    if not remote and not isinstance(fields.get("model_type"), str):
+    is_remote = isinstance(fields.get("auto_map"), dict)
+    if not is_remote and not isinstance(fields.get("model_type"), str):
         has = f"is {shown(fields['model_type'])}" if "model_type" in fields else "is missing"
-        raise ValueError(f"model={files.model!r}: {path}: model_type {has}; accepted is a name such as 'llama'")
+        raise ValueError(
+            f"model={files.model!r}: {path}: model_type {has}; accepted is a name such as 'llama'"
+        )
+    # transformers never sees the fields that it fails over. The config gets them later.
     aside = {name: value for name, value in fields.items() if breaks_transformers(name, value)}
     plain = {name: value for name, value in fields.items() if name not in aside}
 
-    def from_fields(some: dict[str, Any]) -> PretrainedConfig:
+    def from_fields(some: dict[str, object]) -> PretrainedConfig:
         return AutoConfig.for_model(**some)
 
     try:
-        if remote or not aside:
+        if is_remote or not aside:
             return AutoConfig.from_pretrained(files.folder, trust_remote_code=trust_remote_code)
         config = from_fields(plain)
-    except Exception as err:  # transformers checks little: a wrong value shows as an error of any type
-        field = None if remote else field_at_fault(plain, from_fields)
-        field = "model_type" if not remote and fields["model_type"] not in CONFIG_MAPPING else field
+    except Exception as err:  # transformers checks few fields: a wrong value raises any type
+        field = None
+        if not is_remote and fields["model_type"] not in CONFIG_MAPPING:
+            field = "model_type"
+        elif not is_remote:
+            field = field_at_fault(plain, from_fields)
         at = "" if field is None else f": {field}={shown(fields[field])}"
         raise ValueError(f"model={files.model!r}: {path} cannot be used{at}: {cause(err)}") from err
     for name, value in aside.items():
@@ -81,49 +111,56 @@ def load_config_file(files: ModelFiles, trust_remote_code: bool) -> PretrainedCo
     return config
 
 
-def breaks_transformers(name: str, value: Any) -> bool:
-    """Whether transformers fails over a value before it, or we, could read it: dtype="auto", auto_map=null."""
+def breaks_transformers(name: str, value: object) -> bool:
+    """Whether transformers fails over the value of a field.
+
+    Examples are dtype="auto" and auto_map=null.
+    """
     if name in ("dtype", "torch_dtype"):
         return value is not None and not isinstance(getattr(torch, str(value), None), torch.dtype)
     return name in ("quantization_config", "auto_map") and not isinstance(value, dict)
 
 
 def checkpoint_dtype(hf_config: PretrainedConfig, files: ModelFiles) -> torch.dtype | None:
-    """What the config says that the weights are stored in; None where it says nothing, and for GGUF's mixture.
+    """The dtype of the weights, as the config states it.
 
-    Raises ValueError for what is no floating-point type.
+    None if the config does not state it, and for a GGUF file, because its tensors have
+    several types. Raises ValueError for a dtype that is not floating-point.
     """
     if files.gguf is not None:
         return None
-    # transformers 5 renamed torch_dtype, and warns when it reads the old name; either may be text.
+    # The field may be text. transformers 5 renamed torch_dtype to dtype, and warns if the
+    # old name is read as an attribute.
     given = getattr(hf_config, "dtype", None) or vars(hf_config).get("torch_dtype")
     if given is None or given == "auto":
         return None
     name = given.removeprefix("torch.") if isinstance(given, str) else ""
     dtype = getattr(torch, name, None) if name else given
-    if dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+    if dtype not in FLOATS:
         raise ValueError(
-            f"{files.folder / 'config.json'}: dtype (or torch_dtype) is {shown(given)}; accepted are 'auto', "
-            "'float32', 'float16' and 'bfloat16', or pass dtype="
+            f"{files.folder / 'config.json'}: dtype (or torch_dtype) is {shown(given)}; accepted "
+            "are 'auto', 'float32', 'float16' and 'bfloat16', or pass dtype="
         )
     return dtype
 
 
 def generation_config_path(files: ModelFiles, folder: str | None = None) -> Path:
     """The file that `load_generation_config` reads."""
-    if folder is None and files.gguf is not None:
+    if folder is not None:
+        return Path(folder).expanduser() / "generation_config.json"
+    if files.gguf is not None:
         return files.gguf.path
-    return (files.folder if folder is None else Path(folder).expanduser()) / "generation_config.json"
+    return files.folder / "generation_config.json"
 
 
-def load_generation_config(files: ModelFiles, folder: str | None = None) -> dict[str, Any]:
-    """generation_config.json, or what a GGUF file says of the same; {} where there is none.
+def load_generation_config(files: ModelFiles, folder: str | None = None) -> dict[str, object]:
+    """The fields of generation_config.json, or of a GGUF file. {} without a file.
 
-    folder: where to read it instead. Raises ValueError where it is not there.
+    folder: another folder to read. Raises ValueError if it has no such file.
     """
-    path = generation_config_path(files, folder)
     if folder is None and files.gguf is not None:
         return files.gguf.generation_config()
+    path = generation_config_path(files, folder)
     if path.is_file():
         return read_object(path)
     if folder is not None:

@@ -1,6 +1,8 @@
-"""GGUF files of the llama, qwen2 and qwen3 architectures: the metadata as a Hugging Face config, the tensors under
-Hugging Face names and in Hugging Face's row order, dequantised where they are sliced. The gguf package, which must be
-there to import this module, reads the format.
+"""Reads GGUF files of the llama, qwen2 and qwen3 architectures.
+
+The metadata becomes the fields of a Hugging Face config. The tensors get Hugging Face
+names and Hugging Face's row order, and a slice of a tensor is dequantised when it is
+asked for. The package gguf reads the format: importing this module needs it.
 """
 
 from __future__ import annotations
@@ -16,10 +18,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nanovllm.core.batch import ceil_div
 from nanovllm.loader.fields import Fields
 from nanovllm.loader.safetensors import unreadable
+from nanovllm.loader.source import LazyTensor, Part
 
-ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
 
 TENSOR_NAMES = {
     "token_embd": "model.embed_tokens",
@@ -46,8 +54,9 @@ SAMPLING = {
     "penalty_repeat": "repetition_penalty",
 }
 
-# A token that ends an answer is known by its name too: many files name one end only, or none, in their metadata.
-# The names are those of llama.cpp (src/llama-vocab.cpp), which also ends at the padding and separators of fill-in-the-middle.
+# The names of tokens that end an answer, as in llama.cpp (src/llama-vocab.cpp). They are
+# needed, because the metadata of many files lists one end token only, or none. llama.cpp
+# also ends an answer at the padding and the separators of fill-in-the-middle.
 ENDS = {
     "<|eot_id|>",
     "<|eom_id|>",
@@ -83,41 +92,58 @@ ENDS = {
     "<REPO>",
     "<|file_sep|>",
 }
-SPECIAL_KINDS = (3, 4)  # control tokens and user-defined ones, which no plain text is cut into
+# Control tokens and user-defined tokens. The tokenizer never cuts plain text into them.
+SPECIAL_KINDS = (3, 4)
 
 PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-DEQUANTISE_AT_ONCE = 1 << 17  # weights; more fall out of the cache (twice as slow), fewer pay numpy's calls
+# Weights. More of them do not fit into the CPU's cache, and fewer make many numpy calls
+# (docs/experiments.md).
+DEQUANTISE_AT_ONCE = 1 << 17
 
 
 class Reader(gguf.GGUFReader):
-    """Holds the mapped file as a plain array: each slice of a numpy.memmap runs Python, and a vocabulary is 10^5 slices."""
+    """A GGUFReader that keeps the mapped file as a plain array.
 
-    def __setattr__(self, name: str, value: Any) -> None:
+    Slicing a numpy.memmap runs Python code, and a vocabulary takes many slices.
+    """
+
+    def __setattr__(self, name: str, value: object) -> None:
         super().__setattr__(name, np.asarray(value) if name == "data" else value)
 
 
 class GGUFTensor:
-    """A tensor on disk, as rows of packed bytes [shape[0], bytes]; slicing it dequantises the blocks that are touched."""
+    """A tensor on disk, as rows of packed bytes. Slicing dequantises the slice.
+
+    packed: uint8 [shape[0], bytes of a row]. row_order: row i of the tensor is
+    row_order[i] of `packed`. None: the rows are in order.
+    """
 
     def __init__(self, tensor: gguf.ReaderTensor) -> None:
-        self.name, self.kind = tensor.name, tensor.tensor_type
+        self.name = tensor.name
+        self.kind = tensor.tensor_type
         self.shape: tuple[int, ...] = tuple(reversed(tensor.shape.tolist()))
         self.packed = tensor.data.reshape(self.shape[0], -1).view(np.uint8)
         self.dtype = PLAIN.get(self.kind.name, torch.float32)
+        # Weights and bytes of one block.
         self.block, self.block_bytes = gguf.GGML_QUANT_SIZES[self.kind]
-        self.row_order: np.ndarray | None = None  # where row i lies, for all i
+        self.row_order: np.ndarray | None = None
 
-    def __getitem__(self, index: Any) -> Tensor:
-        """Slices, at most one a dimension; `...` is all."""
-        slices = () if index is ... else index if isinstance(index, tuple) else (index,)
-        rows, columns = (*slices, slice(None), slice(None))[:2]
+    def __getitem__(self, part: Part, /) -> Tensor:
+        """part: at most one slice for each dimension, or `...` for the whole tensor."""
+        rows, columns = slice(None), slice(None)
+        if isinstance(part, slice):
+            rows = part
+        elif isinstance(part, tuple):
+            rows, columns = (*part, columns)[:2]
         packed = self.packed[rows if self.row_order is None else self.row_order[rows]]
         if len(self.shape) == 1:
             return self.unpack(packed).reshape(-1)
         start, stop, step = columns.indices(self.shape[1])
-        first, last = start // self.block, -(-stop // self.block)
+        first = start // self.block
+        last = ceil_div(stop, self.block)
         blocks = self.unpack(packed[:, first * self.block_bytes : last * self.block_bytes])
-        return blocks[:, start - first * self.block : stop - first * self.block : step]
+        offset = first * self.block
+        return blocks[:, start - offset : stop - offset : step]
 
     def unpack(self, packed: np.ndarray) -> Tensor:
         """uint8 [rows, bytes of whole blocks] -> [rows, weights]."""
@@ -127,28 +153,34 @@ class GGUFTensor:
         if self.kind.name in PLAIN:
             return torch.from_numpy(packed.copy()).view(self.dtype)
         blocks = packed.reshape(-1, self.block_bytes)
-        out, step = np.empty((len(blocks), self.block), np.float32), max(1, DEQUANTISE_AT_ONCE // self.block)
+        out = np.empty((len(blocks), self.block), np.float32)
+        step = max(1, DEQUANTISE_AT_ONCE // self.block)
         try:
-            for i in range(0, len(out), step):
-                # As one long row: given many short ones, the package makes a numpy call for every 16 of them.
-                out[i : i + step] = gguf.dequantize(blocks[i : i + step].reshape(1, -1), self.kind).reshape(
-                    -1, self.block
-                )
+            for start in range(0, len(out), step):
+                # One long row, because the package makes a numpy call for every few rows.
+                row = blocks[start : start + step].reshape(1, -1)
+                numbers = gguf.dequantize(row, self.kind)
+                out[start : start + step] = numbers.reshape(-1, self.block)
         except NotImplementedError as err:
-            raise ValueError(f"{self.name} is of type {self.kind.name}, which the gguf package cannot read") from err
+            raise ValueError(
+                f"{self.name} is of type {self.kind.name}, which the gguf package cannot read"
+            ) from err
         return torch.from_numpy(out.reshape(shape))
 
 
 class GGUF:
-    """One file: its metadata, and its tensors, none of them read. Pickles as its path.
+    """One file: its metadata, and its tensors, not read yet. Pickles as its path.
 
-    Raises ValueError for a file that is cut short, no GGUF, split, or of another architecture.
+    Raises ValueError for a file that is no GGUF, that is cut short, that is one part of
+    several, or that holds another architecture.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         if self.get("split.count", 1) > 1:
-            raise ValueError(f"{path} is one part of a split file; join the parts: llama-gguf-split --merge")
+            raise ValueError(
+                f"{path} is one part of a split file; join the parts: llama-gguf-split --merge"
+            )
         if self["general.architecture"] not in ARCHITECTURES:
             raise ValueError(
                 f"{path} holds a model of architecture {self['general.architecture']!r}; "
@@ -157,12 +189,17 @@ class GGUF:
 
     @cached_property
     def reader(self) -> Reader:
-        """Opens the file, again where `close` came before."""
+        """The open file.
+
+        The first use opens it, and the first use after `close` opens it again.
+        """
         try:
             reader = Reader(self.path)
         except (ValueError, IndexError, KeyError) as err:
             if "GGMLQuantizationType" in str(err):
-                raise ValueError(f"{self.path} needs a newer gguf package: {err}; pip install -U gguf") from err
+                raise ValueError(
+                    f"{self.path} needs a newer gguf package: {err}; pip install -U gguf"
+                ) from err
             raise unreadable(self.path, "GGUF", err) from err
         if reader.byte_order != "I":
             raise ValueError(f"{self.path} is of the other byte order; convert it for this machine")
@@ -170,54 +207,51 @@ class GGUF:
 
     @cached_property
     def tokens(self) -> list[str]:
-        """The vocabulary: the token of each id. Empty where the file holds none."""
+        """The vocabulary: the text of each token id. Empty if the file has none."""
         return self.get("tokenizer.ggml.tokens", [])
 
     @cached_property
     def token_kinds(self) -> list[int]:
-        """The kind of each token: 3 is a control token, 4 a user-defined one. Empty where the file says nothing."""
+        """The kind of each token: 3 is a control token, 4 a user-defined token.
+
+        Empty if the file does not list kinds.
+        """
         return self.get("tokenizer.ggml.token_type", [])
 
     def close(self) -> None:
-        """Lets go of the file and of what was read of it, tens of MB for a vocabulary."""
+        """Closes the file and frees its vocabulary, which takes tens of megabytes."""
         for name in ("reader", "tokens", "token_kinds"):
             self.__dict__.pop(name, None)
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return {"path": self.path}
 
-    def get(self, key: str, default: Any = None) -> Any:
+    # -- metadata ----------------------------------------------------------------------------------
+
+    @property
+    def family(self) -> str:
+        """A name of ARCHITECTURES."""
+        return self["general.architecture"]
+
+    def get(self, key: str, default: object = None) -> Any:
         """A field of the metadata."""
         field = self.reader.get_field(key)
         return default if field is None else field.contents()
 
     def __getitem__(self, key: str) -> Any:
-        """A field of the metadata that must be there."""
-        if (value := self.get(key)) is None:
+        """A field of the metadata. Raises ValueError if the file lacks it."""
+        value = self.get(key)
+        if value is None:
             raise ValueError(f"{self.path} has no {key!r} in its metadata; convert the model again")
         return value
 
-    @property
-    def tensors(self) -> dict[str, gguf.ReaderTensor]:
-        """By the names that they have in the file."""
-        return {tensor.name: tensor for tensor in self.reader.tensors}
-
-    def lazy(self, tensor: gguf.ReaderTensor) -> GGUFTensor:
-        found = GGUFTensor(tensor)
-        heads = {"attn_q": "head_count", "attn_k": "head_count_kv"}.get(tensor.name.split(".")[-2])
-        if heads and self["general.architecture"] == "llama":
-            # llama.cpp rotates neighbouring rows, Hugging Face a head's two halves: row (h, half, i) is (h, i, half).
-            number = self.get_one(f"attention.{heads}") or self.get_one("attention.head_count")
-            rows = np.arange(found.shape[0]).reshape(number, -1, 2)
-            found.row_order = rows.swapaxes(1, 2).reshape(-1)
-        return found
-
     def get_one(self, key: str) -> Any:
-        """A field of the architecture, without its prefix. A list with a value for each layer is that value.
+        """A field of the architecture. key: its name without the architecture.
 
-        Raises ValueError where the values differ.
+        A list with the same value for each layer counts as that value. Raises ValueError
+        for a list of different values.
         """
-        key = f"{self['general.architecture']}.{key}"
+        key = f"{self.family}.{key}"
         value = self.get(key)
         if not isinstance(value, list):
             return value
@@ -225,60 +259,95 @@ class GGUF:
             raise ValueError(f"{self.path}: {key} is {value}; accepted is one value for all layers")
         return value[0]
 
-    def __iter__(self) -> Iterator[tuple[str, Tensor | GGUFTensor]]:
-        """(Hugging Face name, tensor). Raises ValueError for a tensor that has no place in these models."""
+    # -- tensors -----------------------------------------------------------------------------------
+
+    @property
+    def tensors(self) -> dict[str, gguf.ReaderTensor]:
+        """Name in the file -> tensor."""
+        return {tensor.name: tensor for tensor in self.reader.tensors}
+
+    def lazy(self, tensor: gguf.ReaderTensor) -> GGUFTensor:
+        """The tensor with its rows in Hugging Face's order."""
+        found = GGUFTensor(tensor)
+        stem = tensor.name.split(".")[-2]
+        heads = {"attn_q": "head_count", "attn_k": "head_count_kv"}.get(stem)
+        if heads and self.family == "llama":
+            # llama.cpp rotates neighbouring rows, and Hugging Face rotates the two halves
+            # of a head. Row (head, half, i) of Hugging Face is row (head, i, half) of the
+            # file.
+            number = self.get_one(f"attention.{heads}") or self.get_one("attention.head_count")
+            rows = np.arange(found.shape[0]).reshape(number, -1, 2)
+            found.row_order = rows.swapaxes(1, 2).reshape(-1)
+        return found
+
+    def __iter__(self) -> Iterator[tuple[str, LazyTensor]]:
+        """(Hugging Face name, tensor).
+
+        Raises ValueError for a tensor that no model here has.
+        """
         for name, tensor in self.tensors.items():
             if name == "rope_freqs.weight":
                 continue  # no parameter: `hf_fields` reads it
             *block, stem, suffix = name.split(".")
             if stem not in TENSOR_NAMES or suffix not in ("weight", "bias"):
-                raise ValueError(f"{self.path} holds {name!r}, which no {self['general.architecture']} model here has")
+                raise ValueError(
+                    f"{self.path} holds {name!r}, which no {self.family} model here has"
+                )
             yield hf_name(block, stem, suffix), self.lazy(tensor)
         yield from self.missing_biases()
 
     def missing_biases(self) -> Iterator[tuple[str, Tensor]]:
-        """A bias of zeros for each projection that lacks one where a Hugging Face model of this config has one.
+        """(Hugging Face name, zeros) of each bias that the config has and the file lacks.
 
-        There one switch is for q, k, v and o, and one for the feed-forward; a GGUF file has any of these biases.
+        A Hugging Face config has one switch for the biases of q, k, v and o, and one for
+        the feed-forward. A GGUF file may have any of these biases.
         """
         tensors = self.tensors
         stems = self.biased_stems("attn") + self.biased_stems("ffn")
         for name in tensors:
             *block, stem, suffix = name.split(".")
-            if suffix == "weight" and stem in stems and ".".join([*block, stem, "bias"]) not in tensors:
+            bias = ".".join([*block, stem, "bias"])
+            if suffix == "weight" and stem in stems and bias not in tensors:
                 yield hf_name(block, stem, "bias"), torch.zeros(int(tensors[name].shape[-1]))
 
     def biased_stems(self, kind: str) -> tuple[str, ...]:
-        """The projections of attention ("attn") or of the feed-forward ("ffn"), if the model has biases there."""
-        is_qwen2 = self["general.architecture"] == "qwen2"
-        if kind == "attn" and is_qwen2:
-            return "attn_q", "attn_k", "attn_v"  # its config has no switch
-        stems = tuple(stem for stem in TENSOR_NAMES if stem.startswith(kind) and not stem.endswith("norm"))
-        has_one = any(name.endswith(f".{stem}.bias") for name in self.tensors for stem in stems)
-        return stems if has_one else ()
+        """The projections of attention ("attn") or feed-forward ("ffn") with a bias.
 
-    def hf_fields(self) -> dict[str, Any]:
-        """The fields of the config.json that the file was converted from, as far as its metadata tells."""
-        family, tensors = self["general.architecture"], self.tensors
+        One bias in the file counts for all projections of the kind. () if there is none.
+        """
+        if kind == "attn" and self.family == "qwen2":
+            return "attn_q", "attn_k", "attn_v"  # the config of qwen2 has no switch
+        projections = [stem for stem in TENSOR_NAMES if not stem.endswith("norm")]
+        stems = tuple(stem for stem in projections if stem.startswith(kind))
+        has_bias = any(name.endswith(f".{stem}.bias") for name in self.tensors for stem in stems)
+        return stems if has_bias else ()
+
+    # -- the files of a Hugging Face model ---------------------------------------------------------
+
+    def hf_fields(self) -> dict[str, object]:
+        """The fields of config.json, as far as the metadata states them."""
+        family, tensors = self.family, self.tensors
         if "token_embd.weight" not in tensors:
-            raise ValueError(f"{self.path} has no token_embd.weight: it is a vocabulary only, or a part of a model")
+            raise ValueError(
+                f"{self.path} has no token_embd.weight: it is a vocabulary only, or a part of a "
+                "model"
+            )
         fields = Fields(f"{self.path}: {family}", self.get_one)
-        heads, hidden = fields.integer("attention.head_count"), fields.integer("embedding_length")
-        head_dim = fields.integer("attention.key_length", default=hidden // heads)
-        rotated = fields.integer("rope.dimension_count", default=head_dim)
-        if rotated != head_dim:
-            raise ValueError(f"{self.path} rotates {rotated} of {head_dim} dimensions of a head")
+        heads = fields.integer("attention.head_count")
+        kv_heads = fields.integer("attention.head_count_kv", default=heads, least=0)
+        head_dim = self.head_dim(fields)
         window = self.get_one("attention.sliding_window")
-        is_mistral = bool(window) and family == "llama"  # llama.cpp has no word of its own for it
+        # llama.cpp has no architecture of its own for Mistral.
+        is_mistral = bool(window) and family == "llama"
         return {
             "model_type": "mistral" if is_mistral else family,
             "architectures": ["MistralForCausalLM" if is_mistral else ARCHITECTURES[family]],
             "vocab_size": int(tensors["token_embd.weight"].shape[-1]),
-            "hidden_size": hidden,
+            "hidden_size": fields.integer("embedding_length"),
             "intermediate_size": fields.integer("feed_forward_length"),
             "num_hidden_layers": fields.integer("block_count"),
             "num_attention_heads": heads,
-            "num_key_value_heads": fields.integer("attention.head_count_kv", default=heads, least=0) or heads,
+            "num_key_value_heads": kv_heads or heads,
             "head_dim": head_dim,
             "hidden_act": "silu",
             "rms_norm_eps": fields.number("attention.layer_norm_rms_epsilon", zero=True),
@@ -287,7 +356,8 @@ class GGUF:
             "attention_bias": bool(self.biased_stems("attn")),
             "mlp_bias": bool(self.biased_stems("ffn")),
             "sliding_window": window or None,
-            "use_sliding_window": bool(window),  # Qwen's switch; from layer 0 on
+            # Two fields of Qwen: the window counts from layer 0 on.
+            "use_sliding_window": bool(window),
             "max_window_layers": 0,
             "tie_word_embeddings": "output.weight" not in tensors,
             "bos_token_id": self.get("tokenizer.ggml.bos_token_id"),
@@ -295,37 +365,76 @@ class GGUF:
             "pad_token_id": self.get("tokenizer.ggml.padding_token_id"),
         }
 
-    def rope_parameters(self, head_dim: int) -> dict[str, Any]:
-        prefix = f"{self['general.architecture']}.rope."
-        theta = self.get(prefix + "freq_base", 10000.0)
-        scaling = {k[len(prefix) :]: self[k] for k in self.reader.fields if k.startswith(prefix + "scal")}
-        kind, factor = scaling.pop("scaling.type", "none"), scaling.pop("scaling.factor", 1.0)
-        trained = scaling.pop("scaling.original_context_length", None)
-        betas = {f"beta_{end}": scaling.pop(f"scaling.yarn_beta_{end}", None) for end in ("fast", "slow")}
-        scaling.pop("scaling.finetuned", None)
-        if unknown := [key for key, value in scaling.items() if value != 1.0]:
-            raise ValueError(f"{self.path} scales RoPE by {prefix}{unknown[0]}, which is not supported")
-        rope: dict[str, Any] = {"rope_type": "default", "rope_theta": theta}
-        if "rope_freqs.weight" in self.tensors:
-            return rope | self.llama3_scaling(theta, head_dim, trained or 8192)
-        if kind == "none" or factor == 1.0:
-            return rope
-        if kind == "linear":
-            return rope | {"rope_type": "linear", "factor": factor}
-        if kind == "yarn":
-            trained = trained or self[f"{self['general.architecture']}.context_length"]
-            given = {key: value for key, value in betas.items() if value is not None}
-            return rope | {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": trained} | given
-        raise ValueError(f"{self.path} has RoPE scaling of type {kind!r}; supported are none, linear and yarn")
+    def head_dim(self, fields: Fields) -> int:
+        """Raises ValueError for a model that rotates only a part of each head."""
+        default = fields.integer("embedding_length") // fields.integer("attention.head_count")
+        head_dim = fields.integer("attention.key_length", default=default)
+        rotated = fields.integer("rope.dimension_count", default=head_dim)
+        if rotated != head_dim:
+            raise ValueError(f"{self.path} rotates {rotated} of {head_dim} dimensions of a head")
+        return head_dim
 
-    def llama3_scaling(self, theta: float, head_dim: int, trained: int) -> dict[str, Any]:
-        """Llama 3's scaling comes as a tensor of what each frequency is divided by; the largest is the factor."""
+    def rope_parameters(self, head_dim: int) -> dict[str, object]:
+        """The field rope_parameters of config.json."""
+        theta = self.get(f"{self.family}.rope.freq_base", 10000.0)
+        scaling = self.rope_scaling()
+        trained = scaling.get("original_context_length")
+        if "rope_freqs.weight" in self.tensors:
+            found = self.llama3_scaling(theta, head_dim, trained or 8192)
+            return {"rope_theta": theta, **found}
+        kind = scaling.get("type", "none")
+        factor = scaling.get("factor", 1.0)
+        if kind == "none" or factor == 1.0:
+            return {"rope_theta": theta, "rope_type": "default"}
+        if kind not in ("linear", "yarn"):
+            raise ValueError(
+                f"{self.path} has RoPE scaling of type {kind!r}; supported are none, linear and "
+                "yarn"
+            )
+        found = {"rope_theta": theta, "rope_type": kind, "factor": factor}
+        if kind == "yarn":
+            trained = trained or self[f"{self.family}.context_length"]
+            found["original_max_position_embeddings"] = trained
+            for name in ("beta_fast", "beta_slow"):
+                if f"yarn_{name}" in scaling:
+                    found[name] = scaling[f"yarn_{name}"]
+        return found
+
+    def rope_scaling(self) -> dict[str, Any]:
+        """The fields `<architecture>.rope.scaling.*`, without this prefix.
+
+        Raises ValueError for a scaling that is not known here and that changes anything.
+        """
+        known = ("type", "factor", "original_context_length", "finetuned")
+        betas = ("yarn_beta_fast", "yarn_beta_slow")
+        scaling = {}
+        for key in self.reader.fields:
+            if not key.startswith(f"{self.family}.rope.scal"):
+                continue
+            name = key.removeprefix(f"{self.family}.rope.scaling.")
+            if name in known or name in betas:
+                scaling[name] = self[key]
+            elif self[key] != 1.0:
+                raise ValueError(f"{self.path} scales RoPE by {key}, which is not supported")
+        return scaling
+
+    def llama3_scaling(self, theta: float, head_dim: int, trained: int) -> dict[str, object]:
+        """Llama 3's scaling. The file has it as a tensor: the divisor of each frequency.
+
+        trained: the length of the texts that the model was first trained on, in tokens.
+        Raises ValueError if the tensor does not follow Llama 3's formula.
+        """
         divisors = self.lazy(self.tensors["rope_freqs.weight"])[...].double()
-        factor, low, high = divisors.max().item(), 1.0, 4.0
-        turns = trained * theta ** -(torch.arange(0, head_dim, 2).double() / head_dim) / (2 * math.pi)
-        keep = ((turns - low) / (high - low)).clamp(0, 1)
-        if not torch.allclose(divisors, 1 / (keep + (1 - keep) / factor), rtol=1e-4):
-            raise ValueError(f"{self.path} divides RoPE's frequencies (rope_freqs.weight) otherwise than Llama 3 does")
+        factor = divisors.max().item()  # of the slowest frequency
+        low, high = 1.0, 4.0
+        frequencies = theta ** -(torch.arange(0, head_dim, 2).double() / head_dim)
+        rotations = trained * frequencies / (2 * math.pi)  # full circles over a text
+        kept = ((rotations - low) / (high - low)).clamp(0, 1)
+        if not torch.allclose(divisors, 1 / (kept + (1 - kept) / factor), rtol=1e-4):
+            raise ValueError(
+                f"{self.path} divides RoPE's frequencies (rope_freqs.weight) otherwise than "
+                "Llama 3 does"
+            )
         return {
             "rope_type": "llama3",
             "factor": factor,
@@ -334,24 +443,28 @@ class GGUF:
             "original_max_position_embeddings": trained,
         }
 
-    def generation_config(self) -> dict[str, Any]:
-        """What a generation_config.json would say: every token that ends an answer, and the sampling that is advised."""
-        fields: dict[str, Any] = {"eos_token_id": self.end_tokens()}
+    def generation_config(self) -> dict[str, object]:
+        """The fields of generation_config.json: end tokens, and sampling parameters."""
+        fields: dict[str, object] = {"eos_token_id": self.end_tokens()}
         for key, name in SAMPLING.items():
-            if (value := self.get(f"general.sampling.{key}")) is not None:
+            value = self.get(f"general.sampling.{key}")
+            if value is not None:
                 fields[name] = value
         return fields
 
     def end_tokens(self) -> list[int]:
-        """Ids of the tokens that end an answer: those that the metadata lists, then those known by their names."""
+        """Ids of the tokens that end an answer.
+
+        First the ids that the metadata lists, then the tokens whose names are in ENDS.
+        """
         keys = ("eos", "eot", "eom", "fim_pad", "fim_rep", "fim_sep")
         listed = [self.get(f"tokenizer.ggml.{key}_token_id") for key in keys]
-        named = {
-            token: i
-            for i, (token, kind) in enumerate(zip(self.tokens, self.token_kinds))
-            if token in ENDS and kind in SPECIAL_KINDS
-        }
-        # Two families of formats use "<|end|>" inside an answer, and one has a "</s>" without a meaning.
+        named = {}
+        for token_id, (token, kind) in enumerate(zip(self.tokens, self.token_kinds)):
+            if token in ENDS and kind in SPECIAL_KINDS:
+                named[token] = token_id
+        # Two families of formats use "<|end|>" inside an answer, and one has a "</s>"
+        # without a meaning.
         if named.keys() & {"<|call|>", "<|calls|>"} and named.keys() & {"<|return|>", "<|flush|>"}:
             named.pop("<|end|>", None)
         if "<|tool_response>" in named:

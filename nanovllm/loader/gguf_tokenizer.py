@@ -1,31 +1,38 @@
-"""The tokenizer inside a GGUF file, as a live Hugging Face one.
+"""Makes a Hugging Face tokenizer from the metadata of a GGUF file.
 
-Vocabulary and merges are in the file; how text is cut before the merges is only named there (`tokenizer.ggml.pre`),
-so this file holds the rule for each name: the pre-tokenizers of the models' own tokenizer.json, put together from the
-parts of the tokenizers library. transformers reads GGUF tokenizers too, but not that name ("smollm" among others): it
-cuts otherwise, and gives other ids than the model was trained on.
+The file holds the vocabulary and the merges. It only names the rule by which text is cut
+into pieces before the merges (`tokenizer.ggml.pre`). SPLITS has the rule of each name:
+the pre-tokenizer in the tokenizer.json of the original model, made of parts of the
+package tokenizers. transformers can read a GGUF tokenizer too, but ignores that name. Its
+ids then differ from the ids that the model was trained on.
 """
 
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from nanovllm.loader.gguf import GGUF
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
+    from tokenizers.decoders import Decoder
+    from tokenizers.pre_tokenizers import PreTokenizer
+    from tokenizers.processors import PostProcessor
     from transformers import PreTrainedTokenizerFast
 
 logger = logging.getLogger("nanovllm")
-CONTROL, USER_DEFINED = 3, 4
+CONTROL, USER_DEFINED = 3, 4  # kinds of tokens
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _LLAMA3 = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}" + _REST
 _QWEN2 = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + _REST
-_SEED = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}\r\n]+|\s*[\r\n]+|\s+(?!\S)|\s+"
+_SEED = (
+    _CONTRACTIONS
+    + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}\r\n]+|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 _CASED = rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+%s|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*%s|"
 _CASED_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -38,13 +45,19 @@ _DEEPSEEK3 = (
     r"|\s*[\r\n]+|\s+(?!\S)|\s+",
 )
 _DEEPSEEK_CODER = (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", r"[一-龥ࠀ-一가-퟿]+", r"\p{N}")
-# What llama.cpp falls back on: punctuation, words, then digits by threes.
+# llama.cpp's rule for a file without a rule: punctuation, words, then three digits.
 _DEFAULT = (r"[\p{P}$+<=>^~|]+", _GPT2, r"\p{N}+", r"[0-9]{3}")
-# Each pattern cuts the pieces that the one before left; what no pattern matches is a piece too.
+# Name of the rule -> patterns. Each pattern cuts the pieces that the pattern before it
+# left. Text that no pattern matches is a piece too.
 SPLITS: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0"), (_LLAMA3,)),
+    **dict.fromkeys(
+        ("llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0"),
+        (_LLAMA3,),
+    ),
     **dict.fromkeys(("smaug-bpe", "dbrx"), (_LLAMA3,)),
-    **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "megrez", "kormo", "hunyuan", "stablelm2"), (_QWEN2,)),
+    **dict.fromkeys(
+        ("qwen2", "deepseek-r1-qwen", "megrez", "kormo", "hunyuan", "stablelm2"), (_QWEN2,)
+    ),
     "tekken": (_TEKKEN,),
     "seed-coder": (_SEED,),
     **dict.fromkeys(("llama4", "gpt-4o", "kanana2"), (_GPT4O,)),
@@ -52,82 +65,140 @@ SPLITS: dict[str, tuple[str, ...]] = {
     "deepseek-coder": _DEEPSEEK_CODER,
     **dict.fromkeys(("gpt-2", "phi-2", "gigachat", "a.x-4.0", "mellum", "exaone4"), (_GPT2,)),
     **dict.fromkeys(("mpt", "olmo", "jais", "trillion"), (_GPT2,)),
-    **dict.fromkeys(("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone"), (r"\p{N}", _GPT2)),
+    **dict.fromkeys(
+        ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone"), (r"\p{N}", _GPT2)
+    ),
     "minerva-7b": (r"\p{N}", _GPT2),
     "default": _DEFAULT,
 }
-# These take a piece that is in the vocabulary whole, without merging up to it, and begin a text with BOS unless told.
-WHOLE_PIECES = ("llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "tekken")
-COMPOSED = ("qwen2", "deepseek-r1-qwen")  # their own tokenizers compose characters (NFC) first
+# These tokenizers take a piece that is in the vocabulary as one token, without merges.
+# They also put BOS before a text, unless the file says otherwise.
+WHOLE_PIECES = (
+    "llama-bpe",
+    "llama3",
+    "llama-v3",
+    "falcon3",
+    "falcon-h1",
+    "pixtral",
+    "midm-2.0",
+    "tekken",
+)
+# These tokenizers compose characters (Unicode NFC) before they cut a text.
+COMPOSED = ("qwen2", "deepseek-r1-qwen")
+# Name of a special token in transformers -> its name in the metadata.
+SPECIAL_NAMES = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
 
 
 class _HandOver:
-    """transformers deep-copies the tokenizer that it is given (0.15 s and more); ours has no other owner."""
+    """Gives a tokenizer to transformers without a copy.
+
+    transformers deep-copies the tokenizer that it is given, which is slow, and nothing
+    else uses this tokenizer.
+    """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Tokenizer:
+    def __deepcopy__(self, memo: dict[int, object]) -> Tokenizer:
         return self.tokenizer
 
 
 def load_tokenizer(file: GGUF) -> PreTrainedTokenizerFast:
-    """Raises ValueError for a vocabulary or a pre-tokenizer that is not known here."""
-    from tokenizers import AddedToken, processors
+    """Raises ValueError for an unknown type of tokenizer, or an unknown rule of cutting."""
     from transformers import PreTrainedTokenizerFast
 
     model = file["tokenizer.ggml.model"]
     tokens = file.tokens or file["tokenizer.ggml.tokens"]
-
-    def get(key: str, default: Any = None) -> Any:
-        return file.get(f"tokenizer.ggml.{key}", default)
-
     if model == "gpt2":
-        tokenizer, adds_bos = byte_level_bpe(file, tokens), get("pre") in WHOLE_PIECES
+        tokenizer = byte_level_bpe(file, tokens)
+        adds_bos = file.get("tokenizer.ggml.pre") in WHOLE_PIECES
     elif model == "llama":
-        tokenizer, adds_bos = sentencepiece_bpe(file, tokens), True
+        tokenizer = sentencepiece_bpe(file, tokens)
+        adds_bos = True
     else:
-        raise ValueError(f"{file.path} has a tokenizer of type {model!r}, not 'gpt2' or 'llama': pass tokenizer=")
-    kinds = file.token_kinds
-    for kind, add in ((CONTROL, tokenizer.add_special_tokens), (USER_DEFINED, tokenizer.add_tokens)):
-        add([AddedToken(t, special=kind == CONTROL, normalized=False) for t, k in zip(tokens, kinds) if k == kind])
-
-    names = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
-    ids = {name: get(f"{key}_token_id") for name, key in names.items()}
-    special = {f"{name}_token": tokens[i] for name, i in ids.items() if i is not None and i < len(tokens)}
-    before = ["bos_token"] if get("add_bos_token", adds_bos) and "bos_token" in special else []
-    after = ["eos_token"] if get("add_eos_token", False) and "eos_token" in special else []
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=[*(special[name] for name in before), "$A", *(special[name] for name in after)],
-        special_tokens=[(special[name], ids[name[:3]]) for name in before + after],
-    )
+        raise ValueError(
+            f"{file.path} has a tokenizer of type {model!r}, not 'gpt2' or 'llama': pass tokenizer="
+        )
+    add_special_tokens(file, tokens, tokenizer)
+    special = special_ids(file, tokens)
+    tokenizer.post_processor = bos_and_eos(file, tokens, special, adds_bos)
     return PreTrainedTokenizerFast(
         tokenizer_object=_HandOver(tokenizer),
         chat_template=file.get("tokenizer.chat_template"),
         clean_up_tokenization_spaces=False,
-        **special,
+        **{f"{name}_token": tokens[token_id] for name, token_id in special.items()},
+    )
+
+
+def add_special_tokens(file: GGUF, tokens: list[str], tokenizer: Tokenizer) -> None:
+    """Tells the tokenizer which tokens are never cut: control and user-defined tokens."""
+    from tokenizers import AddedToken
+
+    control, user_defined = [], []
+    for token, kind in zip(tokens, file.token_kinds):
+        if kind == CONTROL:
+            control.append(AddedToken(token, special=True, normalized=False))
+        elif kind == USER_DEFINED:
+            user_defined.append(AddedToken(token, special=False, normalized=False))
+    tokenizer.add_special_tokens(control)
+    tokenizer.add_tokens(user_defined)
+
+
+def special_ids(file: GGUF, tokens: list[str]) -> dict[str, int]:
+    """Name of a special token in transformers ("bos", ...) -> its id in the file."""
+    found = {}
+    for name, key in SPECIAL_NAMES.items():
+        token_id = file.get(f"tokenizer.ggml.{key}_token_id")
+        if token_id is not None and token_id < len(tokens):
+            found[name] = token_id
+    return found
+
+
+def bos_and_eos(
+    file: GGUF, tokens: list[str], special: dict[str, int], adds_bos: bool
+) -> PostProcessor:
+    """Puts BOS before a text and EOS after it, as the file says.
+
+    adds_bos: whether BOS is added if the file does not say.
+    """
+    from tokenizers import processors
+
+    parts = ["$A"]
+    used = []
+    if "bos" in special and file.get("tokenizer.ggml.add_bos_token", adds_bos):
+        parts.insert(0, tokens[special["bos"]])
+        used.append("bos")
+    if "eos" in special and file.get("tokenizer.ggml.add_eos_token", False):
+        parts.append(tokens[special["eos"]])
+        used.append("eos")
+    return processors.TemplateProcessing(
+        single=parts, special_tokens=[(tokens[special[name]], special[name]) for name in used]
     )
 
 
 def byte_level_bpe(file: GGUF, tokens: list[str]) -> Tokenizer:
+    """The tokenizers of GPT-2, Llama 3, Qwen and others: BPE over the bytes of UTF-8."""
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     pre = file.get("tokenizer.ggml.pre") or "default"
     if pre not in SPLITS:
         raise ValueError(
-            f"{file.path} cuts text as {pre!r} does (tokenizer.ggml.pre), known are {', '.join(SPLITS)}; "
-            "pass tokenizer= the name or folder of the original model"
+            f"{file.path} cuts text as {pre!r} does (tokenizer.ggml.pre), known are "
+            f"{', '.join(SPLITS)}; pass tokenizer= the name or folder of the original model"
         )
     if pre == "default":
         logger.warning(
-            "%s does not say how its tokenizer cuts text (tokenizer.ggml.pre): it is cut by llama.cpp's default, which "
-            "may differ from the model's own; pass tokenizer= the name or folder of the original model",
+            "%s does not say how its tokenizer cuts text (tokenizer.ggml.pre): it is cut by "
+            "llama.cpp's default, which may differ from the model's own; pass tokenizer= the name "
+            "or folder of the original model",
             file.path,
         )
     merges = [tuple(merge.split(" ")) for merge in file["tokenizer.ggml.merges"]]
-    vocabulary = {token: i for i, token in enumerate(tokens)}
+    vocabulary = {token: token_id for token_id, token in enumerate(tokens)}
     tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=pre in WHOLE_PIECES))
-    steps: list[Any] = [pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in SPLITS[pre]]
+    steps: list[PreTokenizer] = [
+        pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in SPLITS[pre]
+    ]
     steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
     if pre in COMPOSED:
@@ -137,23 +208,25 @@ def byte_level_bpe(file: GGUF, tokens: list[str]) -> Tokenizer:
 
 
 def sentencepiece_bpe(file: GGUF, tokens: list[str]) -> Tokenizer:
-    """Llama 2's and Mistral's vocabulary: no merges in the file, the score of the merged token orders them."""
+    """The tokenizers of Llama 2 and Mistral: BPE over characters, with "▁" for spaces."""
     from tokenizers import Tokenizer, decoders, models, normalizers
 
-    vocabulary, scores = {token: i for i, token in enumerate(tokens)}, file["tokenizer.ggml.scores"]
-    merges = []
-    for token, rank in vocabulary.items():
-        cuts = [(token[:i], token[i:]) for i in range(1, len(token))]
-        pairs = [(vocabulary[a], vocabulary[b], a, b) for a, b in cuts if a in vocabulary and b in vocabulary]
-        merges += [(-scores[rank], rank, *pair) for pair in pairs]
-    merges.sort()
+    vocabulary = {token: token_id for token_id, token in enumerate(tokens)}
     unknown = tokens[file.get("tokenizer.ggml.unknown_token_id", 0)]
     model = models.BPE(
-        vocabulary, [(a, b) for *_, a, b in merges], unk_token=unknown, fuse_unk=True, byte_fallback=True
+        vocabulary,
+        merges_by_score(vocabulary, file["tokenizer.ggml.scores"]),
+        unk_token=unknown,
+        fuse_unk=True,
+        byte_fallback=True,
     )
     tokenizer = Tokenizer(model)
     spaces = normalizers.Replace(" ", "▁")
-    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    steps: list[Decoder] = [
+        decoders.Replace("▁", " "),
+        decoders.ByteFallback(),
+        decoders.Fuse(),
+    ]
     if file.get("tokenizer.ggml.add_space_prefix", True):
         tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), spaces])
         steps.append(decoders.Strip(" ", 1, 0))
@@ -161,3 +234,20 @@ def sentencepiece_bpe(file: GGUF, tokens: list[str]) -> Tokenizer:
         tokenizer.normalizer = spaces
     tokenizer.decoder = decoders.Sequence(steps)
     return tokenizer
+
+
+def merges_by_score(vocabulary: dict[str, int], scores: list[float]) -> list[tuple[str, str]]:
+    """The merges of a vocabulary that comes without them, in the order of BPE.
+
+    Every way to cut a token into two other tokens is a merge. The merge whose result has
+    the highest score comes first; then the ids of the result and of the two parts decide.
+    """
+    merges = []
+    for token, token_id in vocabulary.items():
+        for i in range(1, len(token)):
+            left, right = token[:i], token[i:]
+            if left in vocabulary and right in vocabulary:
+                key = (-scores[token_id], token_id, vocabulary[left], vocabulary[right])
+                merges.append((key, (left, right)))
+    merges.sort()
+    return [pair for _, pair in merges]

@@ -1,4 +1,6 @@
-"""From the name of a model to its files on this machine: a folder, a GGUF file, or a Hugging Face hub name."""
+"""From the name of a model to its files on this machine. A name is a folder, a GGUF file
+or a Hugging Face hub name. Does not know what the files hold.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +17,23 @@ if TYPE_CHECKING:
 
 LOAD_FORMATS = ("auto", "safetensors", "gguf", "dummy")
 
+# org/name, org/name/file.gguf or org/name:quantisation. The organisation may be missing.
+HUB_NAME = re.compile(
+    r"(?P<repo>(?:[\w.-]+/)?[\w.-]+?)"
+    r"(?:/(?P<file>[\w.-]+\.(?i:gguf))|:(?P<quantisation>[\w.-]+))?"
+)
+PICKLES = (".bin", ".pt", ".pth")
+CONFIG_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.py"]
+# Other formats of the same weights: they have a folder each, or Mistral's own file names.
+OTHER_FORMATS = ["*/*", "consolidated*"]
+
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """Where a model lies on this machine: a folder in Hugging Face's layout, or one GGUF file in it. Cheap to pickle."""
+    """The place of a model: a folder in Hugging Face's layout, or one GGUF file in it.
+
+    Cheap to pickle, because a GGUF pickles as its path.
+    """
 
     model: str
     folder: Path
@@ -33,13 +48,16 @@ def resolve(
     hf_token: str | bool | None = None,
     load_format: str = "auto",
 ) -> ModelFiles:
-    """Finds `model`, and fetches it where it is the name of a hub repository and not yet in the cache.
+    """Finds the files of `model`. Downloads a hub repository if the cache lacks it.
 
-    Accepted: a folder, a GGUF file of any name, `org/name`, and of a GGUF repository `org/name/file.gguf` or
-    `org/name:Q4_K_M`. With load_format="dummy" a config is enough. Raises ValueError with what to change.
+    Accepted are a folder, a GGUF file of any name, and `org/name`. In a GGUF repository
+    one file is named by `org/name/file.gguf` or `org/name:Q4_K_M`. load_format="dummy"
+    needs only a config. Raises ValueError that says what to change.
     """
     if load_format not in LOAD_FORMATS:
-        raise ValueError(f"load_format must be one of {', '.join(LOAD_FORMATS)}, got {load_format!r}")
+        raise ValueError(
+            f"load_format must be one of {', '.join(LOAD_FORMATS)}, got {load_format!r}"
+        )
     path = Path(model).expanduser()
     if not path.exists():
         path = fetch(model, revision, download_dir, hf_token, load_format)
@@ -48,18 +66,29 @@ def resolve(
     if path.is_dir():
         return ModelFiles(model, path)
     if not is_gguf(path):
-        raise ValueError(f"model={model!r} is one file and no GGUF; give the folder that holds config.json and weights")
+        raise ValueError(
+            f"model={model!r} is one file and no GGUF; give the folder that holds config.json "
+            "and weights"
+        )
     if load_format == "safetensors":
-        raise ValueError(f"model={model!r} is a GGUF file; with load_format='safetensors' give a folder")
+        raise ValueError(
+            f"model={model!r} is a GGUF file; with load_format='safetensors' give a folder"
+        )
     try:
         from nanovllm.loader.gguf import GGUF
     except ImportError as err:
-        raise ImportError(f"{path} is a GGUF file, to read it install gguf: pip install 'nanovllm[gguf]'") from err
+        raise ImportError(
+            f"{path} is a GGUF file, and the package that reads it is missing: "
+            "pip install 'nanovllm[gguf]'"
+        ) from err
     return ModelFiles(model, path.parent, GGUF(path))
 
 
 def is_gguf(path: Path) -> bool:
-    """Whether a file is a GGUF: its first four bytes say so, and a damaged one is known by its suffix."""
+    """Whether a file is a GGUF, by its suffix or its first four bytes.
+
+    The suffix is enough, because a damaged GGUF must get an error that says so.
+    """
     if not path.is_file():
         return False
     if path.suffix.lower() == ".gguf":
@@ -67,32 +96,38 @@ def is_gguf(path: Path) -> bool:
     try:
         with path.open("rb") as file:
             return file.read(4) == b"GGUF"
-    except OSError:  # a file in a folder that we may not read
+    except OSError:  # the folder may hold files that this user may not read
         return False
 
 
 def choose(model: str, folder: Path, load_format: str) -> Path:
-    """The folder itself where it holds config.json and safetensors, else the one GGUF file in it."""
+    """The folder itself if it has config.json and weights, or else its only GGUF file."""
     has_config = (folder / "config.json").is_file()
-    if has_config and load_format != "gguf" and (load_format == "dummy" or safetensors.weight_files(folder)):
+    may_be_folder = has_config and load_format != "gguf"
+    if may_be_folder and (load_format == "dummy" or safetensors.weight_files(folder)):
         return folder
-    ggufs = [path for path in sorted(folder.iterdir()) if is_gguf(path)]
-    if len(ggufs) == 1 and load_format != "safetensors":
-        return ggufs[0]
-    if len(ggufs) > 1 and load_format != "safetensors":
-        names = ", ".join(path.name for path in ggufs)
-        raise ValueError(f"model={model!r} holds several GGUF files, give the path of one: {names}")
+    if load_format != "safetensors":
+        ggufs = [path for path in sorted(folder.iterdir()) if is_gguf(path)]
+        if len(ggufs) == 1:
+            return ggufs[0]
+        if len(ggufs) > 1:
+            names = ", ".join(path.name for path in ggufs)
+            raise ValueError(
+                f"model={model!r} holds several GGUF files, give the path of one: {names}"
+            )
     if load_format == "gguf":
         raise ValueError(f"model={model!r} holds no .gguf file, which load_format='gguf' asks for")
     if not has_config:
         raise ValueError(
-            f"model={model!r}: {folder} has no config.json; give the folder that holds one, or a .gguf file"
+            f"model={model!r}: {folder} has no config.json; give the folder that holds one, "
+            "or a .gguf file"
         )
-    pickles = [path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in sorted(folder.glob(pattern))]
+    pickles = [path.name for path in sorted(folder.iterdir()) if path.suffix in PICKLES]
     if pickles:
         raise ValueError(
-            f"model={model!r} has its weights as PyTorch pickles only ({pickles[0]}), which can run code when read: "
-            "convert them with transformers' save_pretrained, which writes safetensors"
+            f"model={model!r} has its weights as PyTorch pickles only ({pickles[0]}), which can "
+            "run code when read: convert them with transformers' save_pretrained, which writes "
+            "safetensors"
         )
     raise ValueError(
         f"model={model!r}: {folder} has a config.json but no weights; add model.safetensors "
@@ -100,37 +135,40 @@ def choose(model: str, folder: Path, load_format: str) -> Path:
     )
 
 
-def fetch(model: str, revision: str | None, cache: str | None, token: str | bool | None, load_format: str) -> Path:
-    """Downloads what is needed of a hub repository into the cache (or `cache`). HF_HUB_OFFLINE: looks there only."""
-    name = re.fullmatch(r"((?:[\w.-]+/)?[\w.-]+?)(?:/([\w.-]+\.(?i:gguf))|:([\w.-]+))?", model)
-    if name is None or model.startswith(".") or (model.lower().endswith(".gguf") and name[2] is None):
-        raise ValueError(f"model={model!r} does not exist; give a folder, a .gguf file or a hub name such as org/name")
+def fetch(
+    model: str, revision: str | None, cache: str | None, token: str | bool | None, load_format: str
+) -> Path:
+    """Downloads files of a hub repository. Returns the folder, or the one GGUF file.
+
+    cache: the folder to download into; None is the hub's own cache. With HF_HUB_OFFLINE
+    set, only the cache is searched. Raises ValueError if the hub does not give the files.
+    """
+    repo, pattern = parse_hub_name(model)
+    patterns = list(CONFIG_FILES)
+    if load_format != "dummy":
+        patterns.append("*.safetensors")
+    if pattern is not None:
+        patterns = [pattern]
     from huggingface_hub import snapshot_download
 
-    repo, file, quantisation = name.groups()
-    pattern = file or (f"*[-.]{quantisation}.gguf" if quantisation else None)
-    folder_files = ["*.json", "*.jinja", "*.txt", "*.model", "*.py"] + ["*.safetensors"] * (load_format != "dummy")
     try:
-        folder = Path(
-            snapshot_download(
-                repo,
-                revision=revision,
-                cache_dir=expanded(cache),
-                token=token,
-                allow_patterns=[pattern] if pattern else folder_files,
-                # Other formats of the same weights: a folder for each, or Mistral's own names.
-                ignore_patterns=["*/*", "consolidated*"],
-            )
+        snapshot = snapshot_download(
+            repo,
+            revision=revision,
+            cache_dir=expanded(cache),
+            token=token,
+            allow_patterns=patterns,
+            ignore_patterns=OTHER_FORMATS,
         )
-    except Exception as err:  # each of the hub's many errors means: not there, not allowed, or not reachable
+    except Exception as err:  # the hub raises errors of many types
         raise ValueError(
             f"model={model!r} is no folder or file here, and the Hugging Face hub did not give it "
-            f"({cause(err)}); check the name, revision and network, pass hf_token for a gated model, "
-            "or give a local folder"
+            f"({cause(err)}); check the name, revision and network, pass hf_token for a gated "
+            "model, or give a local folder"
         ) from err
     if pattern is None:
-        return folder
-    found = sorted(folder.glob(pattern))
+        return Path(snapshot)
+    found = sorted(Path(snapshot).glob(pattern))
     if len(found) != 1:
         raise ValueError(
             f"model={model!r} must mean one file of {repo}, but {pattern} matches "
@@ -139,6 +177,25 @@ def fetch(model: str, revision: str | None, cache: str | None, token: str | bool
     return found[0]
 
 
+def parse_hub_name(model: str) -> tuple[str, str | None]:
+    """(repository, pattern of its GGUF file). The pattern of a whole repository is None.
+
+    Raises ValueError for a text that is no hub name.
+    """
+    match = HUB_NAME.fullmatch(model)
+    # "./name" and "name.gguf" are paths of files that do not exist, not names of
+    # repositories.
+    names_a_file = model.lower().endswith(".gguf")
+    if match is None or model.startswith(".") or (names_a_file and match["file"] is None):
+        raise ValueError(
+            f"model={model!r} does not exist; give a folder, a .gguf file or a hub name such as "
+            "org/name"
+        )
+    if match["quantisation"]:
+        return match["repo"], f"*[-.]{match['quantisation']}.gguf"
+    return match["repo"], match["file"]
+
+
 def expanded(path: str | None) -> str | None:
-    """A path with ~ put in full."""
+    """The path with ~ replaced by the home folder."""
     return None if path is None else str(Path(path).expanduser())

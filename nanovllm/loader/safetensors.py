@@ -1,18 +1,23 @@
-"""Safetensors checkpoints, one file or several: every tensor by its name, read from disk only where it is sliced.
+"""Safetensors checkpoints, one file or several. A tensor is found by its name, and a
+slice of it is read from disk when it is asked for.
 
-This file does not know which names a model wants.
+Does not know which names a model needs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
 from nanovllm.loader.fields import read_object
+from nanovllm.loader.source import Part
+
+if TYPE_CHECKING:
+    from safetensors import safe_open
 
 INDEX = "model.safetensors.index.json"
 
@@ -39,49 +44,69 @@ DTYPES = {
 }
 
 
-class SafetensorsTensor:
-    """A tensor on disk: slicing it reads that part."""
+class StoredTensor(Protocol):
+    """What `safe_open(...).get_slice(name)` returns.
 
-    def __init__(self, name: str, part: Any) -> None:
-        self.part = part
-        self.shape: tuple[int, ...] = tuple(part.get_shape())
-        if part.get_dtype() not in DTYPES:
+    Slicing reads that part of the file.
+    """
+
+    def get_shape(self) -> list[int]: ...
+
+    def get_dtype(self) -> str: ...
+
+    def __getitem__(self, part: Part, /) -> Tensor: ...
+
+
+class SafetensorsTensor:
+    """A tensor on disk. Slicing it reads that part."""
+
+    def __init__(self, name: str, stored: StoredTensor) -> None:
+        self.stored = stored
+        self.shape: tuple[int, ...] = tuple(stored.get_shape())
+        if stored.get_dtype() not in DTYPES:
             raise ValueError(
-                f"checkpoint: tensor {name} is stored as {part.get_dtype()}, which is not known; "
+                f"checkpoint: tensor {name} is stored as {stored.get_dtype()}, which is not known; "
                 "accepted are F32, F16 and BF16"
             )
-        self.dtype = DTYPES[part.get_dtype()]
+        self.dtype = DTYPES[stored.get_dtype()]
 
-    def __getitem__(self, index: Any) -> Tensor:
-        return self.part[index]
+    def __getitem__(self, part: Part, /) -> Tensor:
+        return self.stored[part]
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The checkpoint's files: model.safetensors, else those that the index names, else all there are (maybe none)."""
-    if (single := folder / "model.safetensors").is_file():
+    """The files of the checkpoint: model.safetensors, or else the files of the index.
+
+    Without an index: all safetensors files in the folder. The list may be empty.
+    """
+    single = folder / "model.safetensors"
+    if single.is_file():
         return [single]
     if (folder / INDEX).is_file():
         return [folder / name for name in sorted(set(weight_map(folder).values()))]
-    # Mistral's repositories hold the same weights a second time, under names of their own.
+    # Mistral's repositories store the same weights a second time, under other names.
     return sorted(p for p in folder.glob("*.safetensors") if not p.name.startswith("consolidated"))
 
 
 def weight_map(folder: Path) -> dict[str, str]:
-    """The index: name of a tensor -> name of the file that holds it."""
+    """The index: name of a tensor -> name of its file."""
     path = folder / INDEX
     try:
         found = read_object(path).get("weight_map")
     except ValueError as err:
         raise ValueError(f"{path} is not a checkpoint index ({err}); fetch it again") from err
     if not isinstance(found, dict) or not all(isinstance(name, str) for name in found.values()):
-        raise ValueError(f"{path} is not a checkpoint index: it has no weight_map of file names; fetch it again")
+        raise ValueError(
+            f"{path} is not a checkpoint index: it has no weight_map of file names; fetch it again"
+        )
     return found
 
 
 def iter_tensors(folder: Path) -> Iterator[tuple[str, SafetensorsTensor]]:
-    """Every tensor once, file by file; one that lies in several files is taken from the one that the index names.
+    """(name, tensor) of every tensor, file by file, each name once.
 
-    Raises ValueError, naming the file, for one that is missing, cut short, or not in this format.
+    If a name is in several files, the file that the index names counts. Raises ValueError
+    that names the file if it is missing, cut short or in another format.
     """
     files = weight_files(folder)
     wanted = weight_map(folder) if len(files) > 1 and (folder / INDEX).is_file() else {}
@@ -92,14 +117,16 @@ def iter_tensors(folder: Path) -> Iterator[tuple[str, SafetensorsTensor]]:
             if name not in seen and wanted.get(name, path.name) == path.name:
                 seen.add(name)
                 yield name, SafetensorsTensor(name, handle.get_slice(name))
-    if missing := sorted(wanted.keys() - seen):
+    missing = sorted(wanted.keys() - seen)
+    if missing:
         raise ValueError(
             f"{folder / wanted[missing[0]]} lacks {missing[0]!r}, which {INDEX} places there "
             f"({len(missing)} tensors are missing in all); fetch the model again"
         )
 
 
-def open_file(path: Path) -> Any:
+def open_file(path: Path) -> safe_open:
+    """Reads the header of a file. Raises ValueError if the file is missing or damaged."""
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
@@ -111,10 +138,12 @@ def open_file(path: Path) -> Any:
 
 
 def unreadable(path: Path, format: str, err: Exception) -> ValueError:
-    """The error to raise for a file in which `err` came up."""
+    """The error to raise for a file whose reading raised `err`."""
     with path.open("rb") as file:
-        pointer = file.read(20) == b"version https://git-"
-    cause = "it is a Git LFS pointer, the weights were not fetched: run git lfs pull" if pointer else err
+        is_pointer = file.read(20) == b"version https://git-"
+    cause = str(err)
+    if is_pointer:
+        cause = "it is a Git LFS pointer, the weights were not fetched: run git lfs pull"
     return ValueError(
         f"{path} ({path.stat().st_size:,} bytes) cannot be read as {format}: {cause}; "
         "a file that was cut short or damaged must be fetched again"

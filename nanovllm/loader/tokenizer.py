@@ -1,4 +1,6 @@
-"""The live tokenizer of a model: transformers' from a folder or the hub, ours from a GGUF file."""
+"""Loads the tokenizer of a model: transformers reads a folder or a hub name, and
+gguf_tokenizer.py reads a GGUF file. Does not know prompts.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,7 @@ import json
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from nanovllm.loader.fields import cause, field_at_fault, read_object, shown
 from nanovllm.loader.hub import ModelFiles, expanded, is_gguf, resolve
@@ -15,7 +17,12 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 TOKENIZER_FILES = ("tokenizer*", "vocab*")
-TOKENIZER_JSON = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.json")
+TOKENIZER_JSON = (
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.json",
+)
 
 
 def load_tokenizer(
@@ -28,18 +35,19 @@ def load_tokenizer(
     download_dir: str | None = None,
     hf_token: str | bool | None = None,
 ) -> PreTrainedTokenizerBase:
-    """The live tokenizer of a model, or of any folder, GGUF file or hub name; tokenizer_mode "slow" is the Python one.
+    """The tokenizer in a model's files, or in a folder, GGUF file or hub repository.
 
-    config: of the model that the tokenizer lies beside, where it is loaded already.
+    config: the config of the model in the same folder, if it is loaded already.
+    tokenizer_mode: "slow" asks for the tokenizer in Python. Raises ValueError that says
+    what to change if there is no tokenizer or it is damaged.
     """
-    source = source if isinstance(source, ModelFiles) else tokenizer_files(source, revision, download_dir, hf_token)
+    if not isinstance(source, ModelFiles):
+        source = tokenizer_files(str(source), revision, download_dir, hf_token)
     if isinstance(source, ModelFiles) and source.gguf is not None:
         from nanovllm.loader import gguf_tokenizer
 
         return gguf_tokenizer.load_tokenizer(source.gguf)
     from transformers import AutoTokenizer
-
-    name = str(source.folder) if isinstance(source, ModelFiles) else source
 
     def load(name: str) -> PreTrainedTokenizerBase:
         loaded = AutoTokenizer.from_pretrained(
@@ -51,31 +59,50 @@ def load_tokenizer(
             cache_dir=expanded(download_dir),
             token=hf_token,
         )
-        loaded.decode(loaded.encode("a"))  # some fields are read no earlier
+        # A wrong value of some fields raises only when the tokenizer is used.
+        loaded.decode(loaded.encode("a"))
         return loaded
 
+    name = str(source.folder) if isinstance(source, ModelFiles) else source
     try:
-        if Path(name).is_dir() and not has_tokenizer(Path(name)):
-            raise FileNotFoundError(
-                "no tokenizer.json, tokenizer.model or vocabulary in it"
-            )  # 5.0 invents an empty one
+        refuse_empty(Path(name))
         return load(name)
-    except Exception as err:  # a missing or damaged file shows as an error of any type
+    except Exception as err:  # transformers raises any type for a missing or damaged file
         raise ValueError(
-            f"tokenizer={name!r} cannot be loaded ({tokenizer_fault(Path(name), load, err)}); give tokenizer= a folder "
-            "or hub name that has one, or skip_tokenizer_init=True and token ids as prompts"
+            f"tokenizer={name!r} cannot be loaded ({tokenizer_fault(Path(name), load, err)}); give "
+            "tokenizer= a folder or hub name that has one, or skip_tokenizer_init=True and token "
+            "ids as prompts"
         ) from err
+
+
+def refuse_empty(folder: Path) -> None:
+    """Raises FileNotFoundError for a folder without the files of a tokenizer.
+
+    transformers 5.0 makes an empty tokenizer for such a folder.
+    """
+    if folder.is_dir() and not has_tokenizer(folder):
+        raise FileNotFoundError("no tokenizer.json, tokenizer.model or vocabulary in it")
 
 
 def tokenizer_files(
     source: str, revision: str | None, download_dir: str | None, hf_token: str | bool | None
 ) -> ModelFiles | str:
-    """What `tokenizer=` names: a GGUF file, also one that is alone in its folder; else a folder or a hub name."""
-    source = str(source)
+    """The place that `tokenizer=` names: a GGUF file, or a folder or hub name.
+
+    A folder with a GGUF file and no other tokenizer counts as the GGUF file.
+    """
     path = Path(source).expanduser()
-    alone = path.is_dir() and not has_tokenizer(path) and any(is_gguf(file) for file in path.iterdir())
-    if alone or is_gguf(path) or (not path.exists() and source.lower().endswith(".gguf")):
-        return resolve(source, revision=revision, download_dir=download_dir, hf_token=hf_token, load_format="gguf")
+    may_be_gguf_folder = path.is_dir() and not has_tokenizer(path)
+    in_folder = may_be_gguf_folder and any(is_gguf(file) for file in path.iterdir())
+    in_hub = not path.exists() and source.lower().endswith(".gguf")
+    if in_folder or in_hub or is_gguf(path):
+        return resolve(
+            source,
+            revision=revision,
+            download_dir=download_dir,
+            hf_token=hf_token,
+            load_format="gguf",
+        )
     return str(path) if path.exists() else source
 
 
@@ -83,14 +110,19 @@ def has_tokenizer(folder: Path) -> bool:
     return any(any(folder.glob(kind)) for kind in TOKENIZER_FILES)
 
 
-def tokenizer_fault(folder: Path, load: Callable[[str], Any], err: Exception) -> str:
-    """Why a tokenizer does not load: its file, and in tokenizer_config.json the field, as far as they are known."""
+def tokenizer_fault(
+    folder: Path, load: Callable[[str], PreTrainedTokenizerBase], err: Exception
+) -> str:
+    """Why a tokenizer does not load, as far as that can be found out.
+
+    Names the file, and for tokenizer_config.json the field.
+    """
     for name in TOKENIZER_JSON:
         if (folder / name).is_file():
             try:
                 read_object(folder / name)
-            except ValueError as why:
-                return str(why)
+            except ValueError as unreadable:
+                return str(unreadable)
     path = folder / "tokenizer_config.json"
     if not path.is_file():
         return cause(err)
@@ -100,9 +132,11 @@ def tokenizer_fault(folder: Path, load: Callable[[str], Any], err: Exception) ->
             if file.name != path.name:
                 (Path(copy) / file.name).symlink_to(file.resolve())
 
-        def load_with(some: dict[str, Any]) -> None:
+        def load_with(some: dict[str, object]) -> None:
             (Path(copy) / path.name).write_text(json.dumps(some))
             load(copy)
 
         field = field_at_fault(fields, load_with)
-    return cause(err) if field is None else f"{path}: {field}={shown(fields[field])}: {cause(err)}"
+    if field is None:
+        return cause(err)
+    return f"{path}: {field}={shown(fields[field])}: {cause(err)}"

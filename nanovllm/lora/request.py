@@ -1,4 +1,4 @@
-"""vLLM's record of a LoRA adapter, so that scripts which import it run; `LLM` accepts no request with one."""
+"""vLLM's record of a LoRA adapter, so that scripts import it. `LLM` refuses requests with one."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Decode steps recorded as CUDA graphs: some hundred kernel launches become two.
+"""Decode steps recorded as CUDA graphs, which replace hundreds of kernel launches by two.
 
-A graph repeats the same kernels on the same memory. So a few batch sizes have graphs of their own, a batch is padded to the
-next of them, and its arrays stay where the graphs read (decode_inputs.py). This file knows neither the model nor the
-sampler: it records functions of a `Batch`.
+A graph repeats the same kernels on the same memory (decode_inputs.py). Only some batch
+sizes have graphs, and a batch is padded to the next size. This file records functions of
+a `Batch`. It knows neither the model nor the sampler.
 """
 
 from __future__ import annotations
@@ -11,161 +11,230 @@ from bisect import bisect_left
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
-from typing import Any
+from typing import cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from nanovllm.engine.batch import Batch
+from nanovllm.core.batch import AttentionMetadata, Batch, SampleRows, Tokens, ceil_div
 from nanovllm.runner.decode_inputs import DecodeInputs
+from nanovllm.runner.setup import Setup
 
-Work = Callable[[], Any]
+Work = Callable[[], object]
 
-NEVER_ENDED: list[torch.cuda.CUDAGraph] = []  # torch's allocators still ask these whether they are being captured
+# Graphs whose capture could not be ended. They must stay alive, because torch's allocator
+# still asks them whether they are being captured.
+NEVER_ENDED: list[torch.cuda.CUDAGraph] = []
 
 
 class CaptureError(RuntimeError):
-    """What ran well by itself could not be recorded."""
+    """A step runs, and cannot be recorded."""
 
 
 def graph_sizes(max_num_seqs: int) -> list[int]:
-    """The batch sizes that have graphs: 1, 2, 4, 8, then steps of 16, and at last max_num_seqs itself."""
-    return [size for size in (1, 2, 4, 8, *range(16, max_num_seqs, 16)) if size < max_num_seqs] + [max_num_seqs]
+    """The batch sizes with graphs: 1, 2, 4, 8, multiples of 16, and max_num_seqs."""
+    sizes = [1, 2, 4, 8, *range(16, max_num_seqs, 16)]
+    smaller = [size for size in sizes if size < max_num_seqs]
+    return [*smaller, max_num_seqs]
 
 
 def graph_size(count: int, sizes: list[int]) -> int:
-    """The smallest size that holds `count` sequences."""
+    """The smallest size of at least `count` sequences."""
     return sizes[bisect_left(sizes, count)]
 
 
-def is_decode(batch: Batch) -> bool:
-    """Whether every sequence computes one token and gets the next."""
-    return bool(batch.sizes[0] == 1) and len(batch.sample_at) == len(batch.context_lens) and not len(batch.prompt_at)
+def is_decode(batch: Batch[np.ndarray]) -> bool:
+    """Whether every sequence computes one token and samples the next."""
+    if "prompt_logprobs" in batch.parts:
+        return False
+    num_seqs = len(batch.attention.context_lens)
+    num_sampled = len(batch.sample.at)
+    return batch.attention.max_query_len == 1 and num_sampled == num_seqs
 
 
-def is_plain(batch: Batch) -> bool:
-    """Whether the tokens depend on logits and temperatures alone, and no logprobs are wanted."""
-    return not any(map(len, (batch.filter_at, batch.allow_at, batch.bias_at, batch.penalty_at, batch.logprob_at)))
+def capture(
+    stream: torch.cuda.Stream, pool: torch.cuda._POOL_HANDLE, work: Work, largest: bool
+) -> Work:
+    """Records `work` as a graph. Returns the function that replays the graph.
 
-
-def capture(stream: torch.cuda.Stream, pool: Any, work: Work, largest: bool) -> Work:
-    """Records `work` as a graph and returns what replays it. The `largest` size comes first and makes the pool grow.
-
-    If that fails, raises CaptureError with streams, allocator and random generator as they were.
+    largest: whether this is the first graph of the pool, for the largest batch size.
+    Raises CaptureError if the recording fails. Streams, allocator and random generator
+    are then as before.
     """
     graph = torch.cuda.CUDAGraph()
-    generator = torch.cuda.default_generators[stream.device_index]
     torch.cuda.synchronize(stream.device)
     with torch.cuda.stream(stream):
-        work()  # once before: kernels are compiled, libraries take the memory that they keep
+        # A first run compiles kernels and lets libraries allocate their memory.
+        work()
         stream.synchronize()
-        # A graph's workspace must lie in its pool: the library's own may be freed, by torch.compile for one.
+        # cuBLAS must allocate a workspace in the graph's pool, because torch may free the
+        # old one.
         torch._C._cuda_clearCublasWorkspaces()
         if largest:
-            torch.cuda.empty_cache()  # while it records, torch would rather fail than give back what it keeps
-        state = generator.clone_state()
+            # Cached memory is freed now, because torch cannot free it in a capture.
+            torch.cuda.empty_cache()
         try:
-            # torch.cuda.graph would stay on this stream after a failure, and collects garbage before each graph.
-            with torch.inference_mode(False):  # in torch 2.8 the generator keeps tensors that are made here
-                graph.capture_begin(pool, capture_error_mode="thread_local")
-            try:
-                work()
-            finally:
-                graph.capture_end()
-        except RuntimeError as err:
-            generator.graphsafe_set_state(state)  # its own still believes that it is being captured
-            with suppress(RuntimeError):  # raised where capture_end came as far as this itself
-                torch._C._cuda_endAllocateToPool(stream.device_index, pool)
-                torch._C._cuda_releasePool(stream.device_index, pool)
-                NEVER_ENDED.append(graph)
-            raise CaptureError(str(err) or type(err).__name__) from err
+            record_on_current_stream(graph, stream, pool, work)
         finally:
             torch._C._cuda_clearCublasWorkspaces()
     return graph.replay
 
 
-class DecodeGraphs:
-    """Two graphs a size: one leaves the last layer's output in `hidden`, the other makes `tokens` of it.
+def record_on_current_stream(
+    graph: torch.cuda.CUDAGraph,
+    stream: torch.cuda.Stream,
+    pool: torch.cuda._POOL_HANDLE,
+    work: Work,
+) -> None:
+    """Captures `work`. Raises CaptureError after undoing a failed capture.
 
-    A batch whose sampling takes more than temperatures replays the first and goes on eagerly. Invariant: all that a graph
-    reads or writes stays where it was when the graph was recorded.
+    torch.cuda.graph is not used, because it collects garbage before each graph, and
+    because its stream stays the current one after a failure.
+    """
+    generator = torch.cuda.default_generators[stream.device_index]
+    state = generator.clone_state()
+    try:
+        # In torch 2.8 the generator keeps tensors that are made here, so these must not
+        # be inference tensors.
+        with torch.inference_mode(False):
+            graph.capture_begin(pool, capture_error_mode="thread_local")
+        try:
+            work()
+        finally:
+            graph.capture_end()
+    except RuntimeError as err:
+        # The old state, because the new one still counts as being captured.
+        generator.graphsafe_set_state(state)
+        # These raise RuntimeError if capture_end has already done the same.
+        with suppress(RuntimeError):
+            torch._C._cuda_endAllocateToPool(stream.device_index, pool)
+            torch._C._cuda_releasePool(stream.device_index, pool)
+            NEVER_ENDED.append(graph)
+        raise CaptureError(str(err) or type(err).__name__) from err
+
+
+class DecodeGraphs:
+    """Two graphs for each size: the model's, which writes `hidden`, and the sampler's.
+
+    A batch with optional parts replays the model's graph and samples eagerly.
+    Invariant: the memory that a graph reads and writes never moves.
     """
 
-    def __init__(
-        self,
-        max_num_seqs: int,
-        max_blocks: int,
-        hidden_size: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        stream: torch.cuda.Stream | None = None,
-    ) -> None:
+    def __init__(self, setup: Setup, stream: torch.cuda.Stream | None = None) -> None:
+        """stream: for the capture. None runs the functions without graphs."""
+        max_num_seqs = setup.max_num_seqs
+        device = setup.device
+        self.max_model_len = setup.max_model_len
         self.sizes = graph_sizes(max_num_seqs)
-        self.shape = max_num_seqs, max_blocks
-        flat = torch.empty(DecodeInputs.size(*self.shape), dtype=torch.int32, device=device)
+        self.shape = (max_num_seqs, ceil_div(setup.max_model_len, setup.block_size))
+        size = DecodeInputs.size(*self.shape)
+        flat = torch.empty(size, dtype=torch.int32, device=device)
         self.inputs = DecodeInputs(flat, *self.shape, torch.float32)
         self.inputs.clear()
-        self.host: DecodeInputs | None = None  # the same on the host; None where it is not known what the device has
-        self.each = torch.arange(max_num_seqs + 1, dtype=torch.int32, device=device)
-        self.hidden = torch.zeros(max_num_seqs, hidden_size, dtype=dtype, device=device)
+        # The host's copy of `inputs`. None if the contents on the device are unknown.
+        self.host: DecodeInputs[np.ndarray] | None = None
+        self.numbers = torch.arange(max_num_seqs + 1, dtype=torch.int32, device=device)
+        hidden_shape = (max_num_seqs, setup.config.hidden_size)
+        self.hidden = torch.zeros(hidden_shape, dtype=setup.dtype, device=device)
         self.tokens = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
         self.graphs: dict[int, tuple[Work, Work]] = {}
-        self.capture: Callable[[Work, bool], Work] = lambda work, largest: work  # a device without graphs just runs it
+        self.capture: Callable[[Work, bool], Work] = lambda work, largest: work
         if stream is not None:
             self.capture = partial(capture, stream, torch.cuda.graph_pool_handle())
 
-    def record(self, size: int, forward: Callable[[Batch], Tensor], head: Callable[[Tensor, Batch], Tensor]) -> None:
-        """forward(batch) -> hidden states [size, hidden_size], head(hidden states, batch) -> tokens [size]."""
-        columns = {name: column[:size] for name, column in self.inputs.columns.items() if name != "step"}
-        batch = Batch(
-            sizes=self.each[:0],  # never read
-            query_start=self.each[: size + 1],
-            block_tables=self.inputs.tables[:size],
-            sample_at=self.each[:size],
-            sample_rows=columns["token_rows"],
-            **columns,
+    def static_batch(self, size: int) -> Batch[Tensor]:
+        """A batch of `size` sequences. Its arrays are views of `inputs`."""
+        columns = {}
+        for name, column in self.inputs.columns.items():
+            columns[name] = cast(Tensor, column[:size])
+        attention = AttentionMetadata(
+            positions=columns["positions"],
+            slot_mapping=columns["slot_mapping"],
+            query_start=self.numbers[: size + 1],
+            context_lens=columns["context_lens"],
+            block_tables=cast(Tensor, self.inputs.tables[:size]),
+            max_query_len=1,
+            num_prefills=0,
+            max_context_len=self.max_model_len,
         )
-        hidden, tokens = self.hidden[:size], self.tokens[:size]
+        rows = columns["token_rows"]
+        tokens = Tokens(columns["token_ids"], rows)
+        sample = SampleRows(
+            at=self.numbers[:size],
+            rows=rows,
+            temperature=columns["temperature"],
+            uniform=columns["uniform"],
+        )
+        return Batch(tokens, attention, sample)
+
+    def record(
+        self,
+        size: int,
+        forward: Callable[[Batch[Tensor]], Tensor],
+        head: Callable[[Tensor, Batch[Tensor]], Tensor],
+    ) -> None:
+        """Records the two graphs of a size.
+
+        forward: batch -> the last layer's output [size, hidden_size].
+        head: (that output, batch) -> tokens [size]. The largest size is recorded first.
+        """
+        batch = self.static_batch(size)
+        hidden = self.hidden[:size]
+        tokens = self.tokens[:size]
 
         def step() -> None:
             hidden.copy_(forward(batch))
             self.inputs.advance(size)
 
-        largest = not self.graphs
-        self.graphs[size] = (
-            self.capture(step, largest),
-            self.capture(lambda: tokens.copy_(head(hidden, batch)), largest),
-        )
+        def sample() -> None:
+            tokens.copy_(head(hidden, batch))
 
-    def _forward(self, batch: Batch) -> Work:
-        """Replays the first graph of the batch's size, and returns the other."""
-        size = graph_size(len(batch.context_lens), self.sizes)
-        forward, head = self.graphs[size]
-        host, self.host = self.host, None  # whatever ends this half-way: all is sent the next time
+        is_largest = not self.graphs
+        forward_graph = self.capture(step, is_largest)
+        sample_graph = self.capture(sample, is_largest)
+        self.graphs[size] = (forward_graph, sample_graph)
+
+    def _forward(self, batch: Batch[np.ndarray]) -> Work:
+        """Replays the model's graph of the batch's size. Returns the sampler's."""
+        size = graph_size(len(batch.attention.context_lens), self.sizes)
+        forward, sample = self.graphs[size]
+        host = self.host
+        self.host = None  # so that the next step sends all inputs after an error in this one
         if host is None:
-            host = DecodeInputs(np.empty(len(self.inputs.flat), np.int32), *self.shape, np.float32)
+            flat = np.empty(len(self.inputs.flat), np.int32)
+            host = DecodeInputs(flat, *self.shape, np.float32)
             host.clear()
             self.inputs.clear()
         places, values = host.update(batch, size)
-        if count := len(places):
-            # Torch keeps pinned blocks, and uses one again once the copies out of it are done.
-            staging = torch.empty(3 * count, dtype=torch.int32, pin_memory=self.hidden.is_cuda)
-            packed = staging.numpy()
-            packed[: 2 * count].view(np.int64)[:], packed[2 * count :] = places, values
-            changes = staging.to(self.hidden.device, non_blocking=True)
-            self.inputs.flat[changes[: 2 * count].view(torch.int64)] = changes[2 * count :]
+        if len(places):
+            self._send(places, values)
         forward()
         host.advance(size)
         self.host = host
-        return head
+        return sample
 
-    def hidden_states(self, batch: Batch) -> Tensor:
-        """The last layer's output [S, hidden_size] of a decode batch; it holds until the next step."""
+    def _send(self, places: np.ndarray, values: np.ndarray) -> None:
+        """Writes values [n] int32 to places [n] of `inputs`: one copy, one scatter."""
+        count = len(places)
+        split = 2 * count  # a place is an int64, hence two words
+        # Torch reuses a pinned block only after the copies from the block are done.
+        is_gpu = self.hidden.is_cuda
+        staging = torch.empty(split + count, dtype=torch.int32, pin_memory=is_gpu)
+        packed = staging.numpy()
+        packed[:split].view(np.int64)[:] = places
+        packed[split:] = values
+        changes = staging.to(self.hidden.device, non_blocking=True)
+        indices = changes[:split].view(torch.int64)
+        self.inputs.flat[indices] = changes[split:]
+
+    def hidden_states(self, batch: Batch[np.ndarray]) -> Tensor:
+        """The last layer's output [S, hidden_size], valid until the next step."""
         self._forward(batch)
-        return self.hidden[: len(batch.context_lens)]
+        return self.hidden[: len(batch.attention.context_lens)]
 
-    def next_tokens(self, batch: Batch) -> Tensor:
-        """The tokens [S] int64 of a plain decode batch; they hold until the next step."""
-        self._forward(batch)()
-        return self.tokens[: len(batch.context_lens)]
+    def next_tokens(self, batch: Batch[np.ndarray]) -> Tensor:
+        """The tokens [S] int64 of a batch without parts, valid until the next step."""
+        sample = self._forward(batch)
+        sample()
+        return self.tokens[: len(batch.attention.context_lens)]

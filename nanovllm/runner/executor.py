@@ -1,6 +1,7 @@
-"""Who runs the model: a rank in this process, alone or under torchrun; `ranks.py` has the one that starts processes.
+"""Runs the model on one rank in this process, alone or under torchrun.
 
-The engine launches batches and calls ranks through an `Executor`, and knows no more of tensor parallelism.
+`ranks.py` starts processes for further ranks. The engine reaches all ranks through an
+`Executor`. Nothing here knows scheduling.
 """
 
 from __future__ import annotations
@@ -9,90 +10,87 @@ import itertools
 import os
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Protocol
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
-from nanovllm.engine.batch import Batch
+from nanovllm.core.batch import Batch
+from nanovllm.core.step import StepResult
 from nanovllm.errors import ValidationError
-from nanovllm.models.config import check_shards
 from nanovllm.models.decoder import CausalLM
 from nanovllm.parallel import TensorParallel
+from nanovllm.runner import sleep
 from nanovllm.runner.model_runner import ModelRunner
 from nanovllm.runner.setup import Setup
 
-LAUNCHES = itertools.count()  # engines of this process under torchrun; each has its own part of the common store
+Method = str | Callable[..., object]
+# Numbers this process's engines under torchrun, because each needs its own store prefix.
+ENGINE_NUMBERS = itertools.count()
 
 
 class EngineDeadError(RuntimeError):
-    """A rank has failed, or the engine was closed: nothing can be computed any more, a new engine is needed."""
+    """A rank has failed, or the engine was closed. Only a new engine can compute."""
+
+
+class PendingStep(Protocol):
+    """A launched step. `collect` waits for its result."""
+
+    def collect(self) -> StepResult: ...
 
 
 class Executor:
-    """One rank, in this process: the only one, or under torchrun one of many that all do the same."""
+    """One rank in this process.
+
+    Under torchrun each process has an executor, and all processes run the same steps.
+    """
 
     def __init__(self, runner: ModelRunner) -> None:
         self.runner = runner
         self.num_blocks = runner.num_blocks
-        # At exit too: gloo's threads, if they are found running when the process ends, abort it.
+        # Also at exit, because gloo's threads abort a process that ends while they run.
         weakref.finalize(self, runner.tp.close)
 
-    def launch(self, batch: Batch) -> Any:
-        """Queues a step; `.collect()` of what it returns waits for the results."""
+    def launch(self, batch: Batch[np.ndarray]) -> PendingStep:
+        """Queues a step, and does not wait for it."""
         return self.runner.launch(batch)
 
     def collective_rpc(
-        self, method: str | Callable[..., Any], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> list[Any]:
-        """Calls a method of every rank's ModelRunner by its name, or method(worker, ...); one result a rank."""
+        self, method: Method, args: tuple[object, ...] = (), kwargs: dict[str, object] | None = None
+    ) -> list[object]:
+        """Calls `method(worker, ...)`, or the worker's method of that name, on each rank.
+
+        Returns one result for each rank. Raises ValidationError for an unknown name.
+        """
         return [call(self.runner, method, args, kwargs or {})]
 
     def close(self) -> None:
-        """Ends the other ranks."""
+        """Closes the connections to the other ranks, and ends the ranks of ranks.py."""
         self.runner.tp.close()
 
 
-def make_executor(setup: Setup) -> Executor:
-    """Loads the model on all ranks. Raises ValueError, before anything is started, for what cannot be sharded."""
-    args = setup.args
-    size, backend = args.tensor_parallel_size, args.distributed_executor_backend
-    check_shards(setup.config, size)
-    if backend == "uni" and size > 1:
-        raise ValueError(
-            f"distributed_executor_backend='uni' runs one rank, and tensor_parallel_size={size}; accepted is 'mp'"
-        )
-    if backend == "external_launcher":
-        return Executor(ModelRunner(setup, join_torchrun(setup, size)))
-    if size == 1:
-        return Executor(ModelRunner(setup))
-    if setup.device.type == "cuda":
-        first, count = setup.device.index or 0, torch.cuda.device_count()
-        if first + size > count:
-            raise ValueError(
-                f"tensor_parallel_size={size} needs as many GPUs from {setup.device} on, and there are {count}; "
-                "accepted is at most that, or device='cpu'"
-            )
-    from nanovllm.runner.ranks import SpawnedExecutor  # one rank needs nothing of it
-
-    return SpawnedExecutor(setup, size)
-
-
 def join_torchrun(setup: Setup, size: int) -> TensorParallel:
-    """This process's place among those that torchrun started: runs of `size` consecutive ranks are one model."""
+    """Joins the ranks of this process's model. Raises ValueError outside torchrun.
+
+    `size` consecutive ranks of torchrun are one model.
+    """
     try:
-        rank, world, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+        rank = int(os.environ["RANK"])
+        world = int(os.environ["WORLD_SIZE"])
+        local = int(os.environ["LOCAL_RANK"])
     except KeyError as err:
         raise ValueError(
-            f"distributed_executor_backend='external_launcher' needs {err} in the environment: start the script with "
-            "torchrun, or leave the argument out"
+            f"distributed_executor_backend='external_launcher' needs {err} in the environment: "
+            "start the script with torchrun, or leave the argument out"
         ) from None
     if world % size:
         raise ValueError(
-            f"tensor_parallel_size={size} must divide the number of processes that torchrun started, {world}"
+            f"tensor_parallel_size={size} must divide the number of processes that torchrun "
+            f"started, {world}"
         )
     if setup.device.type == "cuda":
-        if local < torch.cuda.device_count():  # else each process has been shown one GPU, its own
+        if local < torch.cuda.device_count():  # else each process sees only its own GPU
             setup.device = torch.device("cuda", local)
         torch.cuda.set_device(setup.device)
     if size == 1:
@@ -101,34 +99,50 @@ def join_torchrun(setup: Setup, size: int) -> TensorParallel:
         store = dist.distributed_c10d._get_default_store()
     else:
         store, _, _ = next(dist.rendezvous("env://"))
-    part = dist.PrefixStore(f"nanovllm/{next(LAUNCHES)}/{rank // size}", store)
-    return TensorParallel.join(part, rank % size, size, setup.device)
+    own_store = dist.PrefixStore(f"nanovllm/{next(ENGINE_NUMBERS)}/{rank // size}", store)
+    return TensorParallel.join(own_store, rank % size, size, setup.device)
 
 
-def call(runner: ModelRunner, method: str | Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def call(
+    runner: ModelRunner, method: Method, args: tuple[object, ...], kwargs: dict[str, object]
+) -> object:
+    """Calls `method(worker, ...)`, or the worker's or runner's method of that name."""
+    worker = Worker(runner)
     if callable(method):
-        return method(Worker(runner), *args, **kwargs)
-    for owner in (Worker(runner), runner):
-        if not method.startswith("_") and callable(found := getattr(owner, method, None)):
-            return found(*args, **kwargs)
-    raise ValidationError(f"collective_rpc: the worker has no method {method!r}, nor has its model runner")
+        return method(worker, *args, **kwargs)
+    if not method.startswith("_"):
+        for owner in (worker, runner):
+            found = getattr(owner, method, None)
+            if callable(found):
+                return found(*args, **kwargs)
+    raise ValidationError(
+        f"collective_rpc: the worker has no method {method!r}, nor has its model runner"
+    )
 
 
 class Worker:
-    """What vLLM calls a worker, as far as functions and method names that are sent to one need it."""
+    """The object that `collective_rpc` passes to functions. vLLM uses the same name."""
 
     def __init__(self, runner: ModelRunner) -> None:
         self.model_runner = runner
-        self.rank, self.device = runner.tp.rank, runner.device
+        self.rank = runner.tp.rank
+        self.device = runner.device
 
     @property
     def worker(self) -> Worker:
-        """vLLM's driver wraps its worker; scripts write `driver_worker.worker.model_runner`."""
+        """Itself, because scripts for vLLM read `driver_worker.worker.model_runner`."""
         return self
 
     def get_model(self) -> CausalLM:
         return self.model_runner.model
 
     def reload_weights(self) -> None:
-        """Reads the checkpoint once more into the running model."""
-        self.model_runner.load(self.model_runner.model)
+        """Loads the checkpoint again into the model."""
+        self.model_runner.load()
+
+    def sleep(self, level: int = 1) -> None:
+        sleep.sleep(self.model_runner, level)
+
+    def wake_up(self, tags: list[str] | None = None) -> None:
+        for tag in sorted(self.model_runner.freed.intersection(tags or sleep.TAGS), reverse=True):
+            sleep.wake_up(self.model_runner, tag)

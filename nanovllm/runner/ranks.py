@@ -1,8 +1,8 @@
-"""Ranks that are processes of our own: rank 0 stays in the user's process, the others are fresh interpreters.
+"""Ranks as processes: rank 0 is the user's process, the others are new interpreters.
 
-A step's packed batch lies in anonymous shared memory and an empty message wakes the ranks; any other call is one pickled
-message. A rank that dies or raises ends them all, and every later call raises `EngineDeadError` with that rank's own
-traceback. Top to bottom: the executor, what carries a batch, the processes as rank 0 sees them, the life of one of them.
+A step's packed batch lies in shared memory, and an empty message wakes the ranks. Any
+other call is one pickled message. If a rank dies or raises, all ranks end, and every
+later call raises `EngineDeadError` with that rank's traceback.
 """
 
 from __future__ import annotations
@@ -23,43 +23,79 @@ import traceback
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from multiprocessing.spawn import get_preparation_data, prepare
-from typing import Any
+from types import FrameType
+from typing import TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from nanovllm.engine.batch import Batch
+from nanovllm.core.batch import Batch, ceil_div, pack, unpack
+from nanovllm.core.step import StepResult
 from nanovllm.parallel import TensorParallel
-from nanovllm.runner.executor import EngineDeadError, Executor, call
-from nanovllm.runner.model_runner import Launch, ModelRunner, StepResult
+from nanovllm.runner.executor import EngineDeadError, Executor, Method, call
+from nanovllm.runner.model_runner import ModelRunner, PendingStep
 from nanovllm.runner.setup import Setup
+from nanovllm.runner.start import make_runner
 
-START = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); import sys; sys.path[:] = {path!r}; "
-START += "from nanovllm.runner.ranks import run_rank; run_rank({rank}, {connection}, {slots})"
-MEETING = timedelta(seconds=60)  # for ranks that are all up to find each other
-GRACE = 1.0  # seconds between one rank's failure and the end of the others, for their reports
-RANK = 0  # of a process that was started for it
+START = (
+    "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); "
+    "import sys; sys.path[:] = {path!r}; "
+    "from nanovllm.runner.ranks import run_rank; run_rank({rank}, {connection}, {slots})"
+)
+RENDEZVOUS_TIMEOUT = timedelta(seconds=60)  # for started ranks to find each other
+GRACE = 1.0  # seconds for the other ranks' reports after one rank's failure
+RANK = 0  # this process's rank; `run_rank` sets it
+
+# A message to rank 0 begins with one of these bytes.
+REPLY = b"r"
+REPORT = b"f"
+STOP = b"stop"  # to a rank, instead of a pickled call
+
+Result = TypeVar("Result")
+
+
+@dataclass
+class Start:
+    """The first message to a rank."""
+
+    setup: Setup
+    port: int  # of the TCPStore at which the ranks meet
+    size: int
+    script: dict[str, object]  # the user's script, as multiprocessing describes it
+
+
+@dataclass
+class Call:
+    """A message: call `method(worker, ...)`, or the worker's method of that name."""
+
+    method: Method
+    args: tuple[object, ...]
+    kwargs: dict[str, object]
+
+
+# -- rank 0: the executor --------------------------------------------------------------------------
 
 
 class SpawnedExecutor(Executor):
-    """Rank 0 of several, and the only one that schedules. Invariant: every rank has been told of the same steps."""
+    """Rank 0 of several. Invariant: every rank gets the same steps in the same order."""
 
     def __init__(self, setup: Setup, size: int) -> None:
         if RANK:
             raise RuntimeError(
-                f"rank {RANK} ran the user's script to find a function in it, and that makes an engine: put what makes it "
-                "under `if __name__ == '__main__':`, or the function into a file of its own"
+                f"rank {RANK} ran the user's script to find a function, and the script makes an "
+                "engine: put the engine under `if __name__ == '__main__':`, or the function into "
+                "a file of its own"
             )
-        # A rank's share of the cores. Ranks wait for each other, so rank 0 gains nothing by taking more.
+        # A rank's share of the cores, for rank 0 too, because ranks wait for each other.
         self.threads = max(1, torch.get_num_threads() // size) if setup.device.type == "cpu" else 0
         self.slots = [Slot(os.memfd_create("nanovllm")) for _ in range(2)]
-        self.launches: list[Launch | None] = [None, None]
-        self.turns = itertools.cycle((0, 1))
+        self.pending: list[PendingStep | None] = [None, None]  # the last step of each slot
+        self.slot_numbers = itertools.cycle((0, 1))
         self.workers = Workers(size, [slot.fd for slot in self.slots], self.threads)
         self.close_once = weakref.finalize(self, close, self.workers, self.slots)
         try:
@@ -74,66 +110,78 @@ class SpawnedExecutor(Executor):
         listener = socket.create_server(("127.0.0.1", 0))
         port = listener.getsockname()[1]
         store = dist.TCPStore(
-            "127.0.0.1", port, None, True, MEETING, wait_for_workers=False, master_listen_fd=listener.detach()
+            "127.0.0.1",
+            port,
+            None,
+            True,
+            RENDEZVOUS_TIMEOUT,
+            wait_for_workers=False,
+            master_listen_fd=listener.detach(),
         )
-        self.workers.send(pickle.dumps((setup, port, size, main_script())))
+        self.workers.send(pickle.dumps(Start(setup, port, size, user_script())))
         self.workers.replies()
         tp = self.workers.unless_dead(lambda: TensorParallel.join(store, 0, size, setup.device))
         if setup.device.type == "cuda":
+            assert tp.group is not None
             self.workers.on_failure = tp.group.abort
-        return ModelRunner(setup, tp)
+        return make_runner(setup, tp)
 
-    def launch(self, batch: Batch) -> SpawnedLaunch:
+    def launch(self, batch: Batch[np.ndarray]) -> PendingOnAllRanks:
         self.workers.check()
         with uninterrupted(), self._few_threads():
             try:
-                turn = next(self.turns)
-                # What a slot holds was read by all ranks once its step is done, as no rank does one without the others.
-                if (previous := self.launches[turn]) is not None:
+                number = next(self.slot_numbers)
+                # After its step all ranks have read a slot, because ranks step together.
+                previous = self.pending[number]
+                if previous is not None:
                     previous.collect()
-                self.slots[turn].write(batch)
+                self.slots[number].write(batch)
                 self.workers.send(b"")
-                launch = self.launches[turn] = self.runner.launch(batch)
+                pending = self.runner.launch(batch)
+                self.pending[number] = pending
             except BaseException as err:
                 self._fail(err)
                 raise
-        return SpawnedLaunch(launch, self)
+        return PendingOnAllRanks(pending, self)
 
-    def collect(self, launch: Launch) -> StepResult:
+    def collect(self, pending: PendingStep) -> StepResult:
         try:
-            result = launch.collect()
+            result = pending.collect()
         except Exception as err:
             self._fail(err)
             raise
-        self.workers.check()  # when a rank died, what the device was waiting for was broken off
+        # If a rank died, the result is wrong, because NCCL's collectives were aborted.
+        self.workers.check()
         return result
 
     def collective_rpc(
-        self, method: str | Callable[..., Any], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> list[Any]:
+        self, method: Method, args: tuple[object, ...] = (), kwargs: dict[str, object] | None = None
+    ) -> list[object]:
         self.workers.check()
         try:
-            message = pickle.dumps((method, args, kwargs or {}))
+            message = pickle.dumps(Call(method, args, kwargs or {}))
         except Exception as err:
             raise TypeError(
-                f"collective_rpc: {method!r} or its arguments cannot be sent to other ranks ({err}); "
-                "use functions that are defined at the top level of a file"
+                f"collective_rpc: {method!r} or its arguments cannot be sent to other ranks "
+                f"({err}); use functions that are defined at the top level of a file"
             ) from err
         failure: Exception | None = None
+        results: list[object] = []
         try:
             self.workers.send(message)
             with self._few_threads():
                 try:
-                    results = [call(self.runner, method, args, kwargs or {})]
+                    results.append(call(self.runner, method, args, kwargs or {}))
                 except Exception as err:
                     failure = err
-            replies = self.workers.replies(patience=None if failure is None else 30)
+            replies = self.workers.replies(timeout=None if failure is None else 30)
         except BaseException as err:
             self._fail(err)
             raise
         if failure is not None:
             raise failure
-        for rank, (succeeded, value) in enumerate(map(pickle.loads, replies), 1):
+        for rank, reply in enumerate(replies, 1):
+            succeeded, value = pickle.loads(reply)
             if not succeeded:
                 raise RuntimeError(f"collective_rpc: rank {rank} raised\n{value}")
             results.append(value)
@@ -145,6 +193,7 @@ class SpawnedExecutor(Executor):
 
     @contextmanager
     def _few_threads(self) -> Iterator[None]:
+        """Uses the rank's share of the threads. Restores the user's number at the end."""
         threads = torch.get_num_threads()
         if self.threads:
             torch.set_num_threads(self.threads)
@@ -155,86 +204,112 @@ class SpawnedExecutor(Executor):
                 torch.set_num_threads(threads)
 
     def _fail(self, err: BaseException) -> None:
-        """Ends the ranks, which `err` left out of step. If another rank is the cause, raises what that one said."""
-        if isinstance(err, (RuntimeError, OSError)):  # as collectives and sockets raise when their other end is gone
+        """Ends all ranks after an error, because their steps may now differ.
+
+        Raises EngineDeadError if another rank failed first.
+        """
+        # A collective or a socket raises these if another rank is dead.
+        if isinstance(err, (RuntimeError, OSError)):
             self.workers.failed.wait(5 * GRACE)
-        own = not self.workers.failed.is_set()
+        other_failed = self.workers.failed.is_set()
         self.workers.failure = self.workers.failure or f"rank 0 raised {type(err).__name__}: {err}"
         self.close_once()
         if hasattr(self, "runner"):
             self.runner.tp.close()
-        if not own and not isinstance(err, EngineDeadError):
+        if other_failed and not isinstance(err, EngineDeadError):
             raise EngineDeadError(self.workers.failure) from err
 
 
 @dataclass
-class SpawnedLaunch:
-    launch: Launch
+class PendingOnAllRanks:
+    """A step that was launched on all ranks."""
+
+    pending: PendingStep
     executor: SpawnedExecutor
 
     def collect(self) -> StepResult:
-        return self.executor.collect(self.launch)
+        return self.executor.collect(self.pending)
 
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Ctrl-C waits until rank 0 has done what the other ranks were told to do; a second one does not."""
+    """Delays Ctrl-C until the end, because all ranks must launch the same steps.
+
+    A second Ctrl-C is not delayed.
+    """
     handler = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or not callable(handler):
         yield
         return
-    caught: list[Any] = []
+    delayed: list[tuple[int, FrameType | None]] = []
 
-    def later(*signal_and_frame: Any) -> None:
-        caught.append(signal_and_frame)
-        if len(caught) > 1:
-            handler(*signal_and_frame)
+    def later(number: int, frame: FrameType | None) -> None:
+        delayed.append((number, frame))
+        if len(delayed) > 1:
+            handler(number, frame)
 
     signal.signal(signal.SIGINT, later)
     try:
         yield
     finally:
         signal.signal(signal.SIGINT, handler)
-    if caught:
-        handler(*caught[0])
+    if delayed:
+        handler(*delayed[0])
+
+
+# -- rank 0 and the other ranks: shared memory -----------------------------------------------------
 
 
 class Slot:
-    """Anonymous shared memory for one packed batch: it has no name, grows as needed, and goes with its last process.
+    """Shared memory for one packed batch. It grows as needed and ends with its processes.
 
-    int32 words: the number of words in use, the length of each field of a Batch, then the fields.
+    Layout in bytes: two int64 (the length of the pickled layout, the number of words),
+    the pickled layout, padding to a multiple of 16, the words.
     """
 
-    HEAD = 1 + len(fields(Batch))
+    HEAD = 16
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
         if not os.fstat(fd).st_size:
             os.ftruncate(fd, 1 << 20)
-        self.words = self._map()
+        self.memory = mmap.mmap(fd, 0)
 
-    def _map(self) -> np.ndarray:
-        return np.frombuffer(mmap.mmap(self.fd, 0), np.int32)
+    def write(self, batch: Batch[np.ndarray]) -> None:
+        words, places = pack(batch)
+        layout = pickle.dumps(places)
+        start = self._words_start(len(layout))
+        size = start + words.nbytes
+        if size > len(self.memory):
+            os.ftruncate(self.fd, 2 * size)
+            self.memory = mmap.mmap(self.fd, 0)
+        self.memory[: self.HEAD] = np.array([len(layout), len(words)], np.int64).tobytes()
+        self.memory[self.HEAD : self.HEAD + len(layout)] = layout
+        np.frombuffer(self.memory, np.int32, len(words), start)[:] = words
 
-    def write(self, batch: Batch) -> None:
-        packed, lengths = batch.pack()
-        size = self.HEAD + len(packed)
-        if size > len(self.words):
-            os.ftruncate(self.fd, 8 * size)
-            self.words = self._map()
-        self.words[0], self.words[1 : self.HEAD] = size, lengths
-        self.words[self.HEAD : size] = packed
+    def read(self) -> Batch[np.ndarray]:
+        """The batch, as views of the memory. They are valid until the next write."""
+        if os.fstat(self.fd).st_size > len(self.memory):
+            self.memory = mmap.mmap(self.fd, 0)
+        layout_bytes, num_words = np.frombuffer(self.memory, np.int64, 2).tolist()
+        layout = pickle.loads(self.memory[self.HEAD : self.HEAD + layout_bytes])
+        start = self._words_start(layout_bytes)
+        words = np.frombuffer(self.memory, np.int32, num_words, start)
+        return unpack(layout, words, np.float32)
 
-    def read(self) -> Batch:
-        """The batch, as views that hold until the next write."""
-        size = self.words[0]
-        if size > len(self.words):
-            self.words = self._map()
-        return Batch.unpack(self.words[1 : self.HEAD].tolist(), self.words[self.HEAD : size], np.float32)
+    def _words_start(self, layout_bytes: int) -> int:
+        return ceil_div(self.HEAD + layout_bytes, 16) * 16
+
+
+# -- rank 0: the processes of the other ranks ------------------------------------------------------
 
 
 class Workers:
-    """The processes of ranks 1 and up. They end when told to, when one of them fails, and when this process ends."""
+    """The processes of ranks 1 and up.
+
+    Invariant: they end when `close` is called, when one of them fails, and when this
+    process ends. `failure` is the sentence for `EngineDeadError`.
+    """
 
     def __init__(self, size: int, slots: list[int], threads: int) -> None:
         self.pid = os.getpid()
@@ -247,20 +322,24 @@ class Workers:
         self.on_failure: Callable[[], None] = lambda: None
         env = {**os.environ, "OMP_NUM_THREADS": str(threads)} if threads else None
         for rank in range(1, size):
-            ours, theirs = socket.socketpair()
-            code = START.format(path=sys.path, rank=rank, connection=theirs.fileno(), slots=slots)
-            # Not multiprocessing: its children run the user's script again, which then needs a __main__ guard.
-            process = subprocess.Popen(
-                [sys.executable, "-c", code],
-                stdin=subprocess.DEVNULL,
-                env=env,
-                pass_fds=[theirs.fileno(), *slots],
-            )
-            theirs.close()
-            self.processes.append(process)
-            self.connections.append(Connection(ours.detach()))
+            self._start(rank, slots, env)
         self.listener = threading.Thread(target=self._listen, name="nanovllm ranks", daemon=True)
         self.listener.start()
+
+    def _start(self, rank: int, slots: list[int], env: dict[str, str] | None) -> None:
+        ours, theirs = socket.socketpair()
+        code = START.format(path=sys.path, rank=rank, connection=theirs.fileno(), slots=slots)
+        # Not multiprocessing, because its processes run the user's script again, which
+        # then needs a guard for __main__.
+        process = subprocess.Popen(
+            [sys.executable, "-c", code],
+            stdin=subprocess.DEVNULL,
+            env=env,
+            pass_fds=[theirs.fileno(), *slots],
+        )
+        theirs.close()
+        self.processes.append(process)
+        self.connections.append(Connection(ours.detach()))
 
     def check(self) -> None:
         if self.failure is not None:
@@ -270,67 +349,79 @@ class Workers:
         for connection in self.connections:
             connection.send_bytes(message)
 
-    def replies(self, patience: float | None = None) -> list[bytes]:
-        """What each rank has to say next, in order of rank. Raises EngineDeadError if one dies first."""
+    def replies(self, timeout: float | None = None) -> list[bytes]:
+        """One reply of each rank, in order of rank.
+
+        Raises EngineDeadError if a rank fails, and RuntimeError after `timeout` seconds.
+        """
         found: dict[int, bytes] = {}
         while len(found) < len(self.processes):
             try:
-                reply = self.inbox.get(timeout=patience)
+                reply = self.inbox.get(timeout=timeout)
             except queue.Empty:
                 missing = set(range(1, len(self.processes) + 1)) - set(found)
-                raise RuntimeError(f"ranks {sorted(missing)} have not answered for {patience:.0f} s") from None
+                raise RuntimeError(
+                    f"ranks {sorted(missing)} have not answered for {timeout:.0f} s"
+                ) from None
             if reply is None:
                 raise EngineDeadError(self.failure)
             found[reply[0]] = reply[1]
         return [found[rank] for rank in sorted(found)]
 
-    def unless_dead(self, function: Callable[[], Any]) -> Any:
-        """function(), whose waiting for the other ranks is given up when one of them is dead."""
-        done: queue.SimpleQueue[tuple[bool, Any]] = queue.SimpleQueue()
+    def unless_dead(self, function: Callable[[], Result]) -> Result:
+        """The result of a function that waits for the other ranks.
+
+        Raises EngineDeadError as soon as a rank fails.
+        """
+        results: queue.SimpleQueue[Result | Exception] = queue.SimpleQueue()
 
         def run() -> None:
             try:
-                done.put((True, function()))
+                results.put(function())
             except Exception as err:
-                done.put((False, err))
+                results.put(err)
 
         threading.Thread(target=run, daemon=True).start()
         while not self.failed.is_set():
             try:
-                succeeded, value = done.get(timeout=0.05)
+                result = results.get(timeout=0.05)
             except queue.Empty:
                 continue
-            if succeeded:
-                return value
-            raise value
+            if isinstance(result, Exception):
+                raise result
+            return result
         raise EngineDeadError(self.failure)
 
     def _listen(self) -> None:
-        """Sorts what ranks send: replies to the inbox; a report of a failure, or silence, ends them all."""
-        alive = dict(zip(self.connections, itertools.count(1)))
-        reports: list[tuple[float, str]] = []
-        while alive:
-            ready = wait(list(alive), timeout=GRACE if reports else None)
+        """Receives all messages. Replies go to the inbox; a failure ends all ranks."""
+        ranks: dict[Connection, int] = dict(zip(self.connections, itertools.count(1)))
+        reported: set[int] = set()
+        reports: list[tuple[float, str]] = []  # (time, text)
+        while ranks:
+            ready = wait(list(ranks), timeout=GRACE if reports else None)
             if not ready:
                 break
             for connection in ready:
                 assert isinstance(connection, Connection)
+                rank = ranks[connection]
                 try:
                     message = connection.recv_bytes()
                 except (EOFError, OSError):
-                    rank = alive.pop(connection)
-                    if rank > 0:  # without a report
-                        reports.append((0.0, self._obituary(rank)))
+                    del ranks[connection]
+                    if rank not in reported:
+                        reports.append((0.0, self._describe_exit(rank)))
                     continue
                 if message[:1] == REPLY:
-                    self.inbox.put((alive[connection], message[1:]))
+                    self.inbox.put((rank, message[1:]))
                 else:
                     reports.append(pickle.loads(message[1:]))
-                    alive[connection] = -1
-        if self.closing:
-            return
-        # The first is the cause; a rank that only lost its connection to that one reports later.
-        self.failure = self.failure or min(reports)[1]
+                    reported.add(rank)
+        if not self.closing:
+            # The first report is the cause. Other ranks then report lost connections.
+            self._end_all(min(reports)[1])
+
+    def _end_all(self, failure: str) -> None:
+        self.failure = self.failure or failure
         self.failed.set()
         self.inbox.put(None)
         for process in self.processes:
@@ -339,30 +430,30 @@ class Workers:
         for process in self.processes:
             process.wait()
 
-    def _obituary(self, rank: int) -> str:
+    def _describe_exit(self, rank: int) -> str:
         process = self.processes[rank - 1]
+        name = f"rank {rank} (process {process.pid})"
         try:
             code = process.wait(GRACE)
         except subprocess.TimeoutExpired:
-            return f"rank {rank} (process {process.pid}) closed its connection"
-        how = (
-            f"exited with status {code}, see its output" if code >= 0 else f"was killed by {signal.Signals(-code).name}"
-        )
+            return f"{name} closed its connection"
+        if code >= 0:
+            return f"{name} exited with status {code}, see its output"
         hint = ", as Linux does when memory runs out" if code == -signal.SIGKILL else ""
-        return f"rank {rank} (process {process.pid}) {how}{hint}"
+        return f"{name} was killed by {signal.Signals(-code).name}{hint}"
 
     def close(self) -> None:
-        if self.pid != os.getpid():  # a forked copy of the user's process ends, not the user's process
+        if self.pid != os.getpid():  # a forked process must not end the ranks
             return
         self.closing = True
         self.failure = self.failure or "it was closed"
         for connection in self.connections:
             with suppress(OSError):
                 connection.send_bytes(STOP)
-        patience = time.monotonic() + GRACE
+        deadline = time.monotonic() + GRACE
         for process in self.processes:
             try:
-                process.wait(max(0.0, patience - time.monotonic()))
+                process.wait(max(0.0, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
@@ -376,14 +467,11 @@ def close(workers: Workers, slots: list[Slot]) -> None:
         os.close(slots.pop().fd)
 
 
-# -- the other ranks -----------------------------------------------------------------------------------------------------
-
-STOP = b"stop"  # no pickle
-REPLY, REPORT = b"r", b"f"  # how what a rank sends begins
+# -- the other ranks -------------------------------------------------------------------------------
 
 
 def run_rank(rank: int, connection_fd: int, slot_fds: list[int]) -> None:
-    """The whole life of the process of rank 1 or up."""
+    """The main function of the process of rank 1 or up."""
     global RANK
     RANK = rank
     threading.Thread(target=end_with, args=(connection_fd,), daemon=True).start()
@@ -391,16 +479,15 @@ def run_rank(rank: int, connection_fd: int, slot_fds: list[int]) -> None:
     try:
         serve(rank, connection, [Slot(fd) for fd in slot_fds])
     except BaseException:
-        connection.send_bytes(
-            REPORT + pickle.dumps((time.monotonic(), f"rank {rank} raised\n{traceback.format_exc()}"))
-        )
+        report = (time.monotonic(), f"rank {rank} raised\n{traceback.format_exc()}")
+        connection.send_bytes(REPORT + pickle.dumps(report))
         sys.stderr.flush()
         os._exit(1)
     os._exit(0)
 
 
 def end_with(connection_fd: int) -> None:
-    """Ends this process when the other end of the connection is closed, by rank 0's death at the latest."""
+    """Ends this process when rank 0 closes the connection or dies."""
     hangup = select.poll()
     hangup.register(connection_fd, 0)
     hangup.poll()
@@ -408,35 +495,51 @@ def end_with(connection_fd: int) -> None:
 
 
 def serve(rank: int, connection: Connection, slots: list[Slot]) -> None:
-    setup, port, size, main = pickle.loads(connection.recv_bytes())
+    """Runs steps and calls until rank 0 sends STOP."""
+    start: Start = pickle.loads(connection.recv_bytes())
+    setup = start.setup
     connection.send_bytes(REPLY)
     if setup.device.type == "cuda":
         setup.device = torch.device("cuda", (setup.device.index or 0) + rank)
         torch.cuda.set_device(setup.device)
-    store = dist.TCPStore("127.0.0.1", port, None, False, MEETING)
-    runner = ModelRunner(setup, TensorParallel.join(store, rank, size, setup.device))
+    store = dist.TCPStore("127.0.0.1", start.port, None, False, RENDEZVOUS_TIMEOUT)
+    runner = make_runner(setup, TensorParallel.join(store, rank, start.size, setup.device))
     connection.send_bytes(REPLY)
-    for turn in itertools.cycle(slots):
-        while message := connection.recv_bytes():
+    for slot in itertools.cycle(slots):
+        message = connection.recv_bytes()
+        while message:
             if message == STOP:
                 return
-            try:
-                answer = pickle.dumps((True, call(runner, *unpickle(message, main))))
-            except Exception:
-                answer = pickle.dumps((False, traceback.format_exc()))
-            connection.send_bytes(REPLY + answer)
-        runner.launch(turn.read())
+            connection.send_bytes(REPLY + answer(runner, message, start.script))
+            message = connection.recv_bytes()
+        runner.launch(slot.read())
 
 
-def main_script() -> dict[str, Any]:
-    """How to run the user's script once more, as multiprocessing says it."""
+def answer(runner: ModelRunner, message: bytes, script: dict[str, object]) -> bytes:
+    """Runs a pickled call. Returns the pickled (True, result) or (False, traceback)."""
+    try:
+        request = unpickle(message, script)
+        result = call(runner, request.method, request.args, request.kwargs)
+        return pickle.dumps((True, result))
+    except Exception:
+        return pickle.dumps((False, traceback.format_exc()))
+
+
+def user_script() -> dict[str, object]:
+    """The user's script, in the form that `prepare` of multiprocessing reads."""
     data = get_preparation_data("rank")
-    return {key: value for key, value in data.items() if key == "sys_argv" or key.startswith("init_main")}
+    return {
+        key: value
+        for key, value in data.items()
+        if key == "sys_argv" or key.startswith("init_main")
+    }
 
 
-def unpickle(message: bytes, main: dict[str, Any]) -> Any:
+def unpickle(message: bytes, script: dict[str, object]) -> Call:
     try:
         return pickle.loads(message)
-    except AttributeError:  # a function of the user's script: only then is that run here, not as __main__
-        prepare(main)
+    except AttributeError:
+        # The function is in the user's script. Only then does the script run here, under
+        # another name than __main__.
+        prepare(script)
         return pickle.loads(message)

@@ -1,24 +1,38 @@
-"""From arguments to a running model: files, config, tokenizer, device, dtype and limits, each decided once and explained."""
+"""From the engine's arguments to facts: files, config, tokenizer, device, limits.
+
+Each fact is decided here once. Does not know how a step runs.
+"""
 
 from __future__ import annotations
 
 import logging
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from nanovllm import loader
 from nanovllm.config import EngineArgs
 from nanovllm.loader.fields import Fields
-from nanovllm.models.config import ModelConfig, read_config
+from nanovllm.models.config import ModelConfig
+from nanovllm.models.registry import read_config
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger("nanovllm")
 
+GPU_BLOCK_SIZE = 64
+CPU_BLOCK_SIZE = 16
+LARGE_GPU = 70 << 30  # bytes of memory
+
 
 class Setup:
-    """What an engine's arguments amount to on this machine. Raises ValueError for what cannot be done here."""
+    """The decisions of one engine on this machine. Every rank has the same Setup.
+
+    Raises ValueError for arguments that cannot work with this model or on this machine.
+    """
 
     def __init__(self, args: EngineArgs) -> None:
         self.args = args
@@ -39,28 +53,34 @@ class Setup:
         self.tokenizer = None if args.skip_tokenizer_init else self._load_tokenizer()
         self.eos_token_ids = self._eos_token_ids()
         self.device = pick_device(args.device)
-        stored = loader.checkpoint_dtype(self.hf_config, self.files) if args.dtype == "auto" else None
-        self.dtype = pick_dtype(args.dtype, stored, self.device)
-        # On a GPU a tile of 64 keys then lies in one page: one table entry to read, and a fifth fewer instructions.
-        self.block_size = args.block_size or (64 if self.device.type == "cuda" else 16)
+        self.dtype = pick_dtype(args.dtype, self._stored_dtype(), self.device)
+        self.block_size = args.block_size or default_block_size(self.device)
         self.max_model_len = self._max_model_len()
         tokens, seqs = step_limits(self.device)
         self.max_num_batched_tokens = args.max_num_batched_tokens or tokens
         self.max_num_seqs = args.max_num_seqs or min(seqs, self.max_num_batched_tokens)
-        if self.max_num_seqs > self.max_num_batched_tokens:
-            raise ValueError(
-                f"max_num_seqs={self.max_num_seqs} must not exceed max_num_batched_tokens="
-                f"{self.max_num_batched_tokens}: each running sequence computes a token a step"
-            )
-        if not args.enable_chunked_prefill and self.max_num_batched_tokens < self.max_model_len:
-            if args.max_num_batched_tokens is not None:
-                raise ValueError(
-                    f"max_num_batched_tokens={self.max_num_batched_tokens} must be at least max_model_len="
-                    f"{self.max_model_len} with enable_chunked_prefill=False"
-                )
-            self.max_num_batched_tokens = self.max_model_len
+        self._check_limits()
 
-    def _load_tokenizer(self) -> Any:
+    def _model_config(self) -> ModelConfig:
+        """The config of the model. Its `tie_embeddings` follows the checkpoint."""
+        config = read_config(self.hf_config, self.config_path)
+        says_tied = config.tie_embeddings and self.args.load_format != "dummy"
+        if says_tied and loader.head_differs(self.files):
+            logger.warning(
+                "%s: tie_word_embeddings is true, but the checkpoint's lm_head.weight is no copy "
+                "of its model.embed_tokens.weight: both are used, as transformers does",
+                self.config_path,
+            )
+            return replace(config, tie_embeddings=False)
+        return config
+
+    @property
+    def config_path(self) -> Path:
+        """The file that the config is read from."""
+        gguf = self.files.gguf
+        return self.files.folder / "config.json" if gguf is None else gguf.path
+
+    def _load_tokenizer(self) -> PreTrainedTokenizerBase:
         args = self.args
         return loader.load_tokenizer(
             args.tokenizer or self.files,
@@ -72,62 +92,103 @@ class Setup:
             hf_token=args.hf_token,
         )
 
-    def _model_config(self) -> ModelConfig:
-        """The config, with what the weights say of the output head."""
-        config = read_config(self.hf_config, self.config_path)
-        if config.tie_embeddings and self.args.load_format != "dummy" and loader.head_differs(self.files):
-            logger.warning(
-                "%s: tie_word_embeddings is true, but the checkpoint's lm_head.weight is no copy of its "
-                "model.embed_tokens.weight: both are used, as transformers does",
-                self.config_path,
-            )
-            return replace(config, tie_embeddings=False)
-        return config
-
-    @property
-    def config_path(self) -> Path:
-        return self.files.folder / "config.json" if self.files.gguf is None else self.files.gguf.path
-
     def _eos_token_ids(self) -> frozenset[int]:
-        """The tokenizer's, and those of generation_config.json or else of config.json, as far as they can be sampled."""
-        if self.generation_config.get("eos_token_id") is not None:
-            found = Fields(self.generation_config_path, self.generation_config.get).ids("eos_token_id")
+        """The end tokens of the tokenizer, and of generation_config.json or config.json.
+
+        Ids outside the vocabulary are left out.
+        """
+        name = "eos_token_id"
+        if self.generation_config.get(name) is not None:
+            fields = Fields(self.generation_config_path, self.generation_config.get)
         else:
-            found = Fields(self.config_path, lambda name: getattr(self.hf_config, name, None)).ids("eos_token_id")
-        own = getattr(self.tokenizer, "eos_token_id", None)
-        return frozenset(i for i in (*found, own) if i is not None and 0 <= i < self.config.vocab_size)
+            fields = Fields(self.config_path, lambda name: getattr(self.hf_config, name, None))
+        found = fields.ids(name)
+        own = getattr(self.tokenizer, name, None)
+        if own is not None:
+            found.append(own)
+        return frozenset(token_id for token_id in found if 0 <= token_id < self.config.vocab_size)
+
+    def _stored_dtype(self) -> torch.dtype | None:
+        """The dtype of the checkpoint. None if it is not known, or not needed."""
+        if self.args.dtype != "auto":
+            return None
+        return loader.checkpoint_dtype(self.hf_config, self.files)
 
     def _max_model_len(self) -> int:
-        rope, longest = self.config.rope, self.config.max_position
+        """The longest sequence in tokens.
+
+        RoPE's scaling sets the largest max_model_len.
+        """
+        rope, trained = self.config.rope, self.config.max_position
+        scaled = trained
         if rope["rope_type"] == "yarn":
-            longest = int((rope.get("original_max_position_embeddings") or longest) * rope.get("factor", 1))
+            original = rope.get("original_max_position_embeddings") or trained
+            scaled = int(original * rope.get("factor", 1))
         elif rope["rope_type"] == "linear":
-            longest = int(longest * rope["factor"])
-        longest = max(longest, self.config.max_position)
+            scaled = int(trained * rope["factor"])
+        longest = max(scaled, trained)
         asked = self.args.max_model_len
         if asked is not None and asked > longest:
-            raise ValueError(f"max_model_len={asked} is above the model's own {longest}; accepted is at most that")
+            raise ValueError(
+                f"max_model_len={asked} is above the model's own {longest}; accepted is at most "
+                f"{longest}"
+            )
         return asked or longest
 
-    def __getstate__(self) -> dict[str, Any]:
-        """What another rank's process needs to make its runner: all is decided, and no prompt is read there."""
+    def _check_limits(self) -> None:
+        """Raises ValueError for limits of a step that contradict each other.
+
+        Without chunked prefill a step must take a whole prompt: the default of
+        max_num_batched_tokens then grows to max_model_len.
+        """
+        if self.max_num_seqs > self.max_num_batched_tokens:
+            raise ValueError(
+                f"max_num_seqs={self.max_num_seqs} must not exceed max_num_batched_tokens="
+                f"{self.max_num_batched_tokens}: each running sequence computes a token a step"
+            )
+        if self.args.enable_chunked_prefill or self.max_num_batched_tokens >= self.max_model_len:
+            return
+        if self.args.max_num_batched_tokens is not None:
+            raise ValueError(
+                f"max_num_batched_tokens={self.max_num_batched_tokens} must be at least "
+                f"max_model_len={self.max_model_len} with enable_chunked_prefill=False"
+            )
+        self.max_num_batched_tokens = self.max_model_len
+
+    def __getstate__(self) -> dict[str, object]:
+        """The state that another rank needs to make its runner.
+
+        It has no Hugging Face config and no tokenizer: other ranks do not read them.
+        """
         args = replace(self.args, hf_overrides=None)
         return {**vars(self), "args": args, "hf_config": None, "tokenizer": None}
 
 
 def pick_device(name: str) -> torch.device:
+    """The device of `device=`.
+
+    Raises ValueError for an unknown one, or CUDA without a GPU.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     kind = name.partition(":")[0]
     if kind not in ("cpu", "cuda"):
         raise ValueError(f"device={name!r} is not supported; accepted are 'auto', 'cpu' and 'cuda'")
     if kind == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device={name!r}: torch {torch.__version__} finds no CUDA device; use device='cpu'")
-    return torch.device("cuda", torch.cuda.current_device()) if name == "cuda" else torch.device(name)
+        raise ValueError(
+            f"device={name!r}: torch {torch.__version__} finds no CUDA device; use device='cpu'"
+        )
+    if name == "cuda":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device(name)
 
 
 def pick_dtype(asked: str, checkpoint: torch.dtype | None, device: torch.device) -> torch.dtype:
-    """What was asked for; with "auto" the checkpoint's own, or what the device computes well where it cannot do that."""
+    """The dtype of `dtype=`.
+
+    For "auto" it is the dtype of the checkpoint, or, if this device is slow in that
+    dtype, the half precision that the device is fast in.
+    """
     if asked != "auto":
         return getattr(torch, asked)
     if device.type == "cuda":
@@ -140,7 +201,10 @@ def pick_dtype(asked: str, checkpoint: torch.dtype | None, device: torch.device)
     dtype = torch.float16 if device.type == "cuda" and checkpoint == torch.float16 else half
     if checkpoint is not None and checkpoint != dtype:
         logger.warning(
-            "dtype: the checkpoint is %s, which is slow on this %s; running in %s", checkpoint, device.type, dtype
+            "dtype: the checkpoint is %s, which is slow on this %s; running in %s",
+            checkpoint,
+            device.type,
+            dtype,
         )
     else:
         logger.info("dtype: running in %s", dtype)
@@ -148,7 +212,10 @@ def pick_dtype(asked: str, checkpoint: torch.dtype | None, device: torch.device)
 
 
 def cpu_has_bf16() -> bool:
-    """Whether the CPU multiplies bfloat16 in hardware (x86: AVX512-BF16 or AMX; Arm: the bf16 extension)."""
+    """Whether the CPU multiplies bfloat16 in hardware.
+
+    On x86 that is AVX512-BF16 or AMX, and on Arm the bf16 extension.
+    """
     try:
         flags = set(Path("/proc/cpuinfo").read_text().split())
     except OSError:
@@ -156,9 +223,22 @@ def cpu_has_bf16() -> bool:
     return bool(flags & {"avx512_bf16", "amx_bf16", "bf16"})
 
 
+def default_block_size(device: torch.device) -> int:
+    """Tokens of one block of the KV cache.
+
+    On a GPU a tile of 64 keys lies in one block, because attention then reads one entry
+    of the block table for a tile (docs/experiments.md).
+    """
+    return GPU_BLOCK_SIZE if device.type == "cuda" else CPU_BLOCK_SIZE
+
+
 def step_limits(device: torch.device) -> tuple[int, int]:
-    """Tokens and sequences of one step, where the arguments do not say: vLLM's on GPUs."""
+    """(tokens, sequences) of one step if the arguments do not say.
+
+    On GPUs these are vLLM's.
+    """
     if device.type != "cuda":
         return 2048, 256
-    large = torch.cuda.get_device_properties(device).total_memory >= 70 << 30
-    return (16384, 1024) if large else (8192, 256)
+    if torch.cuda.get_device_properties(device).total_memory >= LARGE_GPU:
+        return 16384, 1024
+    return 8192, 256

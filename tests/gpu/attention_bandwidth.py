@@ -1,8 +1,9 @@
-"""How fast decode attention reads K and V, beside what a plain copy reaches on the same card.
+"""How fast decode attention reads K and V, beside the speed of a plain copy on the same GPU.
 
     PYTHONPATH=. python tests/gpu/attention_bandwidth.py [--kv-cache-dtype fp8]
 
-Bytes are those of K and V alone, each read once; many layers are timed in one CUDA graph, so no cache holds them.
+Only the bytes of K and V count, and each byte once. One CUDA graph runs many layers, so that
+no cache of the GPU can hold their K and V.
 """
 
 from __future__ import annotations
@@ -14,15 +15,16 @@ from collections.abc import Callable
 
 import torch
 
-from nanovllm.attention import AttentionMetadata, AttentionSpec
+from nanovllm.attention.base import AttentionSpec
 from nanovllm.attention.triton_backend import TritonAttention, decode_programs
-from nanovllm.kernels.triton_ops import card
+from nanovllm.core.batch import AttentionMetadata, ceil_div
+from nanovllm.kernels.triton_ops import device_properties
 
 BATCHES, CONTEXTS, PAGES = (1, 8, 32, 128, 256), (256, 1024, 4096), (16, 64, 256)
 
 
 def seconds(work: Callable[[], object], device: torch.device, repeats: int = 20) -> float:
-    """Median time of one replay of `work` as a CUDA graph; on other devices of one call."""
+    """Median time of one replay of `work` as a CUDA graph. Without a GPU: of one call."""
     if device.type != "cuda":
         start = time.perf_counter()
         work()
@@ -46,7 +48,7 @@ def seconds(work: Callable[[], object], device: torch.device, repeats: int = 20)
 
 
 def copy_bandwidth(device: torch.device, size: int = 2 << 30) -> float:
-    """Bytes a second, reads and writes counted, of a copy on the device."""
+    """Bytes a second that a copy on the device reads and writes."""
     source = torch.empty(size, dtype=torch.uint8, device=device).random_()
     target = torch.empty_like(source)
     return 2 * size / seconds(lambda: target.copy_(source), device)
@@ -65,21 +67,27 @@ def decode_bandwidth(
     total: int = 1 << 30,
     shape: dict[str, int] | None = None,
 ) -> float:
-    """Bytes of K and V a second that decode attention of `batch` sequences of `context` tokens reads (Qwen3-0.6B).
+    """Bytes of K and V that decode attention reads a second.
 
-    As many layers are run as hold `total` bytes together. The step's plan is part of the time, once, as in a model.
-    `shape` changes what `decode_shape` chose: TILE, num_warps, num_stages, maxnreg.
+    The step has `batch` sequences of `context` tokens, in the shape of Qwen3-0.6B. The layers
+    together have about `total` bytes of K and V. The step's plan is made once, as in a model, and
+    counts. shape: replaces values of `decode_shape` (TILE, num_warps, num_stages, maxnreg).
     """
     where = torch.device(device)
-    pages = -(-context // page)
+    pages = ceil_div(context, page)
     itemsize = 1 if kv_cache_dtype == "fp8" else dtype.itemsize
     layer_bytes = 2 * batch * context * heads[1] * head_dim * itemsize
     layers = max(1, min(64, total // layer_bytes))
-    spec = AttentionSpec(layers, *heads, head_dim, head_dim**-0.5, (None,) * layers, page, dtype, where)
+    spec = AttentionSpec(
+        layers, *heads, head_dim, head_dim**-0.5, (None,) * layers, page, dtype, where
+    )
     backend = TritonAttention(spec, kv_cache_dtype)
     if shape:
         backend.decode |= shape
-        backend.programs = decode_programs(*card(where)[1:], backend.decode, head_dim, backend.cache_dtype)
+        gpu = device_properties(where)
+        backend.programs = decode_programs(
+            gpu.multiprocessors, gpu.shared_memory, backend.decode, head_dim, backend.cache_dtype
+        )
     backend.allocate(batch * pages)
     for layer in backend.cache:
         layer.copy_(torch.randn(layer.shape, dtype=dtype, device=where))
@@ -105,7 +113,9 @@ def decode_bandwidth(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--kv-cache-dtype", default="auto", choices=("auto", "fp8"))
     kv_cache_dtype = parser.parse_args().kv_cache_dtype
     copy = copy_bandwidth(torch.device("cuda"))

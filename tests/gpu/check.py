@@ -44,7 +44,11 @@ def machine(tiny: bool) -> Result:
     from benchmarks.limit import probe
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda}
+    versions = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+    }
     versions |= {"triton": triton.__version__, "transformers": transformers.__version__}
     measured = vars(probe(device, "bfloat16"))
     name = torch.cuda.get_device_name() if device == "cuda" else platform.machine()
@@ -53,9 +57,21 @@ def machine(tiny: bool) -> Result:
 
 
 def tests_of(*arguments: str, tiny: bool) -> Result:
-    """pytest's GPU-marked tests. Those of memory must have the card to themselves; those of kernels mostly compile."""
+    """The tests with the mark "gpu".
+
+    Tests of memory run alone on the GPU. Tests of kernels mostly compile, so they run in parallel.
+    """
     report = Path(tempfile.mkdtemp()) / "junit.xml"
-    command = [sys.executable, "-m", "pytest", "-v", "-m", "gpu", "--durations=10", f"--junitxml={report}"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-v",
+        "-m",
+        "gpu",
+        "--durations=10",
+        f"--junitxml={report}",
+    ]
     if arguments[0] != "tests/gpu" and importlib.util.find_spec("xdist"):
         command += ["-n", str(min(8, os.cpu_count() or 1))]
     done = subprocess.run([*command, "-p", "no:cacheprovider", *arguments], cwd=ROOT)
@@ -70,11 +86,18 @@ def tests_of(*arguments: str, tiny: bool) -> Result:
     ]
     counts["passed"] = counts["tests"] - counts["failures"] - counts["errors"] - counts["skipped"]
     text = f"{counts['passed']} passed, {counts['failures'] + counts['errors']} failed, {counts['skipped']} skipped"
-    return {"summary": text, "ok": done.returncode == 0 and counts["passed"] > 0, **counts, "failed": failed}
+    return {
+        "summary": text,
+        "ok": done.returncode == 0 and counts["passed"] > 0,
+        **counts,
+        "failed": failed,
+    }
 
 
-def bench(tiny: bool, shape: str, workload: str = "field", repeats: int = 1, **engine_args: Any) -> Result:
-    """bench.py's own numbers."""
+def bench(
+    tiny: bool, shape: str, workload: str = "field", repeats: int = 1, **engine_args: Any
+) -> Result:
+    """The numbers of bench.py."""
     report = Path(tempfile.mkdtemp()) / "bench.json"
     if tiny:
         shape, workload = "tiny", "B"
@@ -89,7 +112,7 @@ def bench(tiny: bool, shape: str, workload: str = "field", repeats: int = 1, **e
 
 
 def attention(tiny: bool) -> Result:
-    """Decode attention's TB/s of K and V."""
+    """TB/s of K and V that decode attention reads."""
     import torch
     from gpu.attention_bandwidth import BATCHES, CONTEXTS, PAGES, copy_bandwidth, decode_bandwidth
 
@@ -103,9 +126,18 @@ def attention(tiny: bool) -> Result:
         except Exception as err:
             print(f"{kind} {batch} {context} {page}: {err!r}", flush=True)
             rate = 0.0
-        rows.append({"cache": kind, "batch": batch, "context": context, "page": page, "bytes_per_second": rate})
+        rows.append(
+            {
+                "cache": kind,
+                "batch": batch,
+                "context": context,
+                "page": page,
+                "bytes_per_second": rate,
+            }
+        )
         print(
-            f"{kind:4} {batch:4} x {context:5}, page {page:3}: {rate / 1e12:.2f} TB/s = {rate / copy:.0%}", flush=True
+            f"{kind:4} {batch:4} x {context:5}, page {page:3}: {rate / 1e12:.2f} TB/s = {rate / copy:.0%}",
+            flush=True,
         )
     of = {(r["cache"], r["batch"], r["context"], r["page"]): r["bytes_per_second"] for r in rows}
     text = f"128 x 1024: {of['auto', 128, 1024, 64] / copy:.0%} of the copy's {copy / 1e12:.2f} TB/s with pages of 64"
@@ -125,7 +157,7 @@ SHAPES: list[dict[str, int]] = [
 
 
 def decode_shapes(tiny: bool) -> Result:
-    """Whether another tile, depth of pipeline, number of warps or of registers would read K and V faster."""
+    """Whether other tiles, pipelines, warps or registers would read K and V faster."""
     from gpu.attention_bandwidth import decode_bandwidth
 
     rows = []
@@ -143,7 +175,11 @@ def decode_shapes(tiny: bool) -> Result:
         best = max(others, key=lambda row: row["bytes_per_second"])
         rates = [row["bytes_per_second"] / 1e12 for row in (chosen, best)]
         texts.append(f"{kind} {rates[0]:.2f} TB/s as chosen, {rates[1]:.2f} with {best['shape']}")
-    return {"summary": "; ".join(texts), "ok": all(r["bytes_per_second"] for r in rows if not r["shape"]), "rows": rows}
+    return {
+        "summary": "; ".join(texts),
+        "ok": all(r["bytes_per_second"] for r in rows if not r["shape"]),
+        "rows": rows,
+    }
 
 
 def make_llm(shape: str, **engine_args: Any) -> Any:
@@ -151,52 +187,59 @@ def make_llm(shape: str, **engine_args: Any) -> Any:
     from nanovllm import LLM
 
     folder = write_shape(shape, Path(tempfile.mkdtemp()))
-    return LLM(str(folder), load_format="dummy", skip_tokenizer_init=True, **{"max_model_len": 2048, **engine_args})
+    return LLM(
+        str(folder),
+        load_format="dummy",
+        skip_tokenizer_init=True,
+        **{"max_model_len": 2048, **engine_args},
+    )
 
 
 def trace(tiny: bool, count: int = 256) -> Result:
-    """Steady decoding of `count` sequences: the host's time a step, what waits, and what the device does."""
+    """Steady decoding of `count` sequences: the host's time, calls that wait, the device's use."""
     import torch
     from torch.profiler import ProfilerActivity, profile, record_function
 
     from benchmarks.workloads import draw
     from nanovllm import SamplingParams
-    from nanovllm.runner.model_runner import Launch
+    from nanovllm.runner.model_runner import PendingStep
 
     llm = make_llm("tiny" if tiny else "0.6b", async_scheduling=True)
     engine, steps = llm.llm_engine, 40
     prompts, _ = draw(count, 100, 900 if not tiny else 120)
     for i, prompt in enumerate(prompts):
         ids = [token % engine.vocab_size for token in prompt]
-        engine.add_request(str(i), ids, SamplingParams(temperature=0.6, max_tokens=200, ignore_eos=True))
-    while engine.scheduler.waiting or len(engine.scheduler.order) < count:
+        engine.add_request(
+            str(i), ids, SamplingParams(temperature=0.6, max_tokens=200, ignore_eos=True)
+        )
+    while engine.scheduler.waiting or len(engine.scheduler.running) < count:
         engine.step()
     for _ in range(20):
         engine.step()
 
-    waited, collect = [0.0], Launch.collect
+    waited, collect = [0.0], PendingStep.collect
 
-    def timed(self: Launch) -> Any:
+    def timed(self: PendingStep) -> Any:
         start = time.perf_counter()
         try:
             return collect(self)
         finally:
             waited[-1] += time.perf_counter() - start
 
-    Launch.collect = timed  # type: ignore[method-assign]
+    PendingStep.collect = timed  # type: ignore[method-assign]
     times = [time.perf_counter()]
     for _ in range(steps):
         engine.step()
         times.append(time.perf_counter())
         waited.append(0.0)
-    Launch.collect = collect  # type: ignore[method-assign]
+    PendingStep.collect = collect  # type: ignore[method-assign]
     step = [b - a for a, b in itertools.pairwise(times)]
     host = [1e6 * (s - w) for s, w in zip(step, waited)]
     result: Result = {
         "step_us": 1e6 * statistics.median(step),
         "host_us": statistics.median(host),
         "host_us_worst": max(host),
-        "graphs": engine.runner.graphs is not None,
+        "graphs": engine.executor.runner.graphs is not None,
     }
     activities = [ProfilerActivity.CPU]
     if torch.cuda.is_available():
@@ -210,7 +253,11 @@ def trace(tiny: bool, count: int = 256) -> Result:
     result |= read_trace(json.loads(path.read_text())["traceEvents"], steps)
     llm.llm_engine.abort_request([str(i) for i in range(count)])
     unwanted = {name: n for name, n in result["waits"].items() if name != "cudaEventSynchronize"}
-    result["ok"] = result["graphs"] and not unwanted and result["waits"].get("cudaEventSynchronize", 0) <= steps + 1
+    result["ok"] = (
+        result["graphs"]
+        and not unwanted
+        and result["waits"].get("cudaEventSynchronize", 0) <= steps + 1
+    )
     result["summary"] = (
         f"{count} sequences: {result['step_us']:.0f} us a step, host {result['host_us']:.0f} us of it, device busy "
         f"{result['busy']:.1%}, waits beside collect: {unwanted or 'none'}"
@@ -219,23 +266,44 @@ def trace(tiny: bool, count: int = 256) -> Result:
 
 
 STEP = "nanovllm step"
-WAITS = ("Synchronize", "cudaMalloc", "cudaFree", "cudaHostAlloc", "cudaMemcpy", "cuMemAlloc", "cuMemcpy")
-WAITING_OPERATIONS = ("aten::item", "aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero")
+WAITS = (
+    "Synchronize",
+    "cudaMalloc",
+    "cudaFree",
+    "cudaHostAlloc",
+    "cudaMemcpy",
+    "cuMemAlloc",
+    "cuMemcpy",
+)
+WAITING_OPERATIONS = (
+    "aten::item",
+    "aten::_local_scalar_dense",
+    "aten::nonzero",
+    "aten::is_nonzero",
+)
 
 
 def read_trace(events: list[dict[str, Any]], steps: int) -> Result:
-    """Of a profiler's trace: calls that may wait for the device, the share of time it is busy, where its time goes."""
-    waits: Counter[str] = Counter()
+    """Reads a profiler's trace: calls that may wait for the device, and the device's use of time."""
+    waiting: Counter[str] = Counter()
     kernels: Counter[str] = Counter()
     intervals = []
     ranges = [
-        (e["ts"], e["ts"] + e["dur"]) for e in events if e.get("name") == STEP and e.get("cat") == "user_annotation"
+        (e["ts"], e["ts"] + e["dur"])
+        for e in events
+        if e.get("name") == STEP and e.get("cat") == "user_annotation"
     ]
     for event in events:
         name, category = event.get("name", ""), event.get("cat", "")
-        is_call = category in ("cuda_runtime", "cuda_driver") and any(part in name for part in WAITS)
-        if (is_call and not name.startswith(("cudaMemcpyAsync", "cuMemcpyAsync"))) or name in WAITING_OPERATIONS:
-            waits[name] += any(start <= event["ts"] < stop for start, stop in ranges)  # the profiler's own come after
+        is_call = category in ("cuda_runtime", "cuda_driver") and any(
+            part in name for part in WAITS
+        )
+        if (
+            is_call and not name.startswith(("cudaMemcpyAsync", "cuMemcpyAsync"))
+        ) or name in WAITING_OPERATIONS:
+            waiting[name] += any(
+                start <= event["ts"] < stop for start, stop in ranges
+            )  # the profiler's own come after
         elif category in ("kernel", "gpu_memcpy", "gpu_memset"):
             intervals.append((event["ts"], event["ts"] + event["dur"]))
             kernels[name[:80]] += event["dur"]
@@ -246,7 +314,7 @@ def read_trace(events: list[dict[str, Any]], steps: int) -> Result:
     span = end - min(intervals)[0] if intervals else 1.0
     top = {name: duration / steps for name, duration in kernels.most_common(25)}
     return {
-        "waits": {name: n for name, n in waits.items() if n},
+        "waits": {name: n for name, n in waiting.items() if n},
         "busy": busy / span,
         "launches_a_step": len(intervals) / steps,
         "kernels_us": top,
@@ -254,7 +322,7 @@ def read_trace(events: list[dict[str, Any]], steps: int) -> Result:
 
 
 def fp8_accuracy(tiny: bool) -> Result:
-    """Logprobs of prompt tokens: how far an FP8 cache is from float32, beside how far bfloat16 is by itself."""
+    """Logprobs of prompt tokens: the error of an FP8 cache, and the error of bfloat16 alone."""
     import torch
 
     from benchmarks.workloads import draw
@@ -271,8 +339,14 @@ def fp8_accuracy(tiny: bool) -> Result:
     scores, best = {}, {}
     for kind, engine_args in kinds.items():
         llm = make_llm(shape, num_gpu_blocks_override=1024, enforce_eager=True, **engine_args)
-        outs = llm.generate(prompts, SamplingParams(max_tokens=1, prompt_logprobs=1), use_tqdm=False)
-        entries = [(t, e) for out in outs for t, e in zip(out.prompt_token_ids[1:], out.prompt_logprobs[1:])]
+        outs = llm.generate(
+            prompts, SamplingParams(max_tokens=1, prompt_logprobs=1), use_tqdm=False
+        )
+        entries = [
+            (t, e)
+            for out in outs
+            for t, e in zip(out.prompt_token_ids[1:], out.prompt_logprobs[1:])
+        ]
         scores[kind] = torch.tensor([entry[token].logprob for token, entry in entries])
         best[kind] = [max(entry, key=lambda token: entry[token].logprob) for _, entry in entries]
         del llm
@@ -280,9 +354,15 @@ def fp8_accuracy(tiny: bool) -> Result:
     for kind in ("bfloat16", "fp8"):
         error = (scores[kind] - scores["float32"]).abs()
         agree = sum(a == b for a, b in zip(best[kind], best["float32"])) / len(best[kind])
-        result[kind] = {"mean": error.mean().item(), "worst": error.max().item(), "same_most_likely": agree}
+        result[kind] = {
+            "mean": error.mean().item(),
+            "worst": error.max().item(),
+            "same_most_likely": agree,
+        }
     text = "mean error of a logprob {:.4f} (bfloat16 alone {:.4f}), same most likely token {:.1%} ({:.1%})"
-    values = [result[kind][key] for key in ("mean", "same_most_likely") for kind in ("fp8", "bfloat16")]
+    values = [
+        result[kind][key] for key in ("mean", "same_most_likely") for kind in ("fp8", "bfloat16")
+    ]
     return {"summary": text.format(*values), **result}
 
 
@@ -311,7 +391,7 @@ PARTS: dict[str, tuple[int, Callable[..., Result]]] = {
 
 
 def run(name: str, seconds: float, tiny: bool, log: Any) -> Result:
-    """One part in a process of its own; its result, or what became of it."""
+    """Runs one part in a process of its own. Returns its result, or how it failed."""
     command = [sys.executable, __file__, "--part", name, *(["--tiny"] if tiny else [])]
     log.write(f"\n===== {name}\n")
     log.flush()
@@ -324,7 +404,9 @@ def run(name: str, seconds: float, tiny: bool, log: Any) -> Result:
         code: int | None = process.wait(seconds)
     except subprocess.TimeoutExpired:
         code = None
-        os.killpg(process.pid, signal.SIGINT)  # bench.py ends its engines, which are in sessions of their own
+        os.killpg(
+            process.pid, signal.SIGINT
+        )  # bench.py ends its engines, which are in sessions of their own
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(10)
         with contextlib.suppress(ProcessLookupError):
@@ -343,11 +425,19 @@ def run(name: str, seconds: float, tiny: bool, log: Any) -> Result:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, help="folder for the results")
-    parser.add_argument("--parts", type=lambda text: text.split(","), help=f"of {', '.join(PARTS)}; default all")
-    parser.add_argument("--minutes", type=float, default=9.5, help="parts that do not fit any more are left out")
-    parser.add_argument("--tiny", action="store_true", help="a rehearsal: tiny shapes, and any device")
+    parser.add_argument(
+        "--parts", type=lambda text: text.split(","), help=f"of {', '.join(PARTS)}; default all"
+    )
+    parser.add_argument(
+        "--minutes", type=float, default=9.5, help="parts that do not fit any more are left out"
+    )
+    parser.add_argument(
+        "--tiny", action="store_true", help="a rehearsal: tiny shapes, and any device"
+    )
     parser.add_argument("--part", help=argparse.SUPPRESS)  # what the processes of parts are told
     options = parser.parse_args()
     if options.part:
@@ -360,7 +450,9 @@ def main() -> int:
     import torch
 
     if not torch.cuda.is_available() and not options.tiny:
-        print(f"check.py needs a GPU: torch {torch.__version__} finds no CUDA device", file=sys.stderr)
+        print(
+            f"check.py needs a GPU: torch {torch.__version__} finds no CUDA device", file=sys.stderr
+        )
         return 2
 
     options.out.mkdir(parents=True, exist_ok=True)
@@ -379,8 +471,13 @@ def main() -> int:
                 flush=True,
             )
             (options.out / "check.json").write_text(json.dumps(results, indent=1))
-    rows = [f"| {name} | {'ok' if r['ok'] else 'FAILED'} | {r['summary']} |" for name, r in results.items()]
-    (options.out / "check.md").write_text("\n".join(["| part | | |", "| --- | --- | --- |", *rows]) + "\n")
+    rows = [
+        f"| {name} | {'ok' if r['ok'] else 'FAILED'} | {r['summary']} |"
+        for name, r in results.items()
+    ]
+    (options.out / "check.md").write_text(
+        "\n".join(["| part | | |", "| --- | --- | --- |", *rows]) + "\n"
+    )
     return 0 if all(result["ok"] for result in results.values()) else 1
 
 

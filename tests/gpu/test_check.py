@@ -1,4 +1,4 @@
-"""The GPU check itself, where there is no GPU: what it says, what it reads out of a trace, how it survives its parts."""
+"""The GPU check on a machine without a GPU: its errors, its reading of a trace, parts that fail."""
 
 from __future__ import annotations
 
@@ -13,22 +13,40 @@ from gpu import check
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_without_a_gpu_it_says_so(tmp_path):
-    done = subprocess.run([sys.executable, check.__file__, "--out", str(tmp_path)], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, check.__file__, "--out", str(tmp_path)], capture_output=True, text=True
+    )
     assert done.returncode == 2
     assert "check.py needs a GPU" in done.stderr
     assert not list(tmp_path.iterdir())
 
 
 def test_a_part_that_fails_or_hangs_costs_no_other(tmp_path):
-    parts = {"dies": "raise SystemExit(3)", "hangs": "time.sleep(60)", "works": "return {'summary': 'fine'}"}
-    lines = ["import sys, time", f"sys.path.insert(0, {str(check.ROOT / 'tests')!r})", "from gpu import check"]
+    parts = {
+        "dies": "raise SystemExit(3)",
+        "hangs": "time.sleep(60)",
+        "works": "return {'summary': 'fine'}",
+    }
+    lines = [
+        "import sys, time",
+        f"sys.path.insert(0, {str(check.ROOT / 'tests')!r})",
+        "from gpu import check",
+    ]
     for name, body in parts.items():
         limit = 2 if name == "hangs" else 120
         lines += [f"def {name}(tiny):", f"    {body}", f"check.PARTS[{name!r}] = ({limit}, {name})"]
     lines += ["check.__file__ = __file__", "sys.exit(check.main())"]
     script = tmp_path / "script.py"
     script.write_text("\n".join(lines))
-    command = [sys.executable, str(script), "--tiny", "--out", str(tmp_path / "out"), "--parts", ",".join(parts)]
+    command = [
+        sys.executable,
+        str(script),
+        "--tiny",
+        "--out",
+        str(tmp_path / "out"),
+        "--parts",
+        ",".join(parts),
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1, done.stderr
     results = json.loads((tmp_path / "out" / "check.json").read_text())

@@ -1,4 +1,7 @@
-"""The engine on a GPU: tokens of transformers and of the CPU, with graphs, overlap and every backend that runs; memory; no waiting."""
+"""The engine on a GPU: the tokens of transformers and of the CPU, memory, and no waiting.
+
+The tests run with and without graphs, with and without overlap, and with every backend.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +16,16 @@ import torch
 from tiny import greedy, random_prompts, shared_model, tiny_model
 
 from nanovllm import LLM, SamplingParams
-from nanovllm.attention import AttentionSpec
+from nanovllm.attention.base import AttentionSpec
 from nanovllm.attention.select import BACKENDS, make
-from nanovllm.runner.cuda_graphs import is_decode, is_plain
+from nanovllm.runner.cuda_graphs import is_decode
 from nanovllm.runner.model_runner import ModelRunner
+from nanovllm.runner.readouts.next_tokens import NextTokens
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
 
 GRAPHS_AND_OVERLAP = [(True, True), (True, False), (False, True), (False, False)]
 # Mixed greedy and random rows, and everything that a graph leaves to eager sampling.
@@ -49,7 +56,7 @@ def make_llm(folder: str, *, graphs: bool = True, **kwargs: Any) -> LLM:
 
 
 def recorded(llm: LLM) -> bool:
-    return llm.llm_engine.runner.graphs is not None
+    return llm.llm_engine.executor.runner.graphs is not None
 
 
 def tokens_of(llm: LLM, prompts: list[list[int]], num_tokens: int = 20) -> list[list[int]]:
@@ -58,7 +65,7 @@ def tokens_of(llm: LLM, prompts: list[list[int]], num_tokens: int = 20) -> list[
 
 
 def backends(dtype: torch.dtype, block_size: int) -> list[str]:
-    """Those that this machine can run."""
+    """The attention backends that this machine can run."""
     if not torch.cuda.is_available():
         return []
     spec = AttentionSpec(1, 4, 2, 32, 1.0, (None,), block_size, dtype, torch.device("cuda", 0))
@@ -83,11 +90,18 @@ def test_greedy_tokens_equal_transformers(tmp_path, family, shape):
     params = [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True) for n in LENGTHS]
     for backend in backends(torch.float32, 16):
         for graphs, overlap in GRAPHS_AND_OVERLAP:
-            llm = make_llm(folder, graphs=graphs, async_scheduling=overlap, attention_backend=backend)
+            llm = make_llm(
+                folder, graphs=graphs, async_scheduling=overlap, attention_backend=backend
+            )
             assert recorded(llm) == (graphs and backend != "torch")
             for times in ("first", "on prefix hits"):
                 outs = llm.generate(PROMPTS, params, use_tqdm=False)
-                assert [out.outputs[0].token_ids for out in outs] == expected, (backend, graphs, overlap, times)
+                assert [out.outputs[0].token_ids for out in outs] == expected, (
+                    backend,
+                    graphs,
+                    overlap,
+                    times,
+                )
 
 
 @pytest.mark.parametrize("block_size", [None, 1, 8, 256])
@@ -97,7 +111,10 @@ def test_any_block_size_gives_the_same_tokens(block_size):
     size = block_size or 64
     for backend in backends(torch.float32, size):
         llm = make_llm(
-            folder, attention_backend=backend, block_size=block_size, num_gpu_blocks_override=2048 // size + 20
+            folder,
+            attention_backend=backend,
+            block_size=block_size,
+            num_gpu_blocks_override=2048 // size + 20,
         )
         assert llm.llm_engine.scheduler.block_size == size
         assert tokens_of(llm, PROMPTS) == expected, backend
@@ -109,17 +126,24 @@ def test_preempted_sequences_give_the_same_tokens(graphs, overlap):
     prompts = random_prompts([7, 30, 16, 45, 21, 1, 32, 50] * 4, seed=3)
     expected = [greedy(model, prompt, 40) for prompt in prompts[:12]]
     llm = make_llm(
-        folder, graphs=graphs, async_scheduling=overlap, num_gpu_blocks_override=12, max_model_len=100, max_num_seqs=16
+        folder,
+        graphs=graphs,
+        async_scheduling=overlap,
+        num_gpu_blocks_override=12,
+        max_model_len=100,
+        max_num_seqs=16,
     )
     assert tokens_of(llm, prompts, 40)[:12] == expected
-    assert llm.llm_engine.scheduler.num_preemptions > 10
+    assert llm.llm_engine.scheduler.stats.num_preemptions > 10
 
 
 @pytest.mark.parametrize(("graphs", "overlap"), GRAPHS_AND_OVERLAP)
 def test_any_sampling_gives_the_tokens_of_the_cpu(graphs, overlap):
     folder, _ = shared_model()
     prompts = random_prompts([12, 20, 5, 33, 8, 17, 2, 40, 9])
-    params = [SamplingParams(max_tokens=30 - 3 * i, ignore_eos=True, **way) for i, way in enumerate(WAYS)]
+    params = [
+        SamplingParams(max_tokens=30 - 3 * i, ignore_eos=True, **way) for i, way in enumerate(WAYS)
+    ]
     llm = make_llm(folder, graphs=graphs, async_scheduling=overlap)
     cpu = make_llm(folder, device="cpu")
     found, expected = (engine.generate(prompts, params, use_tqdm=False) for engine in (llm, cpu))
@@ -131,12 +155,12 @@ def test_any_sampling_gives_the_tokens_of_the_cpu(graphs, overlap):
 
 
 def test_nothing_waits_for_the_device_between_launches(monkeypatch):
-    """torch raises at any operation that would make the host wait; only `collect` may."""
+    """torch raises at any operation that makes the host wait. Only `collect` may wait."""
     folder, _ = shared_model()
     llm, launch, kinds = make_llm(folder), ModelRunner.launch, set()
 
     def guarded(self: ModelRunner, batch: Any) -> Any:
-        kinds.add((is_decode(batch), is_plain(batch)))
+        kinds.add((is_decode(batch), not batch.parts))
         torch.cuda.set_sync_debug_mode("error")
         try:
             return launch(self, batch)
@@ -144,7 +168,9 @@ def test_nothing_waits_for_the_device_between_launches(monkeypatch):
             torch.cuda.set_sync_debug_mode("default")
 
     monkeypatch.setattr(ModelRunner, "launch", guarded)
-    params = [SamplingParams(max_tokens=30 - 3 * i, ignore_eos=True, **way) for i, way in enumerate(WAYS)]
+    params = [
+        SamplingParams(max_tokens=30 - 3 * i, ignore_eos=True, **way) for i, way in enumerate(WAYS)
+    ]
     llm.generate(random_prompts([12, 20, 5, 33, 8, 17, 2, 40, 9]), params, use_tqdm=False)
     assert kinds == {(True, True), (True, False), (False, True), (False, False)}
 
@@ -170,22 +196,24 @@ def wait_for_the_device(tokens: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("failure", [run_out_of_memory, wait_for_the_device])
 @pytest.mark.parametrize("size", [20, 4])
-def test_a_failed_capture_leaves_an_eager_engine_and_a_healthy_torch(monkeypatch, caplog, failure, size):
+def test_a_failed_capture_leaves_an_eager_engine_and_a_healthy_torch(
+    monkeypatch, caplog, failure, size
+):
     folder, model = shared_model()
     expected = [greedy(model, prompt, 20) for prompt in PROMPTS]
-    sample = ModelRunner.next_tokens
+    sample = NextTokens.sample
 
-    def failing(self: ModelRunner, logits: torch.Tensor, batch: Any) -> torch.Tensor:
+    def failing(self: NextTokens, logits: torch.Tensor, batch: Any) -> torch.Tensor:
         tokens = sample(self, logits, batch)
         if torch.cuda.is_current_stream_capturing() and len(tokens) == size:
             failure(tokens)
         return tokens
 
     with monkeypatch.context() as patch, caplog.at_level(logging.WARNING, "nanovllm"):
-        patch.setattr(ModelRunner, "next_tokens", failing)
+        patch.setattr(NextTokens, "sample", failing)
         llm = make_llm(folder)
     assert not recorded(llm)
-    assert f"without CUDA graphs, as one of {size} sequences failed" in caplog.text
+    assert f"without CUDA graphs, recording a graph for {size} sequences failed" in caplog.text
     assert torch.cuda.current_stream() == torch.cuda.default_stream()
     torch.manual_seed(0)
     first = torch.rand(3, device="cuda")
@@ -197,7 +225,7 @@ def test_a_failed_capture_leaves_an_eager_engine_and_a_healthy_torch(monkeypatch
     assert tokens_of(another, PROMPTS) == expected
 
 
-def test_two_engines_of_different_models_on_one_card(tmp_path):
+def test_two_engines_of_different_models_on_one_gpu(tmp_path):
     folder, model = shared_model()
     other_folder, other_model = tiny_model(tmp_path, "Llama", hidden_size=32)
     llm, other = make_llm(folder), make_llm(other_folder, block_size=8, num_gpu_blocks_override=160)
@@ -218,12 +246,14 @@ def free() -> int:
 
 @contextmanager
 def taken_by_others(share: float) -> Iterator[None]:
-    ballast = torch.empty(int(share * torch.cuda.mem_get_info()[1]), dtype=torch.uint8, device="cuda")
+    ballast = torch.empty(
+        int(share * torch.cuda.mem_get_info()[1]), dtype=torch.uint8, device="cuda"
+    )
     yield
     del ballast
 
 
-def test_an_engine_takes_its_share_of_the_card_whoever_else_is_there():
+def test_an_engine_takes_its_share_of_the_gpu_beside_other_processes():
     folder, _ = shared_model()
     tokens_of(make_llm(folder), PROMPTS)  # kernels and libraries are loaded
     total = torch.cuda.mem_get_info()[1]
@@ -235,7 +265,7 @@ def test_an_engine_takes_its_share_of_the_card_whoever_else_is_there():
             tokens_of(llm, PROMPTS)
             used = before - free()
             assert 0.18 * total < used < 0.2 * total + (64 << 20)
-            blocks.append(llm.llm_engine.runner.num_blocks)
+            blocks.append(llm.llm_engine.executor.runner.num_blocks)
             del llm
     assert blocks[0] == pytest.approx(blocks[1], rel=0.01)
     with taken_by_others(0.6):
@@ -247,7 +277,9 @@ def test_an_engine_takes_its_share_of_the_card_whoever_else_is_there():
 
 def test_too_little_memory_is_an_error_that_says_what_would_fit():
     folder, _ = shared_model()
-    with pytest.raises(ValueError, match=r"max_model_len=512 needs 32 .*raise gpu_memory_utilization or lower"):
+    with pytest.raises(
+        ValueError, match=r"max_model_len=512 needs 32 .*raise gpu_memory_utilization or lower"
+    ):
         make_llm(folder, num_gpu_blocks_override=None, gpu_memory_utilization=0.0001)
 
 
@@ -262,7 +294,9 @@ def test_a_deleted_engine_gives_its_memory_back():
     gc.disable()
     try:
         del llm
-        assert torch.cuda.memory_allocated() < allocated - (1 << 30), "freed without the garbage collector"
+        assert torch.cuda.memory_allocated() < allocated - (1 << 30), (
+            "freed without the garbage collector"
+        )
     finally:
         gc.enable()
     assert free() > before - (64 << 20)
@@ -288,8 +322,10 @@ def test_an_fp8_cache_halves_the_pages_and_costs_little_accuracy():
         pytest.skip("float8 needs compute capability 8.9")
     folder, _ = shared_model()
     prompts = random_prompts([200, 90])
-    plain, fp8 = (make_llm(folder, dtype="bfloat16", kv_cache_dtype=kind) for kind in ("auto", "fp8"))
-    sizes = [llm.llm_engine.runner.attention.page_bytes() for llm in (plain, fp8)]
+    plain, fp8 = (
+        make_llm(folder, dtype="bfloat16", kv_cache_dtype=kind) for kind in ("auto", "fp8")
+    )
+    sizes = [llm.llm_engine.executor.runner.attention.page_bytes() for llm in (plain, fp8)]
     assert sizes[0] == 2 * sizes[1]
     params = SamplingParams(max_tokens=1, prompt_logprobs=0)
     scores = [

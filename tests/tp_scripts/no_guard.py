@@ -18,7 +18,9 @@ llm = LLM(
     tensor_parallel_size=2,
     num_gpu_blocks_override=32,
 )
-(out,) = llm.generate([5, 6, 7], SamplingParams(temperature=0, max_tokens=8, ignore_eos=True), use_tqdm=False)
+(out,) = llm.generate(
+    [5, 6, 7], SamplingParams(temperature=0, max_tokens=8, ignore_eos=True), use_tqdm=False
+)
 print(json.dumps(out.outputs[0].token_ids))
 try:
     print(llm.apply_model(layers))

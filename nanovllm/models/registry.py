@@ -1,0 +1,70 @@
+"""Maps an architecture to the module of its model. A new family is a file and a line.
+
+The module has a class of the architecture's name, a subclass of `decoder.CausalLM`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nanovllm.loader.fields import Fields
+from nanovllm.models.config import ModelConfig, refuse_quantised
+
+if TYPE_CHECKING:
+    from nanovllm.models.decoder import CausalLM
+
+MODELS = {
+    "LlamaForCausalLM": "nanovllm.models.llama",
+    "MistralForCausalLM": "nanovllm.models.mistral",
+    "Qwen2ForCausalLM": "nanovllm.models.qwen2",
+    "Qwen3ForCausalLM": "nanovllm.models.qwen3",
+}
+# For a config without architectures. transformers 5 calls a Mistral with layer_types
+# "ministral".
+MODEL_TYPES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "ministral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
+
+
+def model_class(architecture: str) -> type[CausalLM]:
+    """The class of an architecture in MODELS."""
+    return getattr(import_module(MODELS[architecture]), architecture)
+
+
+def read_config(hf: object, source: str | Path = "config.json") -> ModelConfig:
+    """A Hugging Face config, read by the model's own family.
+
+    Raises ValueError, naming `source` and the field, for what this engine does not run.
+    """
+    fields = Fields(source, lambda name: getattr(hf, name, None))
+    refuse_quantised(fields)
+    name = architecture(fields)
+    return replace(model_class(name).read_config(fields), architecture=name)
+
+
+def architecture(fields: Fields) -> str:
+    """The first supported name of `architectures`, or else the architecture of the model_type."""
+    listed = fields.get("architectures")
+    if listed is None or listed == []:
+        model_type = fields.get("model_type")
+        if model_type not in MODEL_TYPES:
+            accepted = f"one of {', '.join(MODEL_TYPES)}, as architectures is missing"
+            raise fields.refuse("model_type", accepted)
+        return MODEL_TYPES[model_type]
+    names = [listed] if isinstance(listed, str) else listed
+    if not isinstance(names, (list, tuple)) or not all(isinstance(n, str) for n in names):
+        raise fields.refuse("architectures", "a list of names such as 'LlamaForCausalLM'")
+    known = [name for name in names if name in MODELS]
+    if not known:
+        raise ValueError(
+            f"{fields.source}: architectures: {', '.join(map(repr, names))} is not supported; "
+            f"supported are {', '.join(MODELS)}"
+        )
+    return known[0]

@@ -1,0 +1,52 @@
+"""The readout of every step: a new token for each sequence whose known tokens are all computed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from nanovllm.core.batch import Batch
+from nanovllm.core.step import Logprobs
+from nanovllm.models.decoder import CausalLM
+from nanovllm.parallel import TensorParallel
+from nanovllm.runner.readouts.base import Readout
+from nanovllm.sampling.logprobs import LogprobsPart, logprobs
+from nanovllm.sampling.sampler import sample
+
+
+@dataclass
+class Sampled:
+    """The sampled tokens, and the logprobs of the L rows that ask for them."""
+
+    tokens: Tensor  # [K] int64
+    logprobs: Logprobs[Tensor] | None = None
+
+
+class NextTokens(Readout[Sampled]):
+    """`last_tokens` [table rows + 1] holds each row's newest token; the last entry is padding's."""
+
+    name = "next_tokens"
+
+    def __init__(self, tp: TensorParallel, last_tokens: Tensor) -> None:
+        self.tp = tp
+        self.last_tokens = last_tokens
+
+    def read(self, model: CausalLM, hidden: Tensor, batch: Batch[Tensor]) -> Sampled:
+        logits = model.logits(hidden[batch.sample.at])
+        part = batch.parts.get("logprobs")
+        if not isinstance(part, LogprobsPart):
+            return Sampled(self.sample(logits, batch))
+        raw = logits[part.at]  # a copy: the sampler may overwrite the logits
+        tokens = self.sample(logits, batch)
+        return Sampled(tokens, logprobs(raw, tokens[part.at], part.k))
+
+    def sample(self, logits: Tensor, batch: Batch[Tensor]) -> Tensor:
+        """logits [K, V] -> tokens [K]. Rank 0 alone samples, and tells the other ranks."""
+        if self.tp.rank == 0:
+            tokens = sample(logits, batch, self.last_tokens)
+        else:
+            tokens = batch.sample.at.long()
+        self.tp.broadcast(tokens)
+        self.last_tokens[batch.sample.rows] = tokens
+        return tokens

@@ -1,0 +1,16 @@
+"""One rank, from its setup to ready to run: model, pages, decode graphs."""
+
+from __future__ import annotations
+
+from nanovllm.parallel import TensorParallel
+from nanovllm.runner.memory import num_blocks, record_graphs
+from nanovllm.runner.model_runner import ModelRunner
+from nanovllm.runner.setup import Setup
+
+
+def make_runner(setup: Setup, tp: TensorParallel = TensorParallel()) -> ModelRunner:
+    runner = ModelRunner(setup, tp)
+    runner.num_blocks = tp.minimum(num_blocks(runner), runner.device)
+    runner.attention.allocate(runner.num_blocks)
+    runner.graphs = record_graphs(runner)
+    return runner

@@ -1,0 +1,53 @@
+"""How the matrix of a layer lies in memory.
+
+A layer knows what its matrix is for. A weight knows how the matrix is stored.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+from torch import Tensor, nn
+
+from nanovllm.loader.source import Source
+
+
+class Weight(ABC):
+    """The storage format of one matrix [out_features, in_features].
+
+    The tensors are parameters of the layer, so they have the names of checkpoints
+    (`qkv_proj.weight`). A Weight stores no tensor and no layer. Each method gets the
+    layer, because trainers replace parameters. A Weight may wrap another one and add to
+    its `linear`.
+    """
+
+    @abstractmethod
+    def sources(
+        self,
+        layer: nn.Module,
+        name: str,
+        shape: tuple[int, int],
+        part: tuple[slice, slice],
+        rows: slice,
+    ) -> list[Source]:
+        """What fills `rows` of the matrix: the slices `part` of a checkpoint matrix.
+
+        name: the name of the checkpoint matrix. shape: the shape of the whole checkpoint
+        matrix.
+        """
+
+    @abstractmethod
+    def linear(self, layer: nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:
+        """x [T, in_features] @ matrix.T + bias [out_features] -> [T, out_features]."""
+
+    @abstractmethod
+    def embedding(self, layer: nn.Module, ids: Tensor) -> Tensor:
+        """Rows ids [T] int64 of the matrix -> [T, in_features]."""
+
+    @abstractmethod
+    def begin_loading(self, layer: nn.Module) -> None:
+        """Puts the tensors into the form of the checkpoint, which `sources` fill."""
+
+    @abstractmethod
+    def finish_loading(self, layer: nn.Module) -> None:
+        """Puts the tensors into the form that `linear` and `embedding` read."""

@@ -1,0 +1,40 @@
+"""A matrix in panels: the order in which the CPU's product reads it (`times_panel` in cpu.cpp)."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from nanovllm.kernels import cpu
+from nanovllm.weights.dense import DenseWeight, matrix
+
+
+class PanelWeight(DenseWeight):
+    """The layer's parameter `weight`: rows while loading, panels while the model runs.
+
+    A product of panels reads memory from one end to the other and needs no sum across
+    lanes. A row of its result does not depend on the other rows.
+    """
+
+    in_panels = False
+
+    def begin_loading(self, layer: nn.Module) -> None:
+        if self.in_panels:
+            cpu.to_rows(matrix(layer))
+        self.in_panels = False
+
+    def finish_loading(self, layer: nn.Module) -> None:
+        if not self.in_panels:
+            cpu.to_panels(matrix(layer))
+        self.in_panels = True
+
+    def linear(self, layer: nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:
+        assert self.in_panels
+        out = cpu.linear_panels(x, matrix(layer), bias)
+        assert out is not None, "x has the dtype of the weight"
+        return out
+
+    def embedding(self, layer: nn.Module, ids: Tensor) -> Tensor:
+        assert self.in_panels
+        out = cpu.embedding_panels(ids, matrix(layer))
+        assert out is not None, "ids are int64"
+        return out
