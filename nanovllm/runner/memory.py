@@ -123,7 +123,7 @@ def record_graphs(runner: ModelRunner, count: int | None = None) -> DecodeGraphs
         # All ranks replay or none does, because padding makes their collectives differ.
         if not runner.tp.minimum(not failure, runner.device):
             logger.warning(
-                "decoding goes on without CUDA graphs: recording a graph for %d sequences failed: %s",
+                "decoding runs without CUDA graphs: recording a graph for %d sequences failed: %s",
                 size,
                 failure or "another rank failed",
             )
