@@ -52,7 +52,6 @@ class Sequence:
     reads_cache: bool = True  # False: the request needs logits for its whole prompt
     abilities: int = 0  # one bit for each optional ability that the request uses
     prepared: Mapping[str, object] = field(default_factory=dict)  # an ability's name -> its state
-    owner: object = None  # the sequence's output state, which the scheduler does not read
 
     prompt_len: int = field(init=False)
     row: int = field(default=-1, init=False)  # in the SequenceTable while the sequence runs

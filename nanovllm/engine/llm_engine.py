@@ -37,7 +37,7 @@ from nanovllm.outputs import RequestOutput
 from nanovllm.runner import client_views
 from nanovllm.runner.executor import PendingStep
 from nanovllm.runner.executors import make_executor
-from nanovllm.runner.readouts.prompt_logprobs import PromptLogprobs
+from nanovllm.runner.readouts.registry import READOUTS
 from nanovllm.runner.setup import Setup
 from nanovllm.sampling.sampler import sampling_abilities
 from nanovllm.sampling_params import RequestOutputKind, SamplingParams
@@ -77,7 +77,7 @@ class LLMEngine:
         self.eos_token_ids = setup.eos_token_ids
         is_gpu = setup.device.type == "cuda"
         self.overlap = is_gpu if args.async_scheduling is None else args.async_scheduling
-        self.readouts = [PromptLogprobs()]
+        self.readouts = [make() for make in READOUTS.values()]
         self.abilities = [*sampling_abilities(), *self.readouts]
         self.model_config = client_views.model_config(setup)
         self.scheduler_config = client_views.scheduler_config(setup, self.overlap)

@@ -24,7 +24,7 @@ from nanovllm.runner.device import current, free_gpu_memory, to_device, to_host
 from nanovllm.runner.load_model import load_weights, make_model
 from nanovllm.runner.readouts.base import Readout
 from nanovllm.runner.readouts.next_tokens import NextTokens, Sampled
-from nanovllm.runner.readouts.prompt_logprobs import PromptLogprobs
+from nanovllm.runner.readouts.registry import READOUTS
 from nanovllm.runner.setup import Setup
 from nanovllm.sampling.logprobs import LogprobsPart
 
@@ -88,7 +88,9 @@ class ModelRunner:
         last_tokens = torch.zeros(setup.max_num_seqs + 1, dtype=torch.int64, device=self.device)
         self.last_tokens = last_tokens
         self.next_tokens = NextTokens(tp, last_tokens)
-        self.readouts: dict[str, Readout[Logprobs[Tensor]]] = {"prompt_logprobs": PromptLogprobs()}
+        self.readouts: dict[str, Readout[Logprobs[Tensor]]] = {
+            name: make() for name, make in READOUTS.items()
+        }
         self.num_blocks = 0
         can_record = self.attention.can_capture and not setup.args.enforce_eager
         is_gpu = self.device.type == "cuda"
