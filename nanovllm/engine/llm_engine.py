@@ -57,8 +57,7 @@ class StepInFlight:
 
 
 class LLMEngine:
-    """Invariant: the output processor has each unfinished request, the scheduler its
-    sequences.
+    """Invariant: an unfinished request is in the output processor, its sequences in the scheduler.
 
     Several threads may use one engine: each method waits for its turn.
     """
@@ -144,12 +143,12 @@ class LLMEngine:
         output_kind: RequestOutputKind | None = None,
         queue: deque[RequestOutput] | None = None,
     ) -> None:
-        """Checks a request and queues it. Raises TypeError or ValueError, and then
-        nothing changed.
+        """Checks a request and queues it.
 
+        Raises TypeError or ValueError for a refused request; nothing has changed then.
         prompt: text, token ids, or a dict with "prompt" (text) or "prompt_token_ids".
-        max_logprobs, output_kind: in the place of the engine's own limit and of the
-        params' kind. queue: where the request's outputs go; None: `step` returns them.
+        max_logprobs: replaces the engine's limit. output_kind: replaces the params' kind.
+        queue: gets the request's outputs. Without a queue `step` returns them.
         """
         with self.exclusive():
             if self.freed:
@@ -207,8 +206,7 @@ class LLMEngine:
     # -- running -----------------------------------------------------------------------------------
 
     def step(self) -> list[RequestOutput]:
-        """Runs one step and returns the outputs that it, or with overlap the step before,
-        brought.
+        """Runs one step and returns new outputs. With overlap they come from the step before.
 
         Outputs of requests with a queue go there instead. If a step raises or is
         interrupted, all requests are dropped and the engine goes on with an empty cache.

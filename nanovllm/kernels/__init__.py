@@ -32,8 +32,7 @@ def gpu() -> ModuleType | None:
         return import_module("nanovllm.kernels.triton_ops")
     except ImportError as err:
         logger.warning(
-            "Triton does not import (%s): the GPU runs plain PyTorch, "
-            "which is several times slower",
+            "Triton does not import (%s): the GPU runs plain PyTorch, which is slower",
             err,
         )
         return None

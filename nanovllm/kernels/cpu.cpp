@@ -525,8 +525,8 @@ void product(const T* x, int64_t x_stride, const T* w, int64_t panels, const T* 
   // Each span is summed on its own, because shorter sums have smaller rounding errors.
   constexpr int STEP = W * D::P, SPAN = 1024;
   const int64_t blocks = (rows + PANEL_ROWS - 1) / PANEL_ROWS;
-  // Rows whose stride is a power of two would share few places in the cache. So many rows
-  // are copied with a stride that is a vector longer.
+  // Many rows whose stride is a power of two would share few places in the cache. The rows
+  // are therefore copied with a stride that is a vector longer.
   constexpr bool same = std::is_same_v<T, Element<T>>;
   const bool copied = panels && (!same || rows > FEW_ROWS);
   const int64_t stride = copied ? (depth + W - 1) / W * W + STEP : x_stride;
