@@ -10,14 +10,14 @@ from attention_reference import make_case
 
 from nanovllm import kernels
 from nanovllm.attention.cpu_backend import CpuAttention
-from nanovllm.kernels import cpu
+from nanovllm.kernels import cpu, library
 from nanovllm.kernels.rope import Rope
 
 needs_library = pytest.mark.skipif(
     cpu.load() is None, reason="cpu.cpp does not build here (no C++ compiler)"
 )
 # A machine with AVX-512 runs what a machine without it runs, too.
-LEVELS = ["native", "avx2"] if "avx512f" in cpu.cpu_features().split() else ["native"]
+LEVELS = ["native", "avx2"] if "avx512f" in library.cpu_features().split() else ["native"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Of a result's scale; the float32 rounding of sums, or the rounding of the result.
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
@@ -39,7 +39,7 @@ def bits(x):
 
 
 def forget_the_library() -> None:
-    for cached in (cpu.load, cpu.kernel, cpu.panel, cpu.replay_function):
+    for cached in (library.load, cpu.load, cpu.kernel, cpu.panel, cpu.replay_function):
         cached.cache_clear()
 
 
@@ -394,4 +394,4 @@ def test_unknown_instructions_are_refused_by_a_sentence(monkeypatch):
     with pytest.raises(
         ValueError, match="NANOVLLM_CPU_ISA='avx3' is not known; accepted are native, avx512, avx2"
     ):
-        cpu.build()
+        library.build(cpu.SOURCE)

@@ -24,7 +24,7 @@ from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nanovllm import LLM, SamplingParams, loader
-from nanovllm.kernels import cpu
+from nanovllm.kernels import library
 
 gguf = pytest.importorskip("gguf")
 Kind = gguf.TokenType
@@ -854,14 +854,13 @@ def small(tmp_path_factory: Any) -> Path:
 def test_a_damaged_kernel_library_is_built_again(
     tmp_path: Path, small: Path, monkeypatch: pytest.MonkeyPatch, spoil: Callable[[bytes], bytes]
 ) -> None:
-    monkeypatch.setattr(cpu, "SOURCE", small)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    library = cpu.build()
-    whole, built = library.read_bytes(), library.stat().st_mtime_ns
-    assert cpu.build() == library
-    assert library.stat().st_mtime_ns == built  # the second time it is found
-    library.write_bytes(spoil(whole))
-    loaded = cpu.load.__wrapped__()
+    built = library.build(small)
+    whole, time_built = built.read_bytes(), built.stat().st_mtime_ns
+    assert library.build(small) == built
+    assert built.stat().st_mtime_ns == time_built  # the second time it is found
+    built.write_bytes(spoil(whole))
+    loaded = library.load.__wrapped__(small)
     assert loaded is not None
     assert loaded.answer() == 42
-    assert library.read_bytes() == whole
+    assert built.read_bytes() == whole

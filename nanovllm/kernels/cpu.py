@@ -1,4 +1,4 @@
-"""The CPU's kernels in Python: builds cpu.cpp on first use and calls it through ctypes.
+"""The CPU's kernels in Python: calls the functions of cpu.cpp through ctypes.
 
 An operation returns None where its kernel cannot run: without a compiler, or for another
 dtype or layout. The caller then uses the plain definition. This file knows pointers and
@@ -9,15 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
-import logging
-import os
-import platform
-import shlex
-import shutil
 import struct
-import subprocess
-import tempfile
 from collections.abc import Callable
 from contextvars import ContextVar
 from pathlib import Path
@@ -26,19 +18,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-logger = logging.getLogger("nanovllm")
+from nanovllm.kernels import library
+from nanovllm.kernels.library import CALL_ARGS
 
 SOURCE = Path(__file__).with_suffix(".cpp")
-FEW_ROWS = 4  # a product of at most this many rows is bound by memory
-CALL_ARGS = 10  # no kernel has more arguments
-FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"]
-FLAGS += [f"-DFEW_ROWS={FEW_ROWS}", f"-DCALL_ARGS={CALL_ARGS}"]
-# The values of NANOVLLM_CPU_ISA: which instructions the kernels may use.
-LEVELS = {
-    "native": ["-march=native"],
-    "avx512": ["-march=x86-64-v4", "-mtune=native"],
-    "avx2": ["-march=x86-64-v3", "-mtune=native"],
-}
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 # cpu.cpp's Arg: integers, addresses and the bits of float64 numbers.
@@ -59,112 +42,19 @@ class Recorder(Protocol):
 RECORDER: ContextVar[Recorder | None] = ContextVar("RECORDER", default=None)
 
 
-def cpu_features() -> str:
-    """The instruction sets of this machine's first core, on which `-march=native` depends."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    for line in lines:
-        if line.lower().startswith(("flags", "features")):
-            return line
-    return ""
-
-
-def instructions() -> list[str]:
-    """The compiler's flags for NANOVLLM_CPU_ISA. The default is "native".
-
-    Raises ValueError for a value that is not in LEVELS.
-    """
-    level = os.environ.get("NANOVLLM_CPU_ISA", "native")
-    if level not in LEVELS:
-        raise ValueError(
-            f"NANOVLLM_CPU_ISA={level!r} is not known; accepted are {', '.join(LEVELS)}"
-        )
-    return LEVELS[level]
-
-
-def build(again: bool = False) -> Path:
-    """Compiles cpu.cpp into the user's cache, unless a whole library is there already.
-
-    again: compile in any case. Raises OSError or subprocess.SubprocessError.
-    """
-    named = shlex.split(os.environ.get("CXX", ""))
-    compiler = shutil.which(named[0]) if named else shutil.which("g++") or shutil.which("c++")
-    if compiler is None:
-        raise FileNotFoundError(f"no C++ compiler ({named[0] if named else 'g++'}) in PATH")
-    driver = [compiler, *named[1:]]
-    command = [*driver, *instructions(), *FLAGS]
-    stat = os.stat(compiler)
-    source = SOURCE.read_text()
-    key = repr((source, command, stat.st_size, stat.st_mtime, platform.machine(), cpu_features()))
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nanovllm"
-    library = cache / f"cpu-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
-    if not again and is_whole(library):
-        return library
-    logger.info("building the CPU kernels with %s, once, into %s", compiler, cache)
-    cache.mkdir(parents=True, exist_ok=True)
-    # Several processes may build at once. Each has its own folder, and the last rename
-    # wins.
-    with tempfile.TemporaryDirectory(dir=cache) as folder:
-        part = os.path.join(folder, "cpu.o")
-        whole = os.path.join(folder, "cpu.so")
-        run_compiler([*command, "-c", str(SOURCE), "-o", part])
-        # The link goes without -fopenmp, so that OpenMP's symbols resolve to the runtime
-        # that torch has loaded. Then there is one pool of threads.
-        run_compiler([*driver, "-shared", part, "-o", whole])
-        with open(whole, "r+b") as file:
-            digest = hashlib.sha256(file.read()).digest()
-            file.write(digest)  # the system's loader reads no further than the tables say
-        os.replace(whole, library)
-    return library
-
-
-def run_compiler(command: list[str]) -> None:
-    """Runs a compiler. Raises OSError with its message where it fails."""
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    if done.returncode:
-        message = done.stderr.strip()[:500] or done.returncode
-        raise OSError(f"{shlex.join(command)} failed: {message}")
-
-
-def is_whole(library: Path) -> bool:
-    """Whether a cached library ends with the SHA-256 of its other bytes.
-
-    `build` writes it.
-
-    The check is needed because the system maps a truncated library without an error. The
-    process then dies where a page is missing.
-    """
-    try:
-        content = library.read_bytes()
-    except OSError:  # not there, a folder, or not ours to read
-        return False
-    size = hashlib.sha256().digest_size
-    return hashlib.sha256(content[:-size]).digest() == content[-size:]
-
-
 @functools.cache
 def load() -> ctypes.CDLL | None:
-    """The built library. None, with a warning, where it cannot be built or loaded."""
-    try:
-        library = build()
-        try:
-            return ctypes.CDLL(str(library))
-        except OSError:  # it is whole, and was built for another machine
-            return ctypes.CDLL(str(build(again=True)))
-    except (OSError, RuntimeError, subprocess.SubprocessError) as err:
-        logger.warning("the CPU runs torch's own kernels, which are slower: %s", err)
-        return None
+    """The library of cpu.cpp. None, with a warning, where it cannot be built or loaded."""
+    return library.load(SOURCE)
 
 
 @functools.cache
 def kernel(name: str, dtype: torch.dtype) -> Kernel | None:
     """The C++ function `name` for this dtype; None where there is none."""
-    library = load() if dtype in DTYPES else None
-    if library is None:
+    built = load() if dtype in DTYPES else None
+    if built is None:
         return None
-    function = getattr(library, f"{name}_{DTYPES[dtype]}")
+    function = getattr(built, f"{name}_{DTYPES[dtype]}")
     function.argtypes = [ctypes.c_void_p]
     function.restype = None
     return function
@@ -198,9 +88,9 @@ def float_bits(number: float) -> int:
 @functools.cache
 def replay_function() -> Callable[[int, int], None]:
     """replay(address of Call structures, number of them): runs recorded calls in their order."""
-    library = load()
-    assert library is not None
-    function = library.replay
+    built = load()
+    assert built is not None
+    function = built.replay
     function.argtypes = [ctypes.c_void_p, ctypes.c_int64]
     function.restype = None
     return function
@@ -215,10 +105,10 @@ def panel(dtype: torch.dtype) -> tuple[int, int] | None:
 
     None where there are no kernels for this dtype.
     """
-    library = load() if dtype in DTYPES else None
-    if library is None:
+    built = load() if dtype in DTYPES else None
+    if built is None:
         return None
-    return library.panel_columns(), getattr(library, f"panel_depth_{DTYPES[dtype]}")()
+    return built.panel_columns(), getattr(built, f"panel_depth_{DTYPES[dtype]}")()
 
 
 def fits_panels(depth: int, dtype: torch.dtype) -> bool:
@@ -253,12 +143,12 @@ def panel_shape(weight: Tensor) -> tuple[int, int, int]:
 
 def transpose(weight: Tensor, count: int, rows: int, columns: int) -> None:
     """Transposes the first `count` matrices [rows, columns] of a weight in place."""
-    library = load()
+    built = load()
     sizes = panel(weight.dtype)
-    assert library is not None
+    assert built is not None
     assert sizes is not None
     neighbours_bytes = weight.itemsize * sizes[1]
-    function = library.transpose_16 if neighbours_bytes == 2 else library.transpose_32
+    function = built.transpose_16 if neighbours_bytes == 2 else built.transpose_32
     function(*map(ctypes.c_int64, (weight.data_ptr(), count, rows, columns)))
 
 
