@@ -8,6 +8,7 @@ asked for. The package gguf reads the format: importing this module needs it.
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -96,19 +97,44 @@ ENDS = {
 SPECIAL_KINDS = (3, 4)
 
 PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+LIST_HEADER = struct.Struct("=IQ")  # type of the items, number of items
+LENGTH = struct.Struct("=Q")  # of a text, in bytes
 # Weights. More of them do not fit into the CPU's cache, and fewer make many numpy calls
 # (docs/experiments.md).
 DEQUANTISE_AT_ONCE = 1 << 17
 
 
 class Reader(gguf.GGUFReader):
-    """A GGUFReader that keeps the mapped file as a plain array.
+    """A GGUFReader that reads a list at once.
 
-    Slicing a numpy.memmap runs Python code, and a vocabulary takes many slices.
+    The package makes a few numpy arrays for each item, and a vocabulary has 100,000 items
+    (docs/experiments.md).
     """
 
-    def __setattr__(self, name: str, value: object) -> None:
-        super().__setattr__(name, np.asarray(value) if name == "data" else value)
+    def _get_field_parts(
+        self, orig_offs: int, raw_type: int
+    ) -> tuple[int, list[Any], list[int], list[gguf.GGUFValueType]]:
+        """(bytes of the value, its parts, indices of the parts that hold data, types).
+
+        A list of numbers has one part, and a list of texts has one for each text.
+        """
+        if raw_type != gguf.GGUFValueType.ARRAY or self.byte_order != "I":
+            return super()._get_field_parts(orig_offs, raw_type)
+        item, count = LIST_HEADER.unpack_from(self.data, orig_offs)
+        start = orig_offs + LIST_HEADER.size
+        types = [gguf.GGUFValueType.ARRAY, gguf.GGUFValueType(item)]
+        if item != gguf.GGUFValueType.STRING:
+            numbers = self._get(start, self.gguf_scalar_to_np[types[1]], count)
+            return LIST_HEADER.size + numbers.nbytes, [numbers], [0], types
+        content = memoryview(self.data)
+        texts = []
+        at = start
+        for _ in range(count):
+            (length,) = LENGTH.unpack_from(content, at)
+            at += LENGTH.size
+            texts.append(content[at : at + length])
+            at += length
+        return at - orig_offs, texts, list(range(count)), types
 
 
 class GGUFTensor:
@@ -195,7 +221,7 @@ class GGUF:
         """
         try:
             reader = Reader(self.path)
-        except (ValueError, IndexError, KeyError) as err:
+        except (ValueError, IndexError, KeyError, struct.error) as err:
             if "GGMLQuantizationType" in str(err):
                 raise ValueError(
                     f"{self.path} needs a newer gguf package: {err}; pip install -U gguf"
