@@ -59,6 +59,8 @@ def head_differs(files: ModelFiles) -> bool:
 
     Reads only these two tensors.
     """
+    if files.gguf is not None:
+        return files.gguf.head_differs()
     found = {name: tensor for name, tensor in iter_weights(files) if name in (EMBEDDING, HEAD)}
     if len(found) < 2 or found[EMBEDDING].shape != found[HEAD].shape:
         return False

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from nanovllm.core.batch import ceil_div
 from nanovllm.loader.fields import Fields
+from nanovllm.loader.hub import part_path
 from nanovllm.loader.safetensors import unreadable
 from nanovllm.loader.source import LazyTensor, Part
 
@@ -97,6 +98,7 @@ ENDS = {
 SPECIAL_KINDS = (3, 4)
 
 PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+COMPARE_AT_ONCE = 4096  # rows
 LIST_HEADER = struct.Struct("=IQ")  # type of the items, number of items
 LENGTH = struct.Struct("=Q")  # of a text, in bytes
 # Weights. More of them do not fit into the CPU's cache, and fewer make many numpy calls
@@ -135,6 +137,64 @@ class Reader(gguf.GGUFReader):
             texts.append(content[at : at + length])
             at += length
         return at - orig_offs, texts, list(range(count)), types
+
+
+def open_file(path: Path) -> Reader:
+    """Reads all of a file but its weights. Raises ValueError for a file that cannot be read."""
+    try:
+        reader = Reader(path)
+    except (ValueError, IndexError, KeyError, struct.error) as err:
+        if "GGMLQuantizationType" in str(err):
+            raise ValueError(
+                f"{path} needs a newer gguf package: {err}; pip install -U gguf"
+            ) from err
+        raise unreadable(path, "GGUF", err) from err
+    if reader.byte_order != "I":
+        raise ValueError(f"{path} is of the other byte order; convert it for this machine")
+    return reader
+
+
+def find_parts(path: Path, number: int, count: int) -> list[Path]:
+    """The paths of all parts of a split file, in order. [path] for a whole file.
+
+    path: the part `number`. Raises ValueError that names a part that is missing.
+    """
+    if count == 1:
+        return [path]
+    parts = [part_path(path, at, count) for at in range(count)]
+    if number >= count or path != parts[number]:
+        raise ValueError(
+            f"{path} is part {number + 1} of {count} by its metadata (split.no, split.count); give "
+            f"the file the name that llama.cpp gives such a part: {part_path(path, number, count)}"
+        )
+    for part in parts:
+        if not part.is_file():
+            raise ValueError(
+                f"{path} is one of {count} parts of a split file, and {part} is missing; put all "
+                "parts into one folder"
+            )
+    return parts
+
+
+def part_numbers(reader: Reader) -> tuple[int, int]:
+    """(number of this part, from 0; number of parts). (0, 1) for a whole file."""
+    found = []
+    for key, default in (("split.no", 0), ("split.count", 1)):
+        field = reader.get_field(key)
+        found.append(default if field is None else int(field.contents()))
+    return found[0], max(found[1], 1)
+
+
+def open_part(path: Path, number: int, count: int) -> Reader:
+    """Opens a part of a split file. Raises ValueError if its metadata says another part."""
+    reader = open_file(path)
+    found = part_numbers(reader)
+    if found != (number, count):
+        raise ValueError(
+            f"{path} is part {found[0] + 1} of {found[1]} by its metadata (split.no, split.count), "
+            f"and not part {number + 1} of {count}: it belongs to another file"
+        )
+    return reader
 
 
 class GGUFTensor:
@@ -195,18 +255,20 @@ class GGUFTensor:
 
 
 class GGUF:
-    """One file: its metadata, and its tensors, not read yet. Pickles as its path.
+    """One model: its metadata, and its tensors, not read yet. Pickles as its paths.
 
-    Raises ValueError for a file that is no GGUF, that is cut short, that is one part of
-    several, or that holds another architecture.
+    The model is one file, or a split file of several parts. The first part has all
+    metadata. Raises ValueError for a file that is no GGUF, that is cut short, that misses
+    a part, or that holds another architecture.
     """
 
     def __init__(self, path: Path) -> None:
+        """path: the file, or any part of a split file."""
         self.path = path
-        if self.get("split.count", 1) > 1:
-            raise ValueError(
-                f"{path} is one part of a split file; join the parts: llama-gguf-split --merge"
-            )
+        self.parts = find_parts(path, *part_numbers(self.reader))
+        if self.parts[0] != path:
+            self.close()
+            self.path = self.parts[0]
         if self["general.architecture"] not in ARCHITECTURES:
             raise ValueError(
                 f"{path} holds a model of architecture {self['general.architecture']!r}; "
@@ -219,17 +281,31 @@ class GGUF:
 
         The first use opens it, and the first use after `close` opens it again.
         """
-        try:
-            reader = Reader(self.path)
-        except (ValueError, IndexError, KeyError, struct.error) as err:
-            if "GGMLQuantizationType" in str(err):
-                raise ValueError(
-                    f"{self.path} needs a newer gguf package: {err}; pip install -U gguf"
-                ) from err
-            raise unreadable(self.path, "GGUF", err) from err
-        if reader.byte_order != "I":
-            raise ValueError(f"{self.path} is of the other byte order; convert it for this machine")
-        return reader
+        return open_file(self.path)
+
+    @cached_property
+    def tensors(self) -> dict[str, gguf.ReaderTensor]:
+        """Name in the file -> tensor, of all parts.
+
+        Raises ValueError for parts that do not make a whole.
+        """
+        if len(self.parts) == 1:
+            return {tensor.name: tensor for tensor in self.reader.tensors}
+        found: dict[str, gguf.ReaderTensor] = {}
+        for number, path in enumerate(self.parts):
+            reader = open_part(path, number, len(self.parts))
+            for tensor in reader.tensors:
+                if tensor.name in found:
+                    raise ValueError(f"{path} holds {tensor.name!r}, which a part before holds too")
+                found[tensor.name] = tensor
+        expected = self.get("split.tensors.count", len(found))
+        if len(found) != expected:
+            raise ValueError(
+                f"{self.path} belongs to a split file of {expected} tensors "
+                f"(split.tensors.count), but its {len(self.parts)} parts hold {len(found)}; fetch "
+                "all parts again"
+            )
+        return found
 
     @cached_property
     def tokens(self) -> list[str]:
@@ -246,11 +322,11 @@ class GGUF:
 
     def close(self) -> None:
         """Closes the file and frees its vocabulary, which takes tens of megabytes."""
-        for name in ("reader", "tokens", "token_kinds"):
+        for name in ("reader", "tensors", "tokens", "token_kinds"):
             self.__dict__.pop(name, None)
 
     def __getstate__(self) -> dict[str, object]:
-        return {"path": self.path}
+        return {"path": self.path, "parts": self.parts}
 
     # -- metadata ----------------------------------------------------------------------------------
 
@@ -287,10 +363,22 @@ class GGUF:
 
     # -- tensors -----------------------------------------------------------------------------------
 
-    @property
-    def tensors(self) -> dict[str, gguf.ReaderTensor]:
-        """Name in the file -> tensor."""
-        return {tensor.name: tensor for tensor in self.reader.tensors}
+    def head_differs(self) -> bool:
+        """Whether the file has an output head that is not a copy of its embedding.
+
+        Compares packed bytes. Tensors of two types count as different.
+        """
+        embedding = self.tensors.get("token_embd.weight")
+        head = self.tensors.get("output.weight")
+        if embedding is None or head is None:
+            return False
+        if head.tensor_type != embedding.tensor_type or head.data.shape != embedding.data.shape:
+            return True
+        for start in range(0, len(head.data), COMPARE_AT_ONCE):
+            rows = slice(start, start + COMPARE_AT_ONCE)
+            if not np.array_equal(embedding.data[rows], head.data[rows]):
+                return True
+        return False
 
     def lazy(self, tensor: gguf.ReaderTensor) -> GGUFTensor:
         """The tensor with its rows in Hugging Face's order."""
@@ -385,7 +473,7 @@ class GGUF:
             # Two fields of Qwen: the window counts from layer 0 on.
             "use_sliding_window": bool(window),
             "max_window_layers": 0,
-            "tie_word_embeddings": "output.weight" not in tensors,
+            "tie_word_embeddings": not self.head_differs(),
             "bos_token_id": self.get("tokenizer.ggml.bos_token_id"),
             "eos_token_id": self.get("tokenizer.ggml.eos_token_id"),
             "pad_token_id": self.get("tokenizer.ggml.padding_token_id"),

@@ -5,6 +5,7 @@ or a Hugging Face hub name. Does not know what the files hold.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,11 +18,15 @@ if TYPE_CHECKING:
 
 LOAD_FORMATS = ("auto", "safetensors", "gguf", "dummy")
 
-# org/name, org/name/file.gguf or org/name:quantisation. The organisation may be missing.
+# org/name, org/name/file.gguf or org/name:quantisation. The organisation may be missing,
+# and the file may be in a folder of the repository.
 HUB_NAME = re.compile(
     r"(?P<repo>(?:[\w.-]+/)?[\w.-]+?)"
-    r"(?:/(?P<file>[\w.-]+\.(?i:gguf))|:(?P<quantisation>[\w.-]+))?"
+    r"(?:/(?P<file>(?:[\w.-]+/)?[\w.-]+\.(?i:gguf))|:(?P<quantisation>[\w.-]+))?"
 )
+# The name of a part of a split GGUF file: the part's number, from 1, and the number of
+# parts.
+PART_NAME = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<count>\d{5})(?P<suffix>\.(?i:gguf))")
 PICKLES = (".bin", ".pt", ".pth")
 CONFIG_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.py"]
 # Other formats of the same weights: they have a folder each, or Mistral's own file names.
@@ -100,14 +105,34 @@ def is_gguf(path: Path) -> bool:
         return False
 
 
+def part_path(path: Path, number: int, count: int) -> Path:
+    """The path of part `number`, from 0, of the split file that `path` belongs to."""
+    match = PART_NAME.fullmatch(path.name)
+    stem, suffix = (path.stem, path.suffix) if match is None else match.group("stem", "suffix")
+    return path.with_name(f"{stem}-{number + 1:05}-of-{count:05}{suffix}")
+
+
+def without_later_parts(paths: Iterable[Path]) -> list[Path]:
+    """The paths in order, and of each split file only the first part that is given."""
+    found: dict[Path, Path] = {}
+    for path in sorted(paths):
+        match = PART_NAME.fullmatch(path.name)
+        first = path if match is None else part_path(path, 0, int(match["count"]))
+        found.setdefault(first, path)
+    return list(found.values())
+
+
 def choose(model: str, folder: Path, load_format: str) -> Path:
-    """The folder itself if it has config.json and weights, or else its only GGUF file."""
+    """The folder itself if it has config.json and weights, or else its only GGUF file.
+
+    Of a split file it is one part.
+    """
     has_config = (folder / "config.json").is_file()
     may_be_folder = has_config and load_format != "gguf"
     if may_be_folder and (load_format == "dummy" or safetensors.weight_files(folder)):
         return folder
     if load_format != "safetensors":
-        ggufs = [path for path in sorted(folder.iterdir()) if is_gguf(path)]
+        ggufs = without_later_parts(path for path in folder.iterdir() if is_gguf(path))
         if len(ggufs) == 1:
             return ggufs[0]
         if len(ggufs) > 1:
@@ -140,15 +165,13 @@ def fetch(
 ) -> Path:
     """Downloads files of a hub repository. Returns the folder, or the one GGUF file.
 
-    cache: the folder to download into; None is the hub's own cache. With HF_HUB_OFFLINE
+    Of a split GGUF file all parts are downloaded, and the first one is returned. cache: the folder to download into; None is the hub's own cache. With HF_HUB_OFFLINE
     set, only the cache is searched. Raises ValueError if the hub does not give the files.
     """
-    repo, pattern = parse_hub_name(model)
-    patterns = list(CONFIG_FILES)
-    if load_format != "dummy":
+    repo, gguf_patterns = parse_hub_name(model)
+    patterns = list(gguf_patterns or CONFIG_FILES)
+    if not gguf_patterns and load_format != "dummy":
         patterns.append("*.safetensors")
-    if pattern is not None:
-        patterns = [pattern]
     from huggingface_hub import snapshot_download
 
     try:
@@ -158,7 +181,7 @@ def fetch(
             cache_dir=expanded(cache),
             token=token,
             allow_patterns=patterns,
-            ignore_patterns=OTHER_FORMATS,
+            ignore_patterns=None if gguf_patterns else OTHER_FORMATS,
         )
     except Exception as err:  # the hub raises errors of many types
         raise ValueError(
@@ -166,19 +189,21 @@ def fetch(
             f"({cause(err)}); check the name, revision and network, pass hf_token for a gated "
             "model, or give a local folder"
         ) from err
-    if pattern is None:
+    if not gguf_patterns:
         return Path(snapshot)
-    found = sorted(Path(snapshot).glob(pattern))
+    folder = Path(snapshot)
+    found = without_later_parts(path for part in gguf_patterns for path in folder.glob(part))
     if len(found) != 1:
+        names = ", ".join(str(path.relative_to(folder)) for path in found)
         raise ValueError(
-            f"model={model!r} must mean one file of {repo}, but {pattern} matches "
-            f"{', '.join(path.name for path in found) or 'none'}; give {repo}/<file name>.gguf"
+            f"model={model!r} must mean one file of {repo}, but {' or '.join(gguf_patterns)} "
+            f"matches {names or 'none'}; give {repo}/<file name>.gguf"
         )
     return found[0]
 
 
-def parse_hub_name(model: str) -> tuple[str, str | None]:
-    """(repository, pattern of its GGUF file). The pattern of a whole repository is None.
+def parse_hub_name(model: str) -> tuple[str, list[str]]:
+    """(repository, patterns of its one GGUF file). A whole repository has no patterns.
 
     Raises ValueError for a text that is no hub name.
     """
@@ -192,8 +217,14 @@ def parse_hub_name(model: str) -> tuple[str, str | None]:
             "org/name"
         )
     if match["quantisation"]:
-        return match["repo"], f"*[-.]{match['quantisation']}.gguf"
-    return match["repo"], match["file"]
+        end = f"*[-.]{match['quantisation']}"
+        names = [f"{end}.gguf", f"{end}-?????-of-?????.gguf"]
+        return match["repo"], [*names, *(f"*/{name}" for name in names)]
+    if match["file"] is None:
+        return match["repo"], []
+    part = PART_NAME.fullmatch(match["file"])
+    file = f"{part['stem']}-?????-of-{part['count']}{part['suffix']}" if part else match["file"]
+    return match["repo"], [file]
 
 
 def expanded(path: str | None) -> str | None:

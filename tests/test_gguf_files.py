@@ -1,0 +1,244 @@
+"""GGUF files as people have them: split into parts, without some metadata, with RoPE's many keys.
+
+The oracle is the gguf package, transformers, or the same model in one file.
+"""
+
+from __future__ import annotations
+
+import pickle
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from nanovllm import loader
+
+gguf = pytest.importorskip("gguf")
+
+TENSORS = {
+    "token_embd.weight": (96, 64),
+    "output_norm.weight": (64,),
+    **{f"blk.{layer}.attn_norm.weight": (64,) for layer in range(5)},
+}
+NUMBERS = {
+    "context_length": 128,
+    "embedding_length": 64,
+    "feed_forward_length": 128,
+    "block_count": 5,
+    "attention.head_count": 4,
+    "attention.head_count_kv": 2,
+    "attention.layer_norm_rms_epsilon": 1e-5,
+}
+
+
+def write(
+    path: Path,
+    metadata: dict[str, Any] | None = None,
+    tensors: dict[str, Any] | None = None,
+    arch: str = "llama",
+    **split: int,
+) -> Path:
+    """A file of random weights, or its parts if `split` has split_max_tensors.
+
+    metadata: further fields, and other values of these. tensors: name -> shape or array.
+    """
+    writer = gguf.GGUFWriter(path, arch, **split)
+    fields = {f"{arch}.{name}": value for name, value in NUMBERS.items()}
+    for key, value in {**fields, **(metadata or {})}.items():
+        add(writer, key, value)
+    generator = np.random.default_rng(0)
+    for name, value in (tensors or TENSORS).items():
+        is_shape = isinstance(value, tuple)
+        array = generator.standard_normal(value) if is_shape else value
+        writer.add_tensor(name, np.asarray(array, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def add(writer: Any, key: str, value: Any) -> None:
+    kinds = {
+        bool: writer.add_bool,
+        int: writer.add_uint32,
+        float: writer.add_float32,
+        str: writer.add_string,
+        list: writer.add_array,
+    }
+    kinds[type(value)](key, value)
+
+
+def read(path: Path) -> dict[str, torch.Tensor]:
+    files = loader.resolve(str(path))
+    return {name: tensor[...] for name, tensor in loader.iter_weights(files)}
+
+
+def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+# Split files
+
+
+@pytest.fixture
+def split(tmp_path: Path) -> tuple[Path, list[Path]]:
+    """(a whole file, the three parts of the same model in another folder)."""
+    metadata = {"tokenizer.ggml.tokens": ["a", "b", "c"]}
+    whole = write(tmp_path / "whole.gguf", metadata)
+    folder = tmp_path / "parts"
+    folder.mkdir()
+    write(folder / "m.gguf", metadata, split_max_tensors=3)
+    return whole, sorted(folder.iterdir())
+
+
+def test_any_part_of_a_split_file_is_the_whole_model(split: Any) -> None:
+    whole, parts = split
+    assert [part.name for part in parts] == [f"m-0000{i}-of-00003.gguf" for i in (1, 2, 3)]
+    for place in (*parts, parts[0].parent):
+        assert_same(read(place), read(whole))
+        files = loader.resolve(str(place))
+        assert files.gguf.path == parts[0]
+        assert files.gguf.tokens == ["a", "b", "c"]
+        again = pickle.loads(pickle.dumps(files))
+        assert dict(loader.iter_weights(again)).keys() == read(whole).keys()
+
+
+def test_a_missing_part_is_named(split: Any) -> None:
+    _, parts = split
+    parts[1].unlink()
+    for place in (parts[0], parts[2], parts[0].parent):
+        with pytest.raises(ValueError, match=r"of 3 parts.*m-00002-of-00003\.gguf is missing"):
+            loader.resolve(str(place))
+
+
+def test_a_part_that_does_not_belong_is_named(split: Any, tmp_path: Path) -> None:
+    whole, parts = split
+    shutil.copy(parts[2], parts[1])
+    with pytest.raises(ValueError, match=r"m-00002-of-00003\.gguf is part 3 of 3.*another file"):
+        read(parts[0])
+    shutil.copy(whole, parts[1])
+    with pytest.raises(ValueError, match=r"m-00002-of-00003\.gguf is part 1 of 1.*another file"):
+        read(parts[0])
+    alone = shutil.copy(parts[2], tmp_path / "renamed.gguf")
+    with pytest.raises(ValueError, match=r"renamed\.gguf is part 3 of 3.*-00003-of-00003\.gguf"):
+        loader.resolve(str(alone))
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        (dict(reversed(TENSORS.items())), "holds 'token_embd.weight', which a part before holds"),
+        (TENSORS | {"blk.5.attn_norm.weight": (64,)}, r"split file of 7 tensors.*parts hold 8"),
+    ],
+)
+def test_parts_of_two_models_are_an_error(
+    split: Any, tmp_path: Path, tensors: dict[str, Any], message: str
+) -> None:
+    _, parts = split
+    other = tmp_path / "other"
+    other.mkdir()
+    write(other / "m.gguf", tensors=tensors, split_max_tensors=3)
+    shutil.copy(other / parts[2].name, parts[2])
+    with pytest.raises(ValueError, match=message):
+        read(parts[0])
+
+
+def test_the_hub_gives_all_parts_of_a_split_file(
+    split: Any, tmp_path: Path, monkeypatch: Any
+) -> None:
+    whole, parts = split
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    repository = tmp_path / "models--org--tiny"
+    snapshot = repository / "snapshots" / "abc"
+    (snapshot / "large").mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("abc")
+    for part in parts:
+        shutil.copy(part, snapshot / part.name.replace("m-", "tiny-Q8_0-"))
+        shutil.copy(part, snapshot / "large" / part.name.replace("m-", "tiny-F32-"))
+    for name in (
+        "org/tiny:Q8_0",
+        "org/tiny:F32",
+        "org/tiny/tiny-Q8_0-00001-of-00003.gguf",
+        "org/tiny/large/tiny-F32-00003-of-00003.gguf",
+    ):
+        files = loader.resolve(name, download_dir=str(tmp_path))
+        assert files.gguf.path.name.endswith("-00001-of-00003.gguf")
+        assert dict(loader.iter_weights(files)).keys() == read(whole).keys()
+
+
+def test_the_hub_is_asked_for_all_parts(monkeypatch: Any) -> None:
+    """The hub filters the files of a repository with fnmatch."""
+    from huggingface_hub.utils import filter_repo_objects
+
+    repository = [
+        "config.json",
+        "tiny-Q8_0.gguf",
+        "tiny-Q4_K_M-00001-of-00002.gguf",
+        "tiny-Q4_K_M-00002-of-00002.gguf",
+        "tiny-IQ4_K_M.gguf",
+        "big/tiny-F16-00001-of-00002.gguf",
+        "big/tiny-F16-00002-of-00002.gguf",
+    ]
+
+    def asked(model: str) -> list[str]:
+        found: list[str] = []
+
+        def download(repo: str, **options: Any) -> str:
+            patterns = {name: options[name] for name in ("allow_patterns", "ignore_patterns")}
+            found.extend(filter_repo_objects(repository, **patterns))
+            raise OSError("nothing is downloaded here")
+
+        monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+        with pytest.raises(ValueError, match="nothing is downloaded here"):
+            loader.resolve(model)
+        return found
+
+    assert asked("org/tiny:Q8_0") == repository[1:2]
+    assert asked("org/tiny/tiny-Q8_0.gguf") == repository[1:2]
+    assert asked("org/tiny:Q4_K_M") == repository[2:4]
+    assert asked("org/tiny/tiny-Q4_K_M-00002-of-00002.gguf") == repository[2:4]
+    assert asked("org/tiny:F16") == repository[5:]
+    assert asked("org/tiny/big/tiny-F16-00001-of-00002.gguf") == repository[5:]
+
+
+# The output head
+
+
+@pytest.mark.parametrize("kind", ["F32", "Q8_0"])
+def test_a_head_that_is_a_copy_of_the_embedding_is_tied(tmp_path: Path, kind: str) -> None:
+    stored = gguf.GGMLQuantizationType[kind]
+    embedding = np.random.default_rng(0).standard_normal((96, 64)).astype(np.float32)
+    other = embedding.copy()
+    other[-1, -1] = 9.0
+
+    def tied(**tensors: np.ndarray) -> bool:
+        writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
+        for name, value in NUMBERS.items():
+            add(writer, f"llama.{name}", value)
+        for name, array in tensors.items():
+            as_kind = gguf.GGMLQuantizationType.F16 if name == "half" else stored
+            writer.add_tensor(
+                "output.weight" if name == "half" else f"{name}.weight",
+                gguf.quants.quantize(array, as_kind),
+                raw_dtype=as_kind,
+            )
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        files = loader.resolve(str(tmp_path))
+        is_tied = loader.load_hf_config(files).tie_word_embeddings
+        assert loader.head_differs(files) != is_tied
+        return is_tied
+
+    assert tied(token_embd=embedding)
+    assert tied(token_embd=embedding, output=embedding)
+    assert not tied(token_embd=embedding, output=other)
+    assert not tied(token_embd=embedding, output=other[:90])
+    assert not tied(token_embd=embedding, half=embedding)
