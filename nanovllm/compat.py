@@ -73,7 +73,6 @@ NEUTRAL: dict[str, tuple[object, ...]] = {
     "data_parallel_size": (1,),
     "decode_context_parallel_size": (1,),
     "enable_expert_parallel": (False,),
-    "quantization": (),
     "calculate_kv_scales": (False,),
     "enable_lora": (False,),
     "lora_modules": (),

@@ -52,6 +52,7 @@ class EngineArgs:
     chat_template: str | None = None
     load_format: str = "auto"
     dtype: str = "auto"  # a torch.dtype is accepted too
+    quantization: str | None = None  # None: as the checkpoint says; "none": dequantised
     device: str = "auto"
     attention_backend: str | None = None
     seed: int = 0
@@ -102,6 +103,7 @@ class EngineArgs:
         one_of("load_format", self.load_format, ("auto", "safetensors", "gguf", "dummy"))
         one_of("tokenizer_mode", self.tokenizer_mode, ("auto", "slow"))
         one_of("logprobs_mode", self.logprobs_mode, ("raw_logprobs",))
+        one_of("quantization", self.quantization, (None, "none", "gguf"))
         one_of("kv_cache_dtype", self.kv_cache_dtype, ("auto", "fp8"))
         self._check_generation_config()
         one_of(

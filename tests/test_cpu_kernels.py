@@ -392,6 +392,7 @@ def test_a_dtype_without_kernels_is_left_to_torch():
 def test_unknown_instructions_are_refused_by_a_sentence(monkeypatch):
     monkeypatch.setenv("NANOVLLM_CPU_ISA", "avx3")
     with pytest.raises(
-        ValueError, match="NANOVLLM_CPU_ISA='avx3' is not known; accepted are native, avx512, avx2"
+        ValueError,
+        match="NANOVLLM_CPU_ISA='avx3' is not known; accepted are native, avx512, avxvnni, avx2",
     ):
         library.build(cpu.SOURCE)

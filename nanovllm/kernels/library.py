@@ -19,7 +19,7 @@ from pathlib import Path
 
 logger = logging.getLogger("nanovllm")
 
-HEADER = Path(__file__).with_name("vectors.h")  # every source includes it
+HEADERS = sorted(Path(__file__).parent.glob("*.h"))
 FEW_ROWS = 4  # a product of at most this many rows is bound by memory
 CALL_ARGS = 10  # no kernel has more arguments
 FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"]
@@ -28,7 +28,9 @@ FLAGS += [f"-DFEW_ROWS={FEW_ROWS}", f"-DCALL_ARGS={CALL_ARGS}"]
 LEVELS = {
     "native": ["-march=native"],
     "avx512": ["-march=x86-64-v4", "-mtune=native"],
+    "avxvnni": ["-march=x86-64-v3", "-mavxvnni", "-mtune=native"],
     "avx2": ["-march=x86-64-v3", "-mtune=native"],
+    "portable": ["-mtune=native"],
 }
 
 
@@ -69,7 +71,7 @@ def build(source: Path, again: bool = False) -> Path:
     driver = [compiler, *named[1:]]
     command = [*driver, *instructions(), *FLAGS]
     stat = os.stat(compiler)
-    text = source.read_text() + HEADER.read_text()
+    text = "".join(path.read_text() for path in (source, *HEADERS))
     key = repr((text, command, stat.st_size, stat.st_mtime, platform.machine(), cpu_features()))
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nanovllm"
     library = cache / f"{source.stem}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"

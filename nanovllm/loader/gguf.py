@@ -23,7 +23,7 @@ from nanovllm.core.batch import ceil_div
 from nanovllm.loader.fields import Fields
 from nanovllm.loader.hub import part_path
 from nanovllm.loader.safetensors import unreadable
-from nanovllm.loader.source import LazyTensor, Part
+from nanovllm.loader.source import Blocks, LazyTensor, Part
 
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
@@ -231,6 +231,25 @@ class GGUFTensor:
         offset = first * self.block
         return blocks[:, start - offset : stop - offset : step]
 
+    @property
+    def type(self) -> str:
+        """The name of the type in the file."""
+        return self.kind.name
+
+    def blocks(self, part: tuple[slice, ...]) -> Blocks | None:
+        """The slices of rows and columns as the file stores them.
+
+        None if the columns do not begin and end with blocks.
+        """
+        rows, columns = part
+        start, stop, step = columns.indices(self.shape[1])
+        if start % self.block or stop % self.block or step != 1:
+            return None
+        order = np.arange(self.shape[0]) if self.row_order is None else self.row_order
+        first = start // self.block * self.block_bytes
+        last = stop // self.block * self.block_bytes
+        return Blocks(self.kind.name, self.packed[:, first:last], order[rows])
+
     def unpack(self, packed: np.ndarray) -> Tensor:
         """uint8 [rows, bytes of whole blocks] -> [rows, weights]."""
         shape = len(packed), packed.shape[1] // self.block_bytes * self.block
@@ -379,6 +398,10 @@ class GGUF:
             if not np.array_equal(embedding.data[rows], head.data[rows]):
                 return True
         return False
+
+    def matrix_types(self) -> set[str]:
+        """The names of the types in which the file stores its matrices."""
+        return {each.tensor_type.name for each in self.tensors.values() if len(each.shape) > 1}
 
     def lazy(self, tensor: gguf.ReaderTensor) -> GGUFTensor:
         """The tensor with its rows in Hugging Face's order."""

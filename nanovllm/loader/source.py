@@ -10,8 +10,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from types import EllipsisType
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -60,6 +61,43 @@ class LazyTensor(Protocol):
     def __getitem__(self, part: Part, /) -> Tensor: ...
 
 
+class Blocks(NamedTuple):
+    """Rows of a matrix as a quantised checkpoint stores them.
+
+    type: a name of a GGUF type, such as "Q4_K". rows: uint8 [rows of the file, bytes].
+    order: int64 [rows of the matrix], the row of the file for each row of the matrix.
+    """
+
+    type: str
+    rows: np.ndarray
+    order: np.ndarray
+
+
+@runtime_checkable
+class BlockTensor(Protocol):
+    """A LazyTensor that can be read as it is stored."""
+
+    @property
+    def type(self) -> str: ...
+
+    def blocks(self, part: tuple[slice, ...]) -> Blocks | None:
+        """The slices of rows and columns. None if the columns do not begin and end with blocks."""
+
+
+@runtime_checkable
+class Receiver(Protocol):
+    """A part of a parameter whose form depends on how the checkpoint stores it."""
+
+    def expect(self, tensor: LazyTensor, part: tuple[slice, ...]) -> None:
+        """Notes how the tensor is stored. No memory is allocated yet."""
+
+    def allocate(self) -> None:
+        """Allocates the memory of the whole parameter."""
+
+    def take(self, tensor: LazyTensor, part: tuple[slice, ...]) -> None:
+        """Reads the slices `part` of the tensor."""
+
+
 class Source(NamedTuple):
     """The slices `part` of the checkpoint tensor `name` fill `into`.
 
@@ -69,7 +107,7 @@ class Source(NamedTuple):
     name: str
     shape: tuple[int, ...]
     part: tuple[slice, ...]
-    into: Tensor
+    into: Tensor | Receiver
 
 
 def fill(model: nn.Module, weights: Iterable[tuple[str, LazyTensor]]) -> set[str]:
@@ -117,7 +155,26 @@ def fill_from(name: str, tensor: LazyTensor, sources: list[Source]) -> None:
                 f"checkpoint: tensor {name} has shape {list(tensor.shape)}, the config asks for "
                 f"{list(source.shape)}{config_fields([name], SIZE_FIELDS)}"
             )
-        copy_part(source.into.data, tensor, source.part)
+        if isinstance(source.into, Tensor):
+            copy_part(source.into.data, tensor, source.part)
+        else:
+            source.into.take(tensor, source.part)
+
+
+def expect(model: nn.Module, weights: Iterable[tuple[str, LazyTensor]]) -> None:
+    """Allocates the parameters whose form depends on the tensors that `fill` will read."""
+    wanted = all_sources(model)
+    known = dict(weights)
+    if EMBEDDING not in known and HEAD in known:
+        known[EMBEDDING] = known[HEAD]  # of a tied model
+    receivers: list[Receiver] = []
+    for name, tensor in known.items():
+        for source in wanted.get(name, ()):
+            if isinstance(source.into, Receiver) and tuple(tensor.shape) == source.shape:
+                source.into.expect(tensor, source.part)
+                receivers.append(source.into)
+    for receiver in receivers:
+        receiver.allocate()
 
 
 def config_fields(names: Iterable[str], table: dict[str, str]) -> str:

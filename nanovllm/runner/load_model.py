@@ -5,17 +5,28 @@ Does not know file formats.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import nn
 
 from nanovllm import loader
 from nanovllm.attention.base import zeroed
 from nanovllm.core.batch import ceil_div
-from nanovllm.loader.source import PRESENCE_FIELDS, all_sources, config_fields, listing
+from nanovllm.loader.source import (
+    PRESENCE_FIELDS,
+    LazyTensor,
+    all_sources,
+    config_fields,
+    expect,
+    listing,
+)
 from nanovllm.models.decoder import CausalLM
 from nanovllm.models.registry import model_class
 from nanovllm.parallel import TensorParallel
 from nanovllm.runner.setup import Setup
+from nanovllm.weights.blocks import report_dequantised
+from nanovllm.weights.select import storage_format
 
 CACHE_LINE = 64  # bytes
 
@@ -29,13 +40,18 @@ def make_model(setup: Setup, tp: TensorParallel) -> CausalLM:
     default = torch.get_default_dtype()
     torch.set_default_dtype(setup.dtype)
     try:
-        with setup.device:
+        with setup.device, storage_format(setup.weight_format):
             model: CausalLM = make(setup.config, setup.max_model_len, tp).eval()
     finally:
         torch.set_default_dtype(default)
+    weights: Iterable[tuple[str, LazyTensor]] = loader.iter_weights(setup.files)
+    if setup.weight_format is not None:
+        weights = list(weights)
+        expect(model, weights)
+        report_dequantised(model)
     if setup.device.type == "cpu":
         lay_out(model)
-    load_weights(model, setup, tp)
+    load_weights(model, setup, tp, weights)
     return model
 
 
@@ -54,15 +70,20 @@ def lay_out(model: nn.Module) -> None:
         parameter.data = flat.view(parameter.shape)
 
 
-def load_weights(model: CausalLM, setup: Setup, tp: TensorParallel) -> None:
-    """Fills the model from its checkpoint.
+def load_weights(
+    model: CausalLM,
+    setup: Setup,
+    tp: TensorParallel,
+    weights: Iterable[tuple[str, LazyTensor]] | None = None,
+) -> None:
+    """Fills the model from its checkpoint, whose tensors are `weights`.
 
     Raises ValueError that names the missing tensors.
     """
     if setup.args.load_format == "dummy":
         fill_randomly(model, setup, tp)
         return
-    given = model.load_weights(loader.iter_weights(setup.files))
+    given = model.load_weights(loader.iter_weights(setup.files) if weights is None else weights)
     missing = set(all_sources(model)) - given
     if missing:
         name = setup.args.model

@@ -14,9 +14,11 @@ import torch
 
 from nanovllm import loader
 from nanovllm.config import EngineArgs
+from nanovllm.kernels import blocks
 from nanovllm.loader.fields import Fields
 from nanovllm.models.config import ModelConfig
 from nanovllm.models.registry import read_config
+from nanovllm.weights.blocks import FLOAT_TYPES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -54,6 +56,7 @@ class Setup:
         self.eos_token_ids = self._eos_token_ids()
         self.device = pick_device(args.device)
         self.dtype = pick_dtype(args.dtype, self._stored_dtype(), self.device)
+        self.weight_format = self._weight_format()
         self.block_size = args.block_size or default_block_size(self.device)
         self.max_model_len = self._max_model_len()
         tokens, seqs = step_limits(self.device)
@@ -113,6 +116,25 @@ class Setup:
         if self.args.dtype != "auto":
             return None
         return loader.checkpoint_dtype(self.hf_config, self.files)
+
+    def _weight_format(self) -> str | None:
+        """The storage format of matrices (weights.select.FORMATS), or None for floats.
+
+        On a CPU the blocks of a GGUF file stay as they are stored. Raises ValueError for
+        quantization="gguf" without a GGUF file.
+        """
+        gguf = self.files.gguf
+        if gguf is None:
+            if self.args.quantization == "gguf":
+                raise ValueError(
+                    f"quantization='gguf': {self.args.model} is no GGUF file; accepted for it are "
+                    "None and 'none'"
+                )
+            return None
+        as_floats = self.args.quantization == "none" or self.args.load_format == "dummy"
+        if as_floats or self.device.type != "cpu" or blocks.load() is None:
+            return None
+        return None if gguf.matrix_types() == {FLOAT_TYPES[self.dtype]} else "blocks"
 
     def _max_model_len(self) -> int:
         """The longest sequence in tokens.
