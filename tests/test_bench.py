@@ -144,7 +144,7 @@ def test_an_engine_that_fails_says_why(tmp_path: Path) -> None:
         bench.Engine(
             "nanovllm",
             sys.executable,
-            {"model": str(tmp_path), "dummy": True, "dtype": "auto", "args": {}},
+            {"model": str(tmp_path), "dummy": True, "text": False, "dtype": "auto", "args": {}},
             {},
         )
 
