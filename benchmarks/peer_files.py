@@ -127,8 +127,8 @@ def quantised_file(model: Path, name: str, cache: Path, dummy: bool, python: str
     return path
 
 
-def write_copy(gguf: Any, model: Path, path: Path, name: str) -> None:
-    """Copies a GGUF file, with its matrices in the tensor type `name`."""
+def write_copy(gguf: Any, model: Path, path: Path, form: str) -> None:
+    """Copies a GGUF file, with its matrices in the tensor type `form`."""
     reader = gguf.GGUFReader(model)
     kinds = {kind.value: kind for kind in gguf.GGUFValueType}
     writer = gguf.GGUFWriter(path, reader.fields["general.architecture"].contents())
@@ -143,8 +143,8 @@ def write_copy(gguf: Any, model: Path, path: Path, name: str) -> None:
         if name not in skip:
             inner = kinds[field.types[-1]] if field.types[0] == gguf.GGUFValueType.ARRAY else None
             writer.add_key_value(name, field.contents(), field.types[0], sub_type=inner)
-    writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{name}"])
-    kind = gguf.GGMLQuantizationType[name]
+    writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{form}"])
+    kind = gguf.GGMLQuantizationType[form]
     for tensor in reader.tensors:
         values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
         add(gguf, writer, tensor.name, values, kind)
