@@ -5,6 +5,7 @@ and beside other engines ("peers").
     python bench.py --roofline     # the same, and the share of the limit
     python bench.py --compare hf,vllm=/path/to/python    # the same with peers
     python bench.py --profile      # the same, and the time of each part of a step
+    python bench.py --workload Q --compare llama.cpp=/path/to/python   # quantised files
     python bench.py --host         # only the host's part of a step
     python bench.py --startup      # only the time from process start to the first token
 
@@ -17,6 +18,7 @@ from __future__ import annotations
 import argparse
 import ast
 import contextlib
+import importlib.util
 import itertools
 import json
 import os
@@ -34,13 +36,32 @@ import numpy as np
 import torch
 
 from benchmarks.limit import LARGE_GPU_STEP, Machine, Sizes, limit, probe, sizes_of
-from benchmarks.ours import Host, ceil_div, default_dtype, model_config
-from benchmarks.peer_files import gguf_file, hf_folder
+from benchmarks.ours import Checkpoint, Host, ceil_div, default_dtype, model_config
+from benchmarks.peer_files import SIMPLE_FORMATS, gguf_file, hf_folder, quantised_file
 from benchmarks.process import Engine, exit_on_signals
 from benchmarks.workloads import SHAPES, WORKLOADS, Workload, draw, smollm2, write_shape
 
-PEERS = ("hf", "vllm", "llama.cpp")
+# "dequantised" is nanovllm itself, with the weights of a GGUF file dequantised.
+PEERS = ("hf", "vllm", "llama.cpp", "dequantised")
+# These multiply the weights of a GGUF file as it stores them, if they are asked to.
+READS_BLOCKS = ("nanovllm", "llama.cpp")
 CPU_STEP = 2048  # tokens of one step on a CPU, by default
+FORMATS = ("Q4_0", "Q4_1", "Q8_0", "Q4_K_M", "Q6_K")
+# Workload Q measures formats with blocks of 256 weights on this shape. The rows of SmolLM2
+# have 576 weights, and llama.cpp gives such rows other formats.
+SHAPE_FOR_LARGE_BLOCKS = "0.6b"
+
+
+def physical_cores() -> int:
+    """The physical cores that this process may use."""
+    cpus = os.sched_getaffinity(0)
+    found = set()
+    for cpu in cpus:
+        siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        if not siblings.exists():
+            return len(cpus)
+        found.add(siblings.read_text())
+    return len(found)
 
 
 def peer_environment(name: str, device: str) -> dict[str, str]:
@@ -70,7 +91,10 @@ class Result:
     engine: str
     workload: str
     model: str
+    prompt_tokens: int
     output_tokens: int
+    file_bytes: int  # of a GGUF file, or 0
+    stored: bool  # whether the engine multiplies the weights as the GGUF file stores them
     seconds: list[float] = field(default_factory=list)
     # Seconds to the first token. Empty unless the workload is one request.
     first_token: list[float] = field(default_factory=list)
@@ -85,6 +109,22 @@ class Result:
     def throughput(self) -> float:
         """Output tokens a second."""
         return self.output_tokens / statistics.median(self.seconds)
+
+    @property
+    def decode(self) -> list[float]:
+        """Tokens a second after the first token. Empty unless the workload is one request."""
+        times = [total - first for total, first in zip(self.seconds, self.first_token)]
+        return [(self.output_tokens - 1) / seconds for seconds in times]
+
+    @property
+    def prefill(self) -> list[float]:
+        """Prompt tokens a second up to the first token. Empty unless it is one request."""
+        return [self.prompt_tokens / seconds for seconds in self.first_token]
+
+    @property
+    def beside_cache(self) -> int | None:
+        """Resident bytes without the KV cache."""
+        return None if self.memory is None else self.rss - self.memory["kv_cache"]
 
     @property
     def share(self) -> float | None:
@@ -105,8 +145,38 @@ class Result:
         return {
             **vars(self),
             "output_tokens_per_second": self.throughput,
+            "decode_tokens_per_second": self.decode,
+            "prefill_tokens_per_second": self.prefill,
+            "resident_beside_kv_cache": self.beside_cache,
             "share_of_limit": self.share,
         }
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model that engines run.
+
+    place: a folder, a GGUF file or a hub name. dummy: `place` has only a config.json, and
+    the weights are random. stored: engines multiply the weights as the GGUF file stores
+    them, if they can (READS_BLOCKS). Otherwise weights are in the dtype of the run.
+    """
+
+    place: Path
+    dummy: bool = False
+    stored: bool = False
+
+    @property
+    def is_gguf(self) -> bool:
+        return self.place.suffix == ".gguf"
+
+    def has_text(self) -> bool:
+        """Whether there is a tokenizer."""
+        if self.is_gguf:
+            return Checkpoint(self.place).has_tokenizer()
+        return not self.dummy
+
+    def stored_by(self, engine: str) -> bool:
+        return self.stored and engine in READS_BLOCKS
 
 
 class Bench:
@@ -121,6 +191,7 @@ class Bench:
             dtype = getattr(torch, options.dtype)
         self.dtype = str(dtype).removeprefix("torch.")
         self.itemsize = dtype.itemsize
+        self.cache = Path(options.cache).expanduser()
         self.scratch = tempfile.TemporaryDirectory()
         self.probes: list[Machine] = []
 
@@ -129,14 +200,51 @@ class Bench:
         default = ["field"] if self.device == "cuda" else ["A", "B", "C", "D"]
         return self.options.workload or default
 
-    def model_of(self, work: Workload) -> tuple[Path, bool]:
-        """(place of the model, whether its weights are random)."""
+    def models_of(self, name: str) -> list[Model]:
+        """The models on which the workload `name` runs.
+
+        Exits if the weights shall be used as stored and a model is no GGUF file.
+        """
+        stored = name == "Q" or self.options.weights == "file"
         if self.options.model:
-            return Path(self.options.model), False
-        shape = self.options.shape or work.shape
+            models = [Model(Path(self.options.model), stored=stored)]
+        elif name == "Q":
+            models = [self.quantised(form) for form in self.options.formats]
+        else:
+            place, dummy = self.source(self.options.shape or WORKLOADS[name]().shape)
+            models = [Model(place, dummy, stored)]
+        for model in models:
+            if stored and not model.is_gguf:
+                raise SystemExit(
+                    f"bench.py: workload Q and --weights file need a GGUF file, and {name} runs on "
+                    f"{model.place}; give --model file.gguf"
+                )
+        return models
+
+    def source(self, shape: str | None) -> tuple[Path, bool]:
+        """(SmolLM2 or a folder of this shape, whether the weights are random)."""
         if shape:
             return write_shape(shape, Path(self.scratch.name)), True
         return smollm2(), False
+
+    def quantised(self, form: str) -> Model:
+        """A GGUF file in the file format `form`, of --shape or of the model that fits.
+
+        Exits if the file cannot be written.
+        """
+        shape = self.options.shape
+        if shape is None and form not in SIMPLE_FORMATS:
+            shape = SHAPE_FOR_LARGE_BLOCKS
+        place, dummy = self.source(shape)
+        python = self.options.compare.get("llama.cpp")
+        if python is None and importlib.util.find_spec("llama_cpp"):
+            python = sys.executable
+        print(f"writing {form} of {place.name}, unless the cache has it", file=sys.stderr)
+        try:
+            file = quantised_file(place, form, self.cache, dummy, python)
+        except ValueError as err:
+            raise SystemExit(f"bench.py: {err}") from err
+        return Model(file, stored=True)
 
     def probe(self) -> None:
         """Measures the speed of the machine once more."""
@@ -155,8 +263,7 @@ class Bench:
         self,
         name: str,
         python: str,
-        model: Path,
-        dummy: bool,
+        model: Model,
         longest: int,
         env: dict[str, str] | None = None,
     ) -> Engine:
@@ -164,43 +271,54 @@ class Bench:
 
         longest: the most tokens of one sequence. env: more environment variables.
         """
-        cache = Path(self.options.cache).expanduser()
         job: dict[str, Any] = {
-            "dummy": dummy,
+            "model": str(model.place),
+            "dummy": model.dummy,
+            "text": model.has_text(),
             "dtype": self.dtype,
             "temperature": self.options.temperature,
-            "threads": os.cpu_count(),
             "args": {},
         }
-        if name in ("nanovllm", "vllm"):
+        if name in ("nanovllm", "dequantised", "vllm"):
             job["args"] = {
                 "max_model_len": longest,
                 "tensor_parallel_size": self.options.tensor_parallel_size,
             }
-        if name == "nanovllm":
+        if name in ("nanovllm", "dequantised"):
+            job["engine"] = "nanovllm"
+            if model.is_gguf and not model.stored_by(name):
+                job["args"]["quantization"] = "none"
             job["args"] |= self.options.engine_arg
         if name in ("hf", "vllm"):
-            model = hf_folder(model, cache)
+            job["model"] = str(hf_folder(model.place, self.cache))
         if name == "llama.cpp":
-            job["gguf"] = str(gguf_file(model, cache, dummy))
-        job["model"] = str(model)
-        print(f"starting {name} on {model.name}", file=sys.stderr)
+            job |= self.llama_cpp_job(model)
+        print(f"starting {name} on {model.place.name}", file=sys.stderr)
         return Engine(name, python, job, {**peer_environment(name, self.device), **(env or {})})
+
+    def llama_cpp_job(self, model: Model) -> dict[str, Any]:
+        file = model.place if model.stored else gguf_file(model.place, self.cache, model.dummy)
+        return {
+            "gguf": str(file),
+            "threads": physical_cores(),
+            "kv_numbers": self.sizes(model).kv_bytes // self.itemsize,
+        }
 
     def measure(self) -> list[Result]:
         """All workloads by all engines. Workloads with the same model share processes."""
-        groups: dict[tuple[Path, bool], dict[str, Workload]] = {}
+        groups: dict[Model, dict[str, Workload]] = {}
         for name in self.names():
-            work = WORKLOADS[name]()
-            groups.setdefault(self.model_of(work), {})[name] = work
+            for model in self.models_of(name):
+                groups.setdefault(model, {})[name] = WORKLOADS[name]()
         results: list[Result] = []
-        for (model, dummy), works in groups.items():
-            results += ModelBench(self, model, dummy, works).measure()
+        for model, works in groups.items():
+            results += ModelBench(self, model, works).measure()
         return results
 
-    def sizes(self, model: Path) -> Sizes:
-        config = model_config(str(model), dummy=self.options.model is None)
-        return sizes_of(config, self.itemsize)
+    def sizes(self, model: Model, stored: bool = False) -> Sizes:
+        """stored: the weights have the bytes of the file."""
+        config = model_config(str(model.place), dummy=model.dummy)
+        return sizes_of(config, self.itemsize, model.place.stat().st_size if stored else None)
 
     def step_tokens(self) -> int:
         """The most tokens of one step of nanovllm."""
@@ -212,14 +330,14 @@ class Bench:
 
         "warm": caches as they are. "cold": the caches of compiled kernels are empty.
         """
-        model, dummy = self.model_of(WORKLOADS[self.names()[0]]())
+        model = self.models_of(self.names()[0])[0]
         names = ("XDG_CACHE_HOME", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
         found: dict[str, list[float]] = {"warm": [], "cold": []}
         for _ in range(self.options.repeats):
             for caches, seconds in found.items():
                 with tempfile.TemporaryDirectory() as empty:
                     env = dict.fromkeys(names, empty) if caches == "cold" else {}
-                    engine = self.start("nanovllm", sys.executable, model, dummy, 512, env)
+                    engine = self.start("nanovllm", sys.executable, model, 512, env)
                     engine.close()
                 seconds.append(engine.startup)
         return found
@@ -231,23 +349,34 @@ class ModelBench:
     `results`: (engine, workload) -> Result. `engines`: the processes that live.
     """
 
-    def __init__(self, bench: Bench, model: Path, dummy: bool, works: dict[str, Workload]) -> None:
+    def __init__(self, bench: Bench, model: Model, works: dict[str, Workload]) -> None:
         self.bench = bench
         self.model = model
-        self.dummy = dummy
         self.works = works
         longest = max(len(p) + n for w in works.values() for p, n in zip(w.prompts, w.outputs))
         self.longest = ceil_div(longest, 256) * 256
         self.sizes = bench.sizes(model)
         self.pythons = {"nanovllm": sys.executable, **bench.options.compare}
         self.results = {
-            (engine, name): Result(engine, name, model.name, work.output_tokens)
+            (engine, name): self.new_result(engine, name, work)
             for name, work in works.items()
             for engine in self.pythons
         }
         self.engines: dict[str, Engine] = {}
         # Every call takes another variant, so that no engine sees a prompt twice.
         self.numbers = itertools.count(1)
+
+    def new_result(self, engine: str, name: str, work: Workload) -> Result:
+        place = self.model.place
+        return Result(
+            engine,
+            name,
+            place.name,
+            prompt_tokens=sum(map(len, work.prompts)),
+            output_tokens=work.output_tokens,
+            file_bytes=place.stat().st_size if self.model.is_gguf else 0,
+            stored=self.model.stored_by(engine),
+        )
 
     def measure(self) -> list[Result]:
         options = self.bench.options
@@ -261,12 +390,13 @@ class ModelBench:
             for engine in self.engines.values():
                 engine.close()
         for (_, name), result in self.results.items():
+            sizes = self.bench.sizes(self.model, result.stored)
             if options.roofline:
                 step_tokens = self.bench.step_tokens()
                 machine = self.bench.machine()
-                result.limit = limit(self.works[name], self.sizes, machine, step_tokens)
+                result.limit = limit(self.works[name], sizes, machine, step_tokens)
             if result.memory is not None:
-                result.memory["weights"] = self.sizes.weight_bytes
+                result.memory["weights"] = sizes.weight_bytes
         return list(self.results.values())
 
     def measure_round(self, number: int) -> None:
@@ -300,9 +430,7 @@ class ModelBench:
         A new process first runs every workload with short outputs.
         """
         if engine not in self.engines:
-            process = self.bench.start(
-                engine, self.pythons[engine], self.model, self.dummy, self.longest
-            )
+            process = self.bench.start(engine, self.pythons[engine], self.model, self.longest)
             self.engines[engine] = process
             for name, work in self.works.items():
                 self.results[engine, name].startup.append(process.startup)
@@ -361,6 +489,20 @@ COLUMNS = [
     "start to first token, s",
     "resident, MB",
 ]
+QUANTISED_COLUMNS = [
+    "file",
+    "engine",
+    "decode tok/s",
+    "ours / its",
+    "prefill tok/s",
+    "ours / its",
+    "share of the limit",
+    "first token, ms",
+    "start to first token, s",
+    "resident, MB",
+    "beside the KV cache, MB",
+    "file, MB",
+]
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
@@ -378,11 +520,16 @@ def spread(values: list[float], scale: float = 1.0, digits: int = 1) -> str:
 
 
 def report(results: list[Result], works: dict[str, Workload]) -> str:
-    ours = {result.workload: result for result in results if result.engine == "nanovllm"}
-    by_workload = sorted(results, key=lambda result: list(works).index(result.workload))
-    rows = [result_row(result, ours[result.workload]) for result in by_workload]
+    ours = {(r.workload, r.model): r for r in results if r.engine == "nanovllm"}
+    pairs = [(result, ours[result.workload, result.model]) for result in results]
+    pairs.sort(key=lambda pair: list(works).index(pair[0].workload))
+    rows = [result_row(*pair) for pair in pairs if pair[0].workload != "Q"]
+    quantised = [quantised_row(*pair) for pair in pairs if pair[0].workload == "Q"]
     text = "".join(f"- {name}: {work.about}\n" for name, work in works.items())
-    text += "\n" + table(COLUMNS, rows)
+    if rows:
+        text += "\n" + table(COLUMNS, rows)
+    if quantised:
+        text += "\n" + table(QUANTISED_COLUMNS, quantised)
     text += "".join(map(memory_report, ours.values()))
     return text + "\n" + "".join(map(profile_report, ours.values()))
 
@@ -390,26 +537,54 @@ def report(results: list[Result], works: dict[str, Workload]) -> str:
 def result_row(result: Result, ours: Result) -> list[str]:
     """The cells of COLUMNS."""
     ratio = "" if result is ours else f"{ours.throughput / result.throughput:.2f}"
-    share = ""
-    if result.limit is not None:
-        share = f"{result.share:.0%} of {result.throughput_at_limit:.0f}"
     first_token = decode = ""
     if result.first_token:
         first_token = spread(result.first_token, 1e3, 0)
-        times = [total - first for total, first in zip(result.seconds, result.first_token)]
-        decode = spread([(result.output_tokens - 1) / seconds for seconds in times], digits=0)
+        decode = spread(result.decode, digits=0)
     return [
         result.workload,
         result.engine,
-        result.model,
+        f"{result.model}, as stored" if result.stored else result.model,
         spread([result.output_tokens / seconds for seconds in result.seconds], digits=0),
         ratio,
-        share,
+        share_text(result),
         first_token,
         decode,
         spread(result.startup),
-        f"{result.rss / 2**20:.0f}",
+        megabytes(result.rss),
     ]
+
+
+def quantised_row(result: Result, ours: Result) -> list[str]:
+    """The cells of QUANTISED_COLUMNS."""
+    decode = prefill = ""
+    if result is not ours:
+        decode = f"{statistics.median(ours.decode) / statistics.median(result.decode):.2f}"
+        prefill = f"{statistics.median(ours.prefill) / statistics.median(result.prefill):.2f}"
+    return [
+        result.model,
+        result.engine,
+        spread(result.decode, digits=0),
+        decode,
+        spread(result.prefill, digits=0),
+        prefill,
+        share_text(result),
+        spread(result.first_token, 1e3, 0),
+        spread(result.startup),
+        megabytes(result.rss),
+        "" if result.beside_cache is None else megabytes(result.beside_cache),
+        megabytes(result.file_bytes),
+    ]
+
+
+def share_text(result: Result) -> str:
+    if result.limit is None:
+        return ""
+    return f"{result.share:.0%} of {result.throughput_at_limit:.0f}"
+
+
+def megabytes(count: int) -> str:
+    return f"{count / 2**20:.0f}"
 
 
 def memory_report(result: Result) -> str:
@@ -420,7 +595,7 @@ def memory_report(result: Result) -> str:
     weights = result.memory["weights"] / 2**20
     cache = result.memory["kv_cache"] / 2**20
     return (
-        f"\nMemory, {result.workload}: {resident:.0f} MB resident = weights {weights:.0f} + "
+        f"\nMemory, {result.workload}, {result.model}: {resident:.0f} MB resident = weights {weights:.0f} + "
         f"KV cache {cache:.0f} + {resident - weights - cache:.0f}"
     )
 
@@ -482,7 +657,7 @@ def peers(text: str) -> dict[str, str]:
         name, _, python = item.partition("=")
         if name not in PEERS:
             raise argparse.ArgumentTypeError(
-                f"{name!r} is not known; accepted are hf, vllm and llama.cpp"
+                f"{name!r} is not known; accepted are {', '.join(PEERS)}"
             )
         found[name] = python or sys.executable
     return found
@@ -502,8 +677,8 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add(
         "--model",
-        help="a folder, .gguf file or hub name; by default SmolLM2 for A, B and C, and random "
-        "weights for field and D",
+        help="a folder, .gguf file or hub name; by default SmolLM2 for A, B and C, random weights "
+        "for field and D, and for Q a file in each of --formats",
     )
     add("--shape", choices=SHAPES, help="random weights in this Qwen3 size, for every workload")
     add("--dtype", default="auto", choices=["auto", "bfloat16", "float16", "float32"])
@@ -522,7 +697,22 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         type=peers,
         default={},
         metavar="ENGINES",
-        help="peers: hf,vllm,llama.cpp, each with =/path/to/python if it has its own environment",
+        help="peers: hf,vllm,llama.cpp, each with =/path/to/python if it has its own environment, "
+        "and dequantised: nanovllm with the weights of a GGUF file dequantised",
+    )
+    add(
+        "--weights",
+        choices=["dtype", "file"],
+        default="dtype",
+        help="file: nanovllm and llama.cpp multiply the weights as the GGUF file of --model stores "
+        "them, as Q always does; dtype: every engine multiplies them in --dtype",
+    )
+    add(
+        "--formats",
+        type=lambda text: text.split(","),
+        default=list(FORMATS),
+        help="the file formats of Q, comma-separated, as llama.cpp names them; by default "
+        + ",".join(FORMATS),
     )
     add(
         "--cache",

@@ -26,9 +26,13 @@ class LLMApi:
 
     def __init__(self, job: dict[str, Any]) -> None:
         api = importlib.import_module(job["engine"])
-        dummy = {"load_format": "dummy", "skip_tokenizer_init": True} if job["dummy"] else {}
+        args: dict[str, Any] = {}
+        if job["dummy"]:
+            args["load_format"] = "dummy"
+        if not job["text"]:
+            args["skip_tokenizer_init"] = True
         self.make_params = api.SamplingParams
-        self.llm = api.LLM(job["model"], dtype=job["dtype"], **{**dummy, **job["args"]})
+        self.llm = api.LLM(job["model"], dtype=job["dtype"], **{**args, **job["args"]})
 
     def generate(self, prompts: list[list[int]], outputs: list[int], temperature: float) -> None:
         params = [
@@ -117,7 +121,7 @@ class HuggingFace:
             model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(job["model"]))
         else:
             model = AutoModelForCausalLM.from_pretrained(job["model"], torch_dtype=dtype)
-        self.tokenizer = None if job["dummy"] else AutoTokenizer.from_pretrained(job["model"])
+        self.tokenizer = AutoTokenizer.from_pretrained(job["model"]) if job["text"] else None
         self.model = model.to(self.device).eval()
         self.model.generation_config.eos_token_id = None
 
@@ -167,7 +171,12 @@ class LlamaCpp:
             job["gguf"].encode(), api.llama_model_default_params()
         )
         self.threads = job["threads"]
-        self.text = not job["dummy"]
+        self.text = job["text"]
+        # Bytes of the K/V of one token. llama.cpp stores it in float16.
+        self.kv_bytes = 2 * job["kv_numbers"]
+        # Of the last call, before its context is freed:
+        self.context_tokens = 0
+        self.resident = 0  # bytes
 
     def generate(self, prompts: list[list[int]], outputs: list[int], temperature: float) -> float:
         """Returns the seconds.
@@ -187,10 +196,16 @@ class LlamaCpp:
         if self.text:
             self.detokenise(tokens)
         elapsed = time.perf_counter() - start
+        self.context_tokens = api.llama_n_ctx(context)
+        self.resident = rss()
         api.llama_sampler_free(sampler)
         api.llama_batch_free(batch)
         api.llama_free(context)
         return elapsed
+
+    def memory(self) -> dict[str, int]:
+        """Bytes of the KV cache."""
+        return {"kv_cache": self.kv_bytes * self.context_tokens}
 
     def make_context(self, count: int, length: int, shared: bool) -> Any:
         """A context for `count` sequences of `length` tokens. shared: one cache for all."""
@@ -320,8 +335,8 @@ def main() -> None:
         else:
             seconds = engine.generate(*arguments)
             reply["seconds"] = seconds or time.perf_counter() - start
-        reply["rss"] = rss()
-        if isinstance(engine, NanoVLLM):
+        reply["rss"] = engine.resident if isinstance(engine, LlamaCpp) else rss()
+        if isinstance(engine, NanoVLLM | LlamaCpp):
             reply["memory"] = engine.memory()
         replies.write(json.dumps(reply) + "\n")
 

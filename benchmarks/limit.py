@@ -58,7 +58,10 @@ def probe(device: str, dtype: str) -> Machine:
 
 @dataclass
 class Sizes:
-    """The sizes of a model. Bytes are for numbers of `itemsize` bytes."""
+    """The sizes of a model.
+
+    The bytes of the K/V and of logits are for numbers of `itemsize` bytes.
+    """
 
     matrices: list[tuple[int, int]]  # (out_features, in_features) of the matrices of one layer
     num_layers: int
@@ -69,9 +72,11 @@ class Sizes:
     kv_bytes: int  # the K/V of one token in all layers
     weight_bytes: int
     itemsize: int
+    weight_itemsize: float  # bytes of one weight, a fraction if weights are quantised
 
 
-def sizes_of(config: ModelConfig, itemsize: int) -> Sizes:
+def sizes_of(config: ModelConfig, itemsize: int, weight_bytes: int | None = None) -> Sizes:
+    """weight_bytes: of all weights. None: each weight has `itemsize` bytes."""
     q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     hidden, inner = config.hidden_size, config.intermediate_size
     matrices = [(q + 2 * kv, hidden), (hidden, q), (2 * inner, hidden), (hidden, inner)]
@@ -85,8 +90,9 @@ def sizes_of(config: ModelConfig, itemsize: int) -> Sizes:
         vocab_size=config.vocab_size,
         hidden_size=hidden,
         kv_bytes=2 * kv * config.num_layers * itemsize,
-        weight_bytes=weights * itemsize,
+        weight_bytes=weights * itemsize if weight_bytes is None else weight_bytes,
         itemsize=itemsize,
+        weight_itemsize=itemsize if weight_bytes is None else weight_bytes / weights,
     )
 
 
@@ -110,13 +116,13 @@ def limit(work: Workload, model: Sizes, machine: Machine, step_tokens: int) -> d
         kv = model.kv_bytes * (int(ends.sum()) + tokens)
         attention += max(kv / machine.bandwidth, per_pair * pairs / machine.flops)
         for rows, columns in model.matrices:
-            read = model.itemsize * rows * columns / machine.bandwidth
+            read = model.weight_itemsize * rows * columns / machine.bandwidth
             compute = 2 * tokens * rows * columns / machine.flops
             products += model.num_layers * max(read, compute)
         weights = model.vocab_size * model.hidden_size
         logits = sampled * model.vocab_size
         compute = 2 * logits * model.hidden_size / machine.flops
-        head += max(model.itemsize * weights / machine.bandwidth, compute)
+        head += max(model.weight_itemsize * weights / machine.bandwidth, compute)
         head += 2 * model.itemsize * logits / machine.bandwidth
     return {
         "attention": attention,

@@ -55,6 +55,10 @@ class Checkpoint:
         assert self.files.gguf is not None
         return self.files.gguf.hf_fields()
 
+    def has_tokenizer(self) -> bool:
+        assert self.files.gguf is not None
+        return bool(self.files.gguf.tokens)
+
     def save_tokenizer(self, folder: Path) -> None:
         loader.load_tokenizer(self.files).save_pretrained(folder)
 

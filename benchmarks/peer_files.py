@@ -1,13 +1,14 @@
 """Writes the model of the benchmark into a cache folder, once, in the peers' formats.
 
 vLLM and transformers read a folder in Hugging Face's layout, and llama.cpp reads a GGUF
-file. All files are in bfloat16.
+file. All files are in bfloat16, except the quantised GGUF files of workload Q.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,22 @@ import torch
 from safetensors.torch import save_file
 
 from benchmarks.ours import Checkpoint
+
+QUANTISE = Path(__file__).with_name("quantise.py")
+# File formats whose blocks have 32 weights, or one.
+SIMPLE_FORMATS = (
+    "Q4_0",
+    "Q4_1",
+    "Q5_0",
+    "Q5_1",
+    "Q8_0",
+    "IQ4_NL",
+    "MXFP4",
+    "F16",
+    "BF16",
+)
+# File formats that the package gguf writes without llama.cpp.
+GGUF_PACKAGE_FORMATS = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "F16", "BF16")
 
 
 def hf_folder(model: Path, cache: Path) -> Path:
@@ -29,7 +46,8 @@ def hf_folder(model: Path, cache: Path) -> Path:
     folder = cache / f"{model.name.removesuffix('.gguf')}-bf16"
     if not (folder / "model.safetensors").exists():
         checkpoint = Checkpoint(model)
-        checkpoint.save_tokenizer(folder)
+        if checkpoint.has_tokenizer():
+            checkpoint.save_tokenizer(folder)
         write_hf_model(checkpoint, folder)
     return folder
 
@@ -69,13 +87,48 @@ def gguf_file(model: Path, cache: Path, dummy: bool) -> Path:
     if dummy:
         write_random(gguf, json.loads((model / "config.json").read_text()), part)
     else:
-        write_dequantised(gguf, model, part)
+        write_copy(gguf, model, part, "BF16")
     shutil.move(part, path)
     return path
 
 
-def write_dequantised(gguf: Any, model: Path, path: Path) -> None:
-    """Copies a GGUF file, with its matrices in bfloat16."""
+def quantised_file(model: Path, name: str, cache: Path, dummy: bool, python: str | None) -> Path:
+    """A GGUF file in the file format `name`, such as Q4_K_M, from a source of `gguf_file`.
+
+    python: an interpreter that has llama-cpp-python. It mixes tensor types as llama.cpp
+    does. With None all matrices have one type, and the name of the file ends in "-pure".
+    Raises ValueError for a format that needs llama.cpp and for one that is not known.
+    """
+    if model.name.endswith(f".{name}.gguf"):
+        return model
+    if name == "BF16":
+        return gguf_file(model, cache, dummy)
+    end = f"{name}-pure" if python is None else name
+    path = cache / f"{model.name.removesuffix('.gguf')}-{end}.gguf"
+    if path.exists():
+        return path
+    if python is None and name not in GGUF_PACKAGE_FORMATS:
+        raise ValueError(
+            f"--formats {name} needs llama.cpp, which writes the file: give --compare "
+            "llama.cpp=/path/to/python, or --model with such a file; without llama.cpp "
+            f"accepted are {', '.join(GGUF_PACKAGE_FORMATS)}"
+        )
+    source, part = gguf_file(model, cache, dummy), path.with_suffix(".part")
+    if python is None:
+        import gguf
+
+        write_copy(gguf, source, part, name)
+    else:
+        command = [python, str(QUANTISE), str(source), str(part), name]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise ValueError(f"--formats {name}: {done.stderr.strip()[-1000:]}")
+    shutil.move(part, path)
+    return path
+
+
+def write_copy(gguf: Any, model: Path, path: Path, form: str) -> None:
+    """Copies a GGUF file, with its matrices in the tensor type `form`."""
     reader = gguf.GGUFReader(model)
     kinds = {kind.value: kind for kind in gguf.GGUFValueType}
     writer = gguf.GGUFWriter(path, reader.fields["general.architecture"].contents())
@@ -90,10 +143,11 @@ def write_dequantised(gguf: Any, model: Path, path: Path) -> None:
         if name not in skip:
             inner = kinds[field.types[-1]] if field.types[0] == gguf.GGUFValueType.ARRAY else None
             writer.add_key_value(name, field.contents(), field.types[0], sub_type=inner)
-    writer.add_file_type(gguf.LlamaFileType.MOSTLY_BF16)
+    writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{form}"])
+    kind = gguf.GGMLQuantizationType[form]
     for tensor in reader.tensors:
         values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-        add(gguf, writer, tensor.name, values)
+        add(gguf, writer, tensor.name, values, kind)
     finish(writer)
 
 
@@ -120,7 +174,7 @@ def write_random(gguf: Any, config: dict[str, Any], path: Path) -> None:
     numbers = np.random.default_rng(0).normal(0, 0.02, block).astype(np.float32)
     for name, shape in qwen3_shapes(config).items():
         values = np.ones(shape, np.float32) if len(shape) == 1 else np.resize(numbers, shape)
-        add(gguf, writer, f"{name}.weight", values)
+        add(gguf, writer, f"{name}.weight", values, gguf.GGMLQuantizationType.BF16)
     finish(writer)
 
 
@@ -150,12 +204,11 @@ def qwen3_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def add(gguf: Any, writer: Any, name: str, values: np.ndarray) -> None:
-    """Adds a matrix in bfloat16 or a vector in float32, as llama.cpp's converter does."""
+def add(gguf: Any, writer: Any, name: str, values: np.ndarray, kind: Any) -> None:
+    """Adds a matrix in the type `kind`, or a vector in float32 as llama.cpp's converter does."""
     if values.ndim == 1:
         writer.add_tensor(name, values.astype(np.float32))
     else:
-        kind = gguf.GGMLQuantizationType.BF16
         writer.add_tensor(name, gguf.quants.quantize(values, kind), raw_dtype=kind)
 
 

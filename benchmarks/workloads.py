@@ -74,6 +74,12 @@ def workload_b() -> Workload:
     return Workload("one request, 128 tokens in and out", draw(1, 128, 128)[0], [128])
 
 
+def workload_q() -> Workload:
+    work = workload_b()
+    work.about += ", weights multiplied as the file stores them"
+    return work
+
+
 def workload_c() -> Workload:
     own, _ = draw(64, 32, 32)
     prefix = draw(1, 512, 512)[0][0]
@@ -94,6 +100,7 @@ WORKLOADS: dict[str, Callable[[], Workload]] = {
     "B": workload_b,
     "C": workload_c,
     "D": workload_d,
+    "Q": workload_q,
 }
 
 

@@ -15,11 +15,12 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 import bench
-from benchmarks import engines, limit, ours, peer_files, workloads
+from benchmarks import engines, limit, ours, peer_files, quantise, workloads
 from nanovllm import loader
 
 ROOT = Path(__file__).parent.parent
@@ -144,7 +145,7 @@ def test_an_engine_that_fails_says_why(tmp_path: Path) -> None:
         bench.Engine(
             "nanovllm",
             sys.executable,
-            {"model": str(tmp_path), "dummy": True, "dtype": "auto", "args": {}},
+            {"model": str(tmp_path), "dummy": True, "text": False, "dtype": "auto", "args": {}},
             {},
         )
 
@@ -338,3 +339,165 @@ def test_transformers_reads_the_folder_of_a_gguf_file_as_the_same_model(tmp_path
     assert loaded.config.rms_norm_eps == pytest.approx(
         given.rms_norm_eps
     )  # GGUF files hold it as a float32
+
+
+# -- quantised files -------------------------------------------------------------------------------
+
+
+def models(arguments: str, name: str) -> list[bench.Model]:
+    return bench.Bench(bench.parse(arguments.split())).models_of(name)
+
+
+@pytest.mark.parametrize("name", peer_files.GGUF_PACKAGE_FORMATS)
+def test_a_file_without_llama_cpp_has_all_matrices_in_one_type(name: str, tmp_path: Path) -> None:
+    gguf = pytest.importorskip("gguf")
+    shape, cache = workloads.write_shape("tiny", tmp_path), tmp_path / "cache"
+    file = peer_files.quantised_file(shape, name, cache, dummy=True, python=None)
+    assert peer_files.quantised_file(shape, name, cache, dummy=True, python=None) == file
+    kinds = {(t.tensor_type.name, len(t.shape)) for t in gguf.GGUFReader(file).tensors}
+    assert kinds == {(name, 2), ("F32", 1)}
+    given = gguf.GGUFReader(peer_files.gguf_file(shape, cache, dummy=True))
+    found = {
+        t.name: gguf.quants.dequantize(t.data, t.tensor_type) for t in gguf.GGUFReader(file).tensors
+    }
+    steps = {"Q4_0": 8, "Q4_1": 15, "Q5_0": 16, "Q5_1": 31, "Q8_0": 127}
+    for tensor in given.tensors:
+        values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        # A block spans at most twice its largest value, and its step is a share of the span.
+        allowed = 2.01 * abs(values).max() / steps.get(name, 1 << 10)
+        assert abs(found[tensor.name] - values).max() <= allowed
+
+
+def test_a_format_that_needs_llama_cpp_says_so(tmp_path: Path) -> None:
+    shape = workloads.write_shape("tiny", tmp_path)
+    with pytest.raises(ValueError, match=r"--formats Q4_K_M needs llama\.cpp.*accepted are Q4_0"):
+        peer_files.quantised_file(shape, "Q4_K_M", tmp_path, dummy=True, python=None)
+
+
+def test_llama_cpp_s_quantiser_is_called_with_files_and_format(tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    python = tmp_path / "python"
+    python.write_text(
+        '#!/bin/sh\nshift; [ "$3" = Q6_K ] || { echo "no $3" >&2; exit 1; }; cp "$1" "$2"\n'
+    )
+    python.chmod(0o755)
+    shape, cache = workloads.write_shape("tiny", tmp_path), tmp_path / "cache"
+    file = peer_files.quantised_file(shape, "Q6_K", cache, dummy=True, python=str(python))
+    assert file.read_bytes() == peer_files.gguf_file(shape, cache, dummy=True).read_bytes()
+    with pytest.raises(ValueError, match="--formats Q9: no Q9"):
+        peer_files.quantised_file(shape, "Q9", cache, dummy=True, python=str(python))
+    assert {path.name for path in cache.iterdir()} >= {
+        "qwen3-tiny-bf16.gguf",
+        "qwen3-tiny-Q6_K.gguf",
+    }
+
+
+def test_quantise_knows_the_formats_by_llama_cpp_s_constants() -> None:
+    api = SimpleNamespace(LLAMA_FTYPE_MOSTLY_Q4_0=2, LLAMA_FTYPE_ALL_F32=0, other=3)
+    assert quantise.formats(api) == {"Q4_0": 2}
+
+
+def test_which_engines_multiply_stored_weights(tmp_path: Path) -> None:
+    file = str(tmp_path / "m.gguf")
+    (own,) = models(f"--model {file}", "A")
+    (stored,) = models(f"--model {file} --weights file", "A")
+    (quantised,) = models(f"--model {file}", "Q")
+    assert stored == quantised
+    engines_of = ("nanovllm", "llama.cpp", "dequantised", "vllm", "hf")
+    assert [own.stored_by(name) for name in engines_of] == [False] * 5
+    assert [stored.stored_by(name) for name in engines_of] == [True, True, False, False, False]
+    for arguments in ("--shape tiny --weights file", "--model folder --weights file"):
+        with pytest.raises(
+            SystemExit, match=r"need a GGUF file, and A runs on .*--model file\.gguf"
+        ):
+            models(arguments, "A")
+
+
+def test_only_dequantised_weights_of_a_file_are_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("gguf")
+    shape = workloads.write_shape("tiny", tmp_path)
+    file = peer_files.gguf_file(shape, tmp_path, dummy=True)
+    jobs: dict[str, dict[str, Any]] = {}
+    monkeypatch.setattr(bench, "Engine", lambda name, python, job, env: jobs.update({name: job}))
+    run = bench.Bench(bench.parse(["--cache", str(tmp_path)]))
+    model = bench.Model(file, stored=True)
+    for name in ("nanovllm", "dequantised", "llama.cpp"):
+        run.start(name, "python", model, 256)
+    assert "quantization" not in jobs["nanovllm"]["args"]
+    assert jobs["dequantised"]["args"]["quantization"] == "none"
+    assert jobs["dequantised"]["engine"] == "nanovllm"
+    assert jobs["llama.cpp"]["gguf"] == str(file)
+    assert jobs["llama.cpp"]["kv_numbers"] == 2 * 2 * 16 * 2  # K and V, KV heads, head_dim, layers
+    assert not any(job["text"] or job["dummy"] for job in jobs.values())
+    run.start("nanovllm", "python", bench.Model(file), 256)
+    assert jobs["nanovllm"]["args"]["quantization"] == "none"
+    run.start("nanovllm", "python", bench.Model(shape, dummy=True), 256)
+    assert "quantization" not in jobs["nanovllm"]["args"]
+
+
+def test_formats_with_large_blocks_run_on_the_shape_that_fits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench, "smollm2", lambda: tmp_path / "smollm2.gguf")
+    asked: list[tuple[str, str]] = []
+
+    def write(place: Path, form: str, *_: object) -> Path:
+        asked.append((place.name, form))
+        return tmp_path / f"{form}.gguf"
+
+    monkeypatch.setattr(bench, "quantised_file", write)
+    models("--formats Q4_0,Q4_K_M,IQ4_NL,IQ4_XS", "Q")
+    models("--formats Q4_0 --shape 8b", "Q")
+    assert asked == [
+        ("smollm2.gguf", "Q4_0"),
+        ("qwen3-0.6b", "Q4_K_M"),
+        ("smollm2.gguf", "IQ4_NL"),
+        ("qwen3-0.6b", "IQ4_XS"),
+        ("qwen3-8b", "Q4_0"),
+    ]
+
+
+def test_limit_of_stored_weights_reads_the_bytes_of_the_file(tmp_path: Path) -> None:
+    config = ours.model_config(str(workloads.write_shape("0.6b", tmp_path)), dummy=True)
+    work, machine = workloads.workload_q(), limit.Machine(bandwidth=1.0, flops=1e30)
+    whole = limit.sizes_of(config, 2)
+    quarter = limit.sizes_of(config, 2, whole.weight_bytes // 4)
+    seconds = [limit.limit(work, model, machine, 2048)["seconds"] for model in (whole, quarter)]
+    assert seconds[0] - seconds[1] == pytest.approx(128 * whole.weight_bytes * 3 / 4)
+
+
+def test_row_of_a_quantised_file() -> None:
+    def result(engine: str, first: float, rest: float, rss: int) -> bench.Result:
+        made = bench.Result(engine, "Q", "m.gguf", 128, 128, 50 << 20, True)
+        made.first_token, made.seconds, made.startup = [first], [first + rest], [1.5]
+        made.rss, made.memory = rss << 20, {"kv_cache": 100 << 20, "weights": 50 << 20}
+        return made
+
+    ours_, its = result("nanovllm", 0.5, 1.27, 180), result("llama.cpp", 0.25, 2.54, 160)
+    work = {"Q": workloads.workload_q()}
+    table = bench.report([ours_, its], work).splitlines()
+    assert "| m.gguf | nanovllm | 100 |  | 256 |  |  | 500 | 1.5 | 180 | 80 | 50 |" in table
+    assert "| m.gguf | llama.cpp | 50 | 2.00 | 512 | 0.50 |  | 250 | 1.5 | 160 | 60 | 50 |" in table
+
+
+def test_measure_a_quantised_file_of_a_tiny_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("gguf")
+    shape = workloads.write_shape("tiny", tmp_path)
+    file = peer_files.quantised_file(shape, "Q8_0", tmp_path, dummy=True, python=None)
+    found = tmp_path / "found.json"
+    arguments = (
+        f"--workload Q --model {file} --repeats 1 --engine-arg kv_cache_memory_bytes=20000000"
+    )
+    bench.main([*arguments.split(), "--json", str(found)])
+    (result,) = json.loads(found.read_text())["results"]
+    assert (result["workload"], result["model"], result["stored"]) == ("Q", file.name, True)
+    assert result["file_bytes"] == file.stat().st_size
+    cache = result["memory"]["kv_cache"]
+    assert result["resident_beside_kv_cache"] == result["rss"] - cache
+    assert result["decode_tokens_per_second"][0] > 0
+    assert result["prefill_tokens_per_second"] == [128 / result["first_token"][0]]
+    assert f"| {file.name} | nanovllm |" in capsys.readouterr().out
