@@ -90,7 +90,8 @@ def pack(type: int, rows: np.ndarray, order: np.ndarray, depth: int, out: Tensor
     of the file for each feature. out: uint8 [packed_bytes].
     """
     assert rows.strides[1] == 1
-    assert order.dtype == np.int64 and order.flags.c_contiguous
+    assert order.dtype == np.int64
+    assert order.flags.c_contiguous
     built = load()
     assert built is not None
     source = (rows.ctypes.data, rows.strides[0], order.ctypes.data)
