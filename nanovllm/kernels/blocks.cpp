@@ -32,7 +32,9 @@ template <class F> constexpr int64_t code_bytes() { return F::BLOCK / GROUP * (F
 template <class F> constexpr int64_t bytes_of_group() {
   return F::SCALES == Scales::NONE ? 0 : F::SCALES == Scales::BOTH ? 2 : 1;
 }
-template <class F> constexpr int64_t scale_bytes() { return (2 * F::HALVES + F::BLOCK / F::GROUP * bytes_of_group<F>()) * W; }
+template <class F> constexpr int64_t scale_bytes() {
+  return (2 * F::HALVES + F::BLOCK / F::GROUP * bytes_of_group<F>()) * W;
+}
 template <class F> int64_t panel_bytes(int64_t depth) {
   const int64_t bytes = depth / F::BLOCK * (code_bytes<F>() + scale_bytes<F>());
   return (bytes + VECTOR - 1) / VECTOR * VECTOR;
@@ -238,9 +240,10 @@ __attribute__((noinline)) void times_floats(const uint8_t* panel, const Inputs& 
 
 // -------------------------------------------------------------------- into and out of panels
 
-// Puts rows of a file into panels. `order`: the row of the file for each feature.
+// Puts rows of a file into panels. `row_order`: the row of the file for each feature.
 template <class F>
-void pack(const uint8_t* rows, int64_t stride, const int64_t* order, int64_t features, int64_t depth, uint8_t* out) {
+void pack(const uint8_t* rows, int64_t stride, const int64_t* row_order, int64_t features, int64_t depth,
+          uint8_t* out) {
 #pragma omp parallel for schedule(static)
   for (int64_t panel = 0; panel < (features + W - 1) / W; panel++) {
     uint8_t *planes = out + panel * panel_bytes<F>(depth), *block = planes + depth / F::BLOCK * code_bytes<F>();
@@ -250,7 +253,7 @@ void pack(const uint8_t* rows, int64_t stride, const int64_t* order, int64_t fea
       std::memset(block, 0, scale_bytes<F>());
       for (int lane = 0; lane < W && panel * W + lane < features; lane++) {
         Fields fields;
-        F::decode(rows + order[panel * W + lane] * stride + b * F::BYTES, fields);
+        F::decode(rows + row_order[panel * W + lane] * stride + b * F::BYTES, fields);
         for (int i = 0; i < F::BLOCK; i++) codes[i / 2][lane][i % 2] = fields.codes[i];
         uint8_t* to = block;
         for (int i = 0; i < F::HALVES; i++, to += 2 * W) std::memcpy(to + 2 * lane, fields.halves + i, 2);
@@ -266,13 +269,14 @@ void pack(const uint8_t* rows, int64_t stride, const int64_t* order, int64_t fea
   }
 }
 template <class B>
-void pack_floats(const uint8_t* rows, int64_t stride, const int64_t* order, int64_t features, int64_t depth, uint8_t* out) {
+void pack_floats(const uint8_t* rows, int64_t stride, const int64_t* row_order, int64_t features, int64_t depth,
+                 uint8_t* out) {
 #pragma omp parallel for schedule(static)
   for (int64_t panel = 0; panel < (features + W - 1) / W; panel++)
     for (int lane = 0; lane < W; lane++) {
       const int64_t feature = panel * W + lane;
       B* to = (B*)out + panel * W * depth + lane;
-      const B* from = feature < features ? (const B*)(rows + order[feature] * stride) : nullptr;
+      const B* from = feature < features ? (const B*)(rows + row_order[feature] * stride) : nullptr;
       for (int64_t d = 0; d < depth; d++) to[d * W] = from ? from[d] : B{};
     }
 }
@@ -421,8 +425,9 @@ struct AllInputs {
   }
 };
 
-template <class T> void linear_blocks(const T* x, int64_t x_stride, const uint8_t* w, const Segment* segments, int64_t num_segments,
-                                      const T* bias, T* out, int64_t rows, int64_t cols, int64_t depth) {
+template <class T>
+void linear_blocks(const T* x, int64_t x_stride, const uint8_t* w, const Segment* segments, int64_t num_segments,
+                   const T* bias, T* out, int64_t rows, int64_t cols, int64_t depth) {
   const int64_t blocks = (rows + ROWS - 1) / ROWS;
   int64_t panels = 0;
   bool rounded = false, floats = false;
@@ -443,11 +448,11 @@ template <class T> void linear_blocks(const T* x, int64_t x_stride, const uint8_
       for (int64_t block = 0; block < blocks; block++)
         for_block<ROWS>(rows, block, [&](int64_t first, auto m) { inputs.fill(x, x_stride, first, m()); });
     }
-    const int64_t groups = rounded ? depth / GROUP : 0;
-    const std::unique_ptr<uint8_t[]> memory(rows > FEW_ROWS ? new uint8_t[unpacked_bytes(rounded ? depth : 0) + VECTOR] : nullptr);
+    const int64_t bytes = shared && rounded ? unpacked_bytes(depth) : 0;
+    const std::unique_ptr<uint8_t[]> memory(new uint8_t[bytes + VECTOR]);
     Unpacked unpacked;
     unpacked.codes = (Codes*)(((uintptr_t)memory.get() + VECTOR - 1) / VECTOR * VECTOR);
-    unpacked.linear = (float*)(unpacked.codes + groups * STEPS);
+    unpacked.linear = (float*)(unpacked.codes + depth / GROUP * STEPS);
     int64_t unpacked_panel = -1;
 #pragma omp for schedule(static) nowait
     for (int64_t unit = 0; unit < panels * blocks; unit++) {
@@ -478,8 +483,9 @@ template <class T> void linear_blocks(const T* x, int64_t x_stride, const uint8_
 }
 
 // Rows `ids` of a matrix. An id outside the matrix gives zeros.
-template <class T> void embed_blocks(const int64_t* ids, const uint8_t* w, const Segment* segments, int64_t num_segments, T* out,
-                                     int64_t count, int64_t depth) {
+template <class T>
+void embed_blocks(const int64_t* ids, const uint8_t* w, const Segment* segments, int64_t num_segments, T* out,
+                  int64_t count, int64_t depth) {
 #pragma omp parallel for schedule(static) if (count * depth > PARALLEL)
   for (int64_t i = 0; i < count; i++) {
     const std::unique_ptr<float[]> row(new float[depth + W]());
@@ -507,7 +513,7 @@ extern "C" int64_t packed_bytes(int64_t type, int64_t features, int64_t depth) {
   const Operations* can = operations(type);
   return can ? (features + W - 1) / W * can->bytes(depth) : 0;
 }
-extern "C" void pack(int64_t type, const uint8_t* rows, int64_t stride, const int64_t* order, int64_t features, int64_t depth,
-                     uint8_t* out) {
-  operations(type)->pack(rows, stride, order, features, depth, out);
+extern "C" void pack(int64_t type, const uint8_t* rows, int64_t stride, const int64_t* row_order, int64_t features,
+                     int64_t depth, uint8_t* out) {
+  operations(type)->pack(rows, stride, row_order, features, depth, out);
 }

@@ -83,19 +83,19 @@ def packed_bytes(type: int, features: int, depth: int) -> int:
     return built.packed_bytes(type, features, depth)
 
 
-def pack(type: int, rows: np.ndarray, order: np.ndarray, depth: int, out: Tensor) -> None:
+def pack(type: int, rows: np.ndarray, row_order: np.ndarray, depth: int, out: Tensor) -> None:
     """Puts rows of a file into panels.
 
-    rows: uint8 [rows of the file, bytes of `depth` weights]. order: int64 [features], the row
+    rows: uint8 [rows of the file, bytes of `depth` weights]. row_order: int64 [features], the row
     of the file for each feature. out: uint8 [packed_bytes].
     """
     assert rows.strides[1] == 1
-    assert order.dtype == np.int64
-    assert order.flags.c_contiguous
+    assert row_order.dtype == np.int64
+    assert row_order.flags.c_contiguous
     built = load()
     assert built is not None
-    source = (rows.ctypes.data, rows.strides[0], order.ctypes.data)
-    built.pack(type, *source, len(order), depth, out.data_ptr())
+    source = (rows.ctypes.data, rows.strides[0], row_order.ctypes.data)
+    built.pack(type, *source, len(row_order), depth, out.data_ptr())
 
 
 def linear(

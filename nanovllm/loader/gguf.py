@@ -245,10 +245,10 @@ class GGUFTensor:
         start, stop, step = columns.indices(self.shape[1])
         if start % self.block or stop % self.block or step != 1:
             return None
-        order = np.arange(self.shape[0]) if self.row_order is None else self.row_order
+        row_order = np.arange(self.shape[0]) if self.row_order is None else self.row_order
         first = start // self.block * self.block_bytes
         last = stop // self.block * self.block_bytes
-        return Blocks(self.kind.name, self.packed[:, first:last], order[rows])
+        return Blocks(self.kind.name, self.packed[:, first:last], row_order[rows])
 
     def unpack(self, packed: np.ndarray) -> Tensor:
         """uint8 [rows, bytes of whole blocks] -> [rows, weights]."""

@@ -65,12 +65,12 @@ class Blocks(NamedTuple):
     """Rows of a matrix as a quantised checkpoint stores them.
 
     type: a name of a GGUF type, such as "Q4_K". rows: uint8 [rows of the file, bytes].
-    order: int64 [rows of the matrix], the row of the file for each row of the matrix.
+    row_order: int64 [rows of the matrix], the row of the file for each row of the matrix.
     """
 
     type: str
     rows: np.ndarray
-    order: np.ndarray
+    row_order: np.ndarray
 
 
 @runtime_checkable

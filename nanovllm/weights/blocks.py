@@ -139,7 +139,7 @@ class PieceReceiver:
         memory = weight.memory(self.layer, self.rows)
         stored = stored_blocks(tensor, part)
         if stored is not None and stored.type == weight.types[self.rows]:
-            blocks.pack(type, stored.rows, stored.order, weight.in_features, memory)
+            blocks.pack(type, stored.rows, stored.row_order, weight.in_features, memory)
             return
         start, stop, _ = part[0].indices(tensor.shape[0])
         for first in range(start, stop, ROWS_AT_ONCE):
