@@ -7,14 +7,20 @@ from __future__ import annotations
 
 import pickle
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import normalizers
 
-from nanovllm import loader
+import nanovllm
+from nanovllm import LLM, SamplingParams, loader
 
 gguf = pytest.importorskip("gguf")
 
@@ -242,3 +248,101 @@ def test_a_head_that_is_a_copy_of_the_embedding_is_tied(tmp_path: Path, kind: st
     assert not tied(token_embd=embedding, output=other)
     assert not tied(token_embd=embedding, output=other[:90])
     assert not tied(token_embd=embedding, half=embedding)
+
+
+# What a start imports
+
+TOKENS = ["<s>", "</s>", *"abcdefgh", "Ġ", "ab", "Ġa", "<|end|>", "<|x|>"]
+TOKENIZER = {
+    "tokenizer.ggml.model": "gpt2",
+    "tokenizer.ggml.pre": "gpt-2",
+    "tokenizer.ggml.tokens": TOKENS,
+    "tokenizer.ggml.token_type": [3, 3, *[1] * 11, 3, 4],
+    "tokenizer.ggml.merges": ["a b", "Ġ a"],
+    "tokenizer.ggml.bos_token_id": 0,
+    "tokenizer.ggml.eos_token_id": 1,
+    "tokenizer.ggml.add_bos_token": True,
+    "tokenizer.chat_template": "{{ messages[0]['content'] }}",
+}
+SHAPES = {
+    "attn_norm": (64,),
+    "attn_q": (64, 64),
+    "attn_k": (32, 64),
+    "attn_v": (32, 64),
+    "attn_output": (64, 64),
+    "ffn_norm": (64,),
+    "ffn_gate": (128, 64),
+    "ffn_up": (128, 64),
+    "ffn_down": (64, 128),
+}
+MODEL = {
+    "token_embd.weight": (len(TOKENS), 64),
+    "output_norm.weight": (64,),
+    **{f"blk.0.{name}.weight": shape for name, shape in SHAPES.items()},
+}
+START = """
+import sys
+from nanovllm import LLM, SamplingParams
+llm = LLM(sys.argv[1], device="cpu", num_gpu_blocks_override=16)
+params = SamplingParams(max_tokens=2, temperature=0, ignore_eos=True)
+(out,) = llm.generate(["ab a"], params, use_tqdm=False)
+assert len(out.outputs[0].token_ids) == 2
+unused = {"transformers", "huggingface_hub", "safetensors", "jinja2", "triton", "sympy",
+          "torch._dynamo", "torch._inductor", "torch.onnx"} & set(sys.modules)
+assert not unused, unused
+assert llm.get_tokenizer().bos_token == "<s>"
+assert llm.model_config.hf_config.hidden_size == 64
+assert "transformers" in sys.modules
+"""
+
+
+def write_model(path: Path, metadata: dict[str, Any] | None = None) -> Path:
+    """A model of one layer with a tokenizer."""
+    return write(path, {"llama.block_count": 1, **TOKENIZER, **(metadata or {})}, MODEL)
+
+
+def test_a_start_imports_no_library_that_only_clients_need(tmp_path: Path) -> None:
+    path = write_model(tmp_path / "m.gguf")
+    folder = Path(nanovllm.__file__).parents[1]
+    subprocess.run([sys.executable, "-c", START, str(path)], check=True, cwd=folder)
+
+
+@pytest.mark.parametrize("has_kinds", [True, False])
+def test_the_engines_tokenizer_does_what_that_of_transformers_does(
+    tmp_path: Path, has_kinds: bool
+) -> None:
+    metadata = {} if has_kinds else {"tokenizer.ggml.token_type": [1] * len(TOKENS)}
+    path = write_model(tmp_path / "m.gguf", metadata)
+    ours = loader.load_tokenizer(str(path))
+    theirs = loader.load_tokenizer(str(path)).to_transformers()
+    assert ours.eos_token_id == theirs.eos_token_id
+    names = ["<s>", "ab", "none", "<0x0A>"]
+    assert ours.convert_tokens_to_ids(names) == theirs.convert_tokens_to_ids(names)
+    for token_id in range(len(TOKENS) + 2):
+        assert ours.convert_ids_to_tokens(token_id) == theirs.convert_ids_to_tokens(token_id)
+
+    @settings(max_examples=50, deadline=None)
+    @given(st.text("abcdefgh <|x|>end/s"), st.booleans())
+    def agree(text: str, flag: bool) -> None:
+        ids = theirs.encode(text, add_special_tokens=flag)
+        assert ours.encode(text, add_special_tokens=flag) == ids
+        expected = theirs.decode(ids, skip_special_tokens=flag)
+        assert ours.decode(ids, skip_special_tokens=flag) == expected
+
+    agree()
+
+
+def test_a_client_that_changes_the_tokenizer_changes_that_of_the_engine(tmp_path: Path) -> None:
+    llm = LLM(str(write_model(tmp_path / "m.gguf")), dtype="float32", num_gpu_blocks_override=16)
+    params = SamplingParams(max_tokens=1, ignore_eos=True)
+
+    def prompt_ids() -> list[int]:
+        return llm.generate(["abcd"], params, use_tqdm=False)[0].prompt_token_ids
+
+    assert prompt_ids() == [0, 11, 4, 5]
+    tokenizer = llm.get_tokenizer()
+    assert tokenizer is llm.get_tokenizer() is llm.llm_engine.get_tokenizer()
+    tokenizer("abcd", truncation=True, max_length=2)
+    assert prompt_ids() == [0, 11, 4, 5]
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace("d", "c")
+    assert prompt_ids() == [0, 11, 4, 4]

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from nanovllm.core.batch import ceil_div
 from nanovllm.loader.fields import Fields
-from nanovllm.loader.hub import part_path
+from nanovllm.loader.gguf_parts import find_parts
 from nanovllm.loader.safetensors import unreadable
 from nanovllm.loader.source import LazyTensor, Part
 
@@ -99,6 +99,7 @@ SPECIAL_KINDS = (3, 4)
 
 PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 COMPARE_AT_ONCE = 4096  # rows
+TEXT = gguf.GGUFValueType.STRING
 LIST_HEADER = struct.Struct("=IQ")  # type of the items, number of items
 LENGTH = struct.Struct("=Q")  # of a text, in bytes
 # Weights. More of them do not fit into the CPU's cache, and fewer make many numpy calls
@@ -118,14 +119,14 @@ class Reader(gguf.GGUFReader):
     ) -> tuple[int, list[Any], list[int], list[gguf.GGUFValueType]]:
         """(bytes of the value, its parts, indices of the parts that hold data, types).
 
-        A list of numbers has one part, and a list of texts has one for each text.
+        A list of numbers has one part, an array. A list of texts has a str for each text.
         """
         if raw_type != gguf.GGUFValueType.ARRAY or self.byte_order != "I":
             return super()._get_field_parts(orig_offs, raw_type)
         item, count = LIST_HEADER.unpack_from(self.data, orig_offs)
         start = orig_offs + LIST_HEADER.size
         types = [gguf.GGUFValueType.ARRAY, gguf.GGUFValueType(item)]
-        if item != gguf.GGUFValueType.STRING:
+        if item != TEXT:
             numbers = self._get(start, self.gguf_scalar_to_np[types[1]], count)
             return LIST_HEADER.size + numbers.nbytes, [numbers], [0], types
         content = memoryview(self.data)
@@ -134,9 +135,18 @@ class Reader(gguf.GGUFReader):
         for _ in range(count):
             (length,) = LENGTH.unpack_from(content, at)
             at += LENGTH.size
-            texts.append(content[at : at + length])
+            texts.append(str(content[at : at + length], "utf-8"))
             at += length
         return at - orig_offs, texts, list(range(count)), types
+
+    def value(self, key: str) -> Any:
+        """A field of the metadata. None if the file lacks it."""
+        field = self.get_field(key)
+        if field is None:
+            return None
+        if field.types[0] == gguf.GGUFValueType.ARRAY and field.types[-1] == TEXT:
+            return [field.parts[i] for i in field.data]
+        return field.contents()
 
 
 def open_file(path: Path) -> Reader:
@@ -154,35 +164,11 @@ def open_file(path: Path) -> Reader:
     return reader
 
 
-def find_parts(path: Path, number: int, count: int) -> list[Path]:
-    """The paths of all parts of a split file, in order. [path] for a whole file.
-
-    path: the part `number`. Raises ValueError that names a part that is missing.
-    """
-    if count == 1:
-        return [path]
-    parts = [part_path(path, at, count) for at in range(count)]
-    if number >= count or path != parts[number]:
-        raise ValueError(
-            f"{path} is part {number + 1} of {count} by its metadata (split.no, split.count); give "
-            f"the file the name that llama.cpp gives such a part: {part_path(path, number, count)}"
-        )
-    for part in parts:
-        if not part.is_file():
-            raise ValueError(
-                f"{path} is one of {count} parts of a split file, and {part} is missing; put all "
-                "parts into one folder"
-            )
-    return parts
-
-
 def part_numbers(reader: Reader) -> tuple[int, int]:
     """(number of this part, from 0; number of parts). (0, 1) for a whole file."""
-    found = []
-    for key, default in (("split.no", 0), ("split.count", 1)):
-        field = reader.get_field(key)
-        found.append(default if field is None else int(field.contents()))
-    return found[0], max(found[1], 1)
+    number = reader.value("split.no") or 0
+    count = reader.value("split.count") or 1
+    return number, count
 
 
 def open_part(path: Path, number: int, count: int) -> Reader:
@@ -337,8 +323,8 @@ class GGUF:
 
     def get(self, key: str, default: object = None) -> Any:
         """A field of the metadata."""
-        field = self.reader.get_field(key)
-        return default if field is None else field.contents()
+        value = self.reader.value(key)
+        return default if value is None else value
 
     def __getitem__(self, key: str) -> Any:
         """A field of the metadata. Raises ValueError if the file lacks it."""

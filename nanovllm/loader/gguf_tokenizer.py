@@ -12,8 +12,6 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
-from nanovllm.loader.gguf import GGUF
-
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from tokenizers.decoders import Decoder
@@ -21,8 +19,10 @@ if TYPE_CHECKING:
     from tokenizers.processors import PostProcessor
     from transformers import PreTrainedTokenizerFast
 
+    from nanovllm.loader.gguf import GGUF
+
 logger = logging.getLogger("nanovllm")
-CONTROL, USER_DEFINED = 3, 4  # kinds of tokens
+NORMAL, CONTROL, USER_DEFINED = 1, 3, 4  # kinds of tokens
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -89,6 +89,53 @@ COMPOSED = ("qwen2", "deepseek-r1-qwen")
 SPECIAL_NAMES = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
 
 
+class GGUFTokenizer:
+    """The four methods of a tokenizer that the engine calls. They do what transformers does.
+
+    The import of transformers takes longer than the start of a small model, so it waits
+    until a client asks for the whole tokenizer (docs/experiments.md).
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, special_tokens: dict[str, str], chat_template: str | None
+    ) -> None:
+        """special_tokens: the name of a special token in transformers ("bos", ...) -> its text."""
+        self.tokenizer = tokenizer
+        self.special_tokens = special_tokens
+        self.chat_template = chat_template
+
+    @property
+    def eos_token_id(self) -> int | None:
+        eos = self.special_tokens.get("eos")
+        return None if eos is None else self.tokenizer.token_to_id(eos)
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def decode(
+        self, token_ids: list[int], *, skip_special_tokens: bool = False, **options: bool
+    ) -> str:
+        """options: no effect, because BPE has no spaces to clean up or to add."""
+        return self.tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
+
+    def convert_tokens_to_ids(self, tokens: list[str]) -> list[int | None]:
+        return [self.tokenizer.token_to_id(token) for token in tokens]
+
+    def convert_ids_to_tokens(self, ids: int) -> str | None:
+        return self.tokenizer.id_to_token(ids)
+
+    def to_transformers(self) -> PreTrainedTokenizerFast:
+        """The tokenizer of transformers. It takes over `tokenizer`: use only the result."""
+        from transformers import PreTrainedTokenizerFast
+
+        return PreTrainedTokenizerFast(
+            tokenizer_object=_HandOver(self.tokenizer),
+            chat_template=self.chat_template,
+            clean_up_tokenization_spaces=False,
+            **{f"{name}_token": text for name, text in self.special_tokens.items()},
+        )
+
+
 class _HandOver:
     """Gives a tokenizer to transformers without a copy.
 
@@ -103,10 +150,8 @@ class _HandOver:
         return self.tokenizer
 
 
-def load_tokenizer(file: GGUF) -> PreTrainedTokenizerFast:
+def load_tokenizer(file: GGUF) -> GGUFTokenizer:
     """Raises ValueError for an unknown type of tokenizer, or an unknown rule of cutting."""
-    from transformers import PreTrainedTokenizerFast
-
     model = file["tokenizer.ggml.model"]
     tokens = file.tokens or file["tokenizer.ggml.tokens"]
     if model == "gpt2":
@@ -119,24 +164,29 @@ def load_tokenizer(file: GGUF) -> PreTrainedTokenizerFast:
         raise ValueError(
             f"{file.path} has a tokenizer of type {model!r}, not 'gpt2' or 'llama': pass tokenizer="
         )
-    add_special_tokens(file, tokens, tokenizer)
     special = special_ids(file, tokens)
+    add_special_tokens(file, tokens, set(special.values()), tokenizer)
     tokenizer.post_processor = bos_and_eos(file, tokens, special, adds_bos)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=_HandOver(tokenizer),
+    return GGUFTokenizer(
+        tokenizer,
+        special_tokens={name: tokens[token_id] for name, token_id in special.items()},
         chat_template=file.get("tokenizer.chat_template"),
-        clean_up_tokenization_spaces=False,
-        **{f"{name}_token": tokens[token_id] for name, token_id in special.items()},
     )
 
 
-def add_special_tokens(file: GGUF, tokens: list[str], tokenizer: Tokenizer) -> None:
-    """Tells the tokenizer which tokens are never cut: control and user-defined tokens."""
+def add_special_tokens(
+    file: GGUF, tokens: list[str], special: set[int], tokenizer: Tokenizer
+) -> None:
+    """Tells the tokenizer which tokens are never cut: control and user-defined tokens.
+
+    special: ids of further tokens that transformers takes for control tokens.
+    """
     from tokenizers import AddedToken
 
     control, user_defined = [], []
-    for token, kind in zip(tokens, file.token_kinds):
-        if kind == CONTROL:
+    kinds = file.token_kinds or [NORMAL] * len(tokens)
+    for token_id, (token, kind) in enumerate(zip(tokens, kinds)):
+        if kind == CONTROL or (kind != USER_DEFINED and token_id in special):
             control.append(AddedToken(token, special=True, normalized=False))
         elif kind == USER_DEFINED:
             user_defined.append(AddedToken(token, special=False, normalized=False))

@@ -21,6 +21,8 @@ from nanovllm.models.registry import read_config
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from nanovllm.loader.gguf_tokenizer import GGUFTokenizer
+
 logger = logging.getLogger("nanovllm")
 
 GPU_BLOCK_SIZE = 64
@@ -80,7 +82,7 @@ class Setup:
         gguf = self.files.gguf
         return self.files.folder / "config.json" if gguf is None else gguf.path
 
-    def _load_tokenizer(self) -> PreTrainedTokenizerBase:
+    def _load_tokenizer(self) -> PreTrainedTokenizerBase | GGUFTokenizer:
         args = self.args
         return loader.load_tokenizer(
             args.tokenizer or self.files,
