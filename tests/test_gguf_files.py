@@ -21,6 +21,7 @@ from tokenizers import normalizers
 
 import nanovllm
 from nanovllm import LLM, SamplingParams, loader
+from nanovllm.layers.rotary import rope_frequencies
 
 gguf = pytest.importorskip("gguf")
 
@@ -248,6 +249,107 @@ def test_a_head_that_is_a_copy_of_the_embedding_is_tied(tmp_path: Path, kind: st
     assert not tied(token_embd=embedding, output=other)
     assert not tied(token_embd=embedding, output=other[:90])
     assert not tied(token_embd=embedding, half=embedding)
+
+
+# RoPE
+
+PREFIX = "llama.rope.scaling."
+
+
+def rope_of(path: Path) -> dict[str, Any]:
+    return loader.load_hf_config(loader.resolve(str(path))).rope_parameters
+
+
+@pytest.mark.parametrize(
+    ("metadata", "rope"),
+    [
+        ({}, {"rope_type": "default"}),
+        ({"type": "none", "factor": 4.0}, {"rope_type": "default"}),
+        ({"factor": 4.0}, {"rope_type": "linear", "factor": 4.0}),
+        ({"type": "linear", "factor": 0.0}, {"rope_type": "default"}),
+        ({"llama.rope.scale_linear": 4.0}, {"rope_type": "linear", "factor": 4.0}),
+        (
+            {"llama.rope.scale_linear": 4.0, "factor": 2.0, "finetuned": True, "attn_factor": 1.0},
+            {"rope_type": "linear", "factor": 2.0},
+        ),
+    ],
+)
+def test_rope_scaling_is_that_of_llama_cpp(
+    tmp_path: Path, metadata: dict[str, Any], rope: dict[str, Any]
+) -> None:
+    """llama.cpp (build of llama-cpp-python 0.3.36): the type is linear if the file does not say,
+    and `rope.scale_linear` is the old name of the factor.
+    """
+    fields = {key if "." in key else PREFIX + key: value for key, value in metadata.items()}
+    assert rope_of(write(tmp_path / "m.gguf", fields)) == {"rope_theta": 10000.0, **rope}
+
+
+@pytest.mark.parametrize(
+    ("metadata", "rope"),
+    [
+        ({}, {}),
+        ({"yarn_ext_factor": 1.0}, {}),
+        ({"yarn_ext_factor": -1.0}, {}),
+        ({"yarn_beta_fast": 16.0, "yarn_beta_slow": 2.0}, {"beta_fast": 16.0, "beta_slow": 2.0}),
+        ({"yarn_attn_factor": 0.75}, {"attention_factor": 0.75}),
+        ({"yarn_log_multiplier": 0.5}, {"mscale": 1.0, "mscale_all_dim": 0.5}),
+        ({"yarn_log_multiplier": 0.0}, {}),
+    ],
+)
+def test_yarn_is_that_of_transformers(
+    tmp_path: Path, metadata: dict[str, Any], rope: dict[str, Any]
+) -> None:
+    from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    fields = {"type": "yarn", "factor": 4.0, "original_context_length": 32, **metadata}
+    path = write(tmp_path / "m.gguf", {PREFIX + key: value for key, value in fields.items()})
+    expected = {
+        "rope_theta": 10000.0,
+        "rope_type": "yarn",
+        "factor": 4.0,
+        "original_max_position_embeddings": 32,
+        **rope,
+    }
+    found = rope_of(path)
+    assert found == expected
+    config = LlamaConfig(
+        hidden_size=64,
+        num_attention_heads=4,
+        max_position_embeddings=128,
+        rope_theta=10000.0,
+        rope_scaling=expected,
+    )
+    theirs, scale = ROPE_INIT_FUNCTIONS["yarn"](config, "cpu")
+    frequencies, ours = rope_frequencies(found, 16, 128)
+    torch.testing.assert_close(frequencies, theirs)
+    assert ours == pytest.approx(scale)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ({"type": "longrope", "factor": 4.0}, "type 'longrope'; supported are none, linear and"),
+        ({"type": "linear", "attn_factor": 1.2}, r"attn_factor=1.2.*accepted is 1.0"),
+        ({"alpha": 1000.0}, r"llama.rope.scaling.alpha=1000.0, which is not supported"),
+        ({"type": "yarn", "yarn_ext_factor": 0.5}, r"ext_factor is 0.5; accepted is 1.0 with"),
+        ({"type": "linear", "yarn_ext_factor": 1.0}, r"ext_factor is 1.0; accepted is 0.0 without"),
+    ],
+)
+def test_rope_scaling_of_another_kind_is_a_sentence(
+    tmp_path: Path, metadata: dict[str, Any], message: str
+) -> None:
+    path = write(tmp_path / "m.gguf", {PREFIX + key: value for key, value in metadata.items()})
+    with pytest.raises(ValueError, match=message):
+        rope_of(path)
+
+
+def test_rope_that_is_scaled_twice_is_a_sentence(tmp_path: Path) -> None:
+    tensors = {**TENSORS, "rope_freqs.weight": np.ones(8)}
+    path = write(tmp_path / "m.gguf", {PREFIX + "factor": 4.0}, tensors)
+    with pytest.raises(ValueError, match=r"scales RoPE twice, by rope_freqs.weight and by type"):
+        rope_of(path)
+    assert rope_of(write(path, tensors=tensors))["factor"] == 1.0
 
 
 # What a start imports

@@ -56,6 +56,13 @@ SAMPLING = {
     "penalty_repeat": "repetition_penalty",
 }
 
+# Field of YaRN in `rope.scaling.` -> its name in rope_parameters of transformers.
+YARN_FIELDS = {
+    "yarn_attn_factor": "attention_factor",
+    "yarn_beta_fast": "beta_fast",
+    "yarn_beta_slow": "beta_slow",
+}
+
 # The names of tokens that end an answer, as in llama.cpp (src/llama-vocab.cpp). They are
 # needed, because the metadata of many files lists one end token only, or none. llama.cpp
 # also ends an answer at the padding and the separators of fill-in-the-middle.
@@ -475,48 +482,76 @@ class GGUF:
         return head_dim
 
     def rope_parameters(self, head_dim: int) -> dict[str, object]:
-        """The field rope_parameters of config.json."""
+        """The field rope_parameters of config.json.
+
+        Raises ValueError for a scaling that is not known here and that changes anything.
+        """
         theta = self.get(f"{self.family}.rope.freq_base", 10000.0)
         scaling = self.rope_scaling()
+        kind = scaling.get("type", "linear")  # llama.cpp's default
+        factor = scaling.get("factor") or 1.0
         trained = scaling.get("original_context_length")
-        if "rope_freqs.weight" in self.tensors:
-            found = self.llama3_scaling(theta, head_dim, trained or 8192)
-            return {"rope_theta": theta, **found}
-        kind = scaling.get("type", "none")
-        factor = scaling.get("factor", 1.0)
-        if kind == "none" or factor == 1.0:
-            return {"rope_theta": theta, "rope_type": "default"}
-        if kind not in ("linear", "yarn"):
+        if kind not in ("none", "linear", "yarn"):
             raise ValueError(
                 f"{self.path} has RoPE scaling of type {kind!r}; supported are none, linear and "
                 "yarn"
             )
+        is_scaled = kind == "yarn" or (kind == "linear" and factor != 1.0)
+        if "rope_freqs.weight" in self.tensors:
+            if is_scaled:
+                raise ValueError(
+                    f"{self.path} scales RoPE twice, by rope_freqs.weight and by type {kind!r}; "
+                    "supported is one of them"
+                )
+            found = self.llama3_scaling(theta, head_dim, trained or 8192)
+            return {"rope_theta": theta, **found}
+        if not is_scaled:
+            return {"rope_theta": theta, "rope_type": "default"}
         found = {"rope_theta": theta, "rope_type": kind, "factor": factor}
         if kind == "yarn":
-            trained = trained or self[f"{self.family}.context_length"]
-            found["original_max_position_embeddings"] = trained
-            for name in ("beta_fast", "beta_slow"):
-                if f"yarn_{name}" in scaling:
-                    found[name] = scaling[f"yarn_{name}"]
+            found["original_max_position_embeddings"] = (
+                trained or self[f"{self.family}.context_length"]
+            )
+            for name, hf in YARN_FIELDS.items():
+                if name in scaling:
+                    found[hf] = scaling[name]
+            if scaling.get("yarn_log_multiplier"):
+                found["mscale"] = 1.0
+                found["mscale_all_dim"] = scaling["yarn_log_multiplier"]
         return found
 
     def rope_scaling(self) -> dict[str, Any]:
-        """The fields `<architecture>.rope.scaling.*`, without this prefix.
+        """The fields `<architecture>.rope.scaling.*` that have an effect, without this prefix.
 
         Raises ValueError for a scaling that is not known here and that changes anything.
         """
-        known = ("type", "factor", "original_context_length", "finetuned")
-        betas = ("yarn_beta_fast", "yarn_beta_slow")
-        scaling = {}
+        known = ("type", "factor", "original_context_length", "yarn_log_multiplier", *YARN_FIELDS)
+        prefix = f"{self.family}.rope.scaling."
+        # The old name of the factor counts if the file lacks the new one.
+        scaling = {"factor": self.get(f"{self.family}.rope.scale_linear")}
         for key in self.reader.fields:
-            if not key.startswith(f"{self.family}.rope.scal"):
+            if not key.startswith(prefix):
                 continue
-            name = key.removeprefix(f"{self.family}.rope.scaling.")
-            if name in known or name in betas:
-                scaling[name] = self[key]
-            elif self[key] != 1.0:
-                raise ValueError(f"{self.path} scales RoPE by {key}, which is not supported")
+            name = key.removeprefix(prefix)
+            value = self[key]
+            if name in known:
+                scaling[name] = value
+            elif name == "yarn_ext_factor":
+                self.check_extrapolation(value)
+            elif name != "finetuned" and value != 1.0:
+                raise ValueError(
+                    f"{self.path} scales RoPE by {key}={value}, which is not supported; accepted "
+                    "is 1.0"
+                )
         return scaling
+
+    def check_extrapolation(self, value: float) -> None:
+        """Raises ValueError for a share of YaRN that is not the whole. Below 0 it is not set."""
+        is_yarn = self.get(f"{self.family}.rope.scaling.type") == "yarn"
+        if value >= 0 and value != is_yarn:
+            key = f"{self.family}.rope.scaling.yarn_ext_factor"
+            accepted = "1.0 with type 'yarn'" if is_yarn else "0.0 without type 'yarn'"
+            raise ValueError(f"{self.path}: {key} is {value}; accepted is {accepted}")
 
     def llama3_scaling(self, theta: float, head_dim: int, trained: int) -> dict[str, object]:
         """Llama 3's scaling. The file has it as a tensor: the divisor of each frequency.
