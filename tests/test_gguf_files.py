@@ -41,6 +41,19 @@ NUMBERS = {
 }
 
 
+SHAPES = {
+    "attn_norm": (64,),
+    "attn_q": (64, 64),
+    "attn_k": (32, 64),
+    "attn_v": (32, 64),
+    "attn_output": (64, 64),
+    "ffn_norm": (64,),
+    "ffn_gate": (128, 64),
+    "ffn_up": (128, 64),
+    "ffn_down": (64, 128),
+}
+
+
 def write(
     path: Path,
     metadata: dict[str, Any] | None = None,
@@ -352,6 +365,79 @@ def test_rope_that_is_scaled_twice_is_a_sentence(tmp_path: Path) -> None:
     assert rope_of(write(path, tensors=tensors))["factor"] == 1.0
 
 
+# Relatives of the families
+
+PROMPT = list(range(5, 45)) * 2
+BIASES = {f"{name}.bias": SHAPES[name][:1] for name in ("attn_q", "attn_k", "attn_v")}
+QK_NORM = {"attn_q_norm.weight": (16,), "attn_k_norm.weight": (16,)}
+SECTIONS = {"rope.dimension_sections": [2, 3, 3, 0]}
+LINEAR = {"rope.scaling.factor": 4.0}
+YARN = {**LINEAR, "rope.scaling.type": "yarn", "rope.scaling.original_context_length": 32}
+# Architecture, further tensors of a layer, further metadata; then the first 3 tokens of
+# llama-cpp-python 0.3.36: Llama(path, n_ctx=128), eval(PROMPT), the largest of scores[-1], eval.
+RELATIVES: list[tuple[str, dict[str, Any], dict[str, Any], list[int]]] = [
+    ("llama", {}, {}, [7, 20, 1]),
+    ("llama", {}, LINEAR, [84, 74, 62]),
+    ("llama", {}, YARN, [37, 19, 1]),
+    ("mistral3", {}, {}, [7, 20, 1]),
+    ("internlm2", {}, {}, [7, 20, 1]),
+    ("xverse", {}, {}, [7, 20, 1]),
+    ("ernie4_5", {}, {}, [7, 20, 1]),
+    ("exaone", {}, {}, [7, 31, 75]),
+    ("qwen2", BIASES, {}, [70, 58, 54]),
+    ("qwen2vl", BIASES, SECTIONS, [70, 58, 54]),
+    ("qwen3", QK_NORM, {}, [13, 83, 82]),
+    ("qwen3vl", QK_NORM, SECTIONS, [13, 83, 82]),
+]
+
+
+def write_relative(
+    path: Path, arch: str, further: dict[str, Any], metadata: dict[str, Any]
+) -> Path:
+    generator = np.random.default_rng(5)
+    tensors = {"token_embd.weight": (96, 64), "output.weight": (96, 64)}
+    tensors["output_norm.weight"] = (64,)
+    layer = {**{f"{name}.weight": shape for name, shape in SHAPES.items()}, **further}
+    for i in range(2):
+        tensors.update({f"blk.{i}.{name}": shape for name, shape in layer.items()})
+    arrays = {
+        name: 0.2 * generator.standard_normal(shape) + ("norm" in name)
+        for name, shape in tensors.items()
+    }
+    fields = {"block_count": 2, "vocab_size": 96, "rope.dimension_count": 16, **metadata}
+    fields = {f"{arch}.{name}": value for name, value in fields.items()}
+    return write(path, {**fields, "tokenizer.ggml.model": "none"}, arrays, arch)
+
+
+@pytest.mark.parametrize(("arch", "further", "metadata", "expected"), RELATIVES)
+def test_an_architecture_generates_what_llama_cpp_generates(
+    tmp_path: Path,
+    arch: str,
+    further: dict[str, Any],
+    metadata: dict[str, Any],
+    expected: list[int],
+) -> None:
+    path = write_relative(tmp_path / "m.gguf", arch, further, metadata)
+    llm = LLM(str(path), dtype="float32", num_gpu_blocks_override=32, skip_tokenizer_init=True)
+    params = SamplingParams(max_tokens=3, temperature=0, ignore_eos=True)
+    (out,) = llm.generate([{"prompt_token_ids": PROMPT}], params, use_tqdm=False)
+    assert list(out.outputs[0].token_ids) == expected
+
+
+def test_every_architecture_is_compared_with_llama_cpp() -> None:
+    from nanovllm.loader.gguf import ARCHITECTURES
+
+    assert {arch for arch, *_ in RELATIVES} == set(ARCHITECTURES)
+
+
+def test_a_scaling_of_q_by_position_is_a_sentence(tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "m.gguf", {"mistral3.attention.temperature_scale": 0.1}, arch="mistral3"
+    )
+    with pytest.raises(ValueError, match=r"mistral3: attention.temperature_scale is 0.1.*is 0,"):
+        loader.load_hf_config(loader.resolve(str(path)))
+
+
 # What a start imports
 
 TOKENS = ["<s>", "</s>", *"abcdefgh", "Ġ", "ab", "Ġa", "<|end|>", "<|x|>"]
@@ -365,17 +451,6 @@ TOKENIZER = {
     "tokenizer.ggml.eos_token_id": 1,
     "tokenizer.ggml.add_bos_token": True,
     "tokenizer.chat_template": "{{ messages[0]['content'] }}",
-}
-SHAPES = {
-    "attn_norm": (64,),
-    "attn_q": (64, 64),
-    "attn_k": (32, 64),
-    "attn_v": (32, 64),
-    "attn_output": (64, 64),
-    "ffn_norm": (64,),
-    "ffn_gate": (128, 64),
-    "ffn_up": (128, 64),
-    "ffn_down": (64, 128),
 }
 MODEL = {
     "token_embd.weight": (len(TOKENS), 64),

@@ -1,4 +1,4 @@
-"""Reads GGUF files of the llama, qwen2 and qwen3 architectures.
+"""Reads GGUF files of the architectures llama, qwen2, qwen3 and their relatives.
 
 The metadata becomes the fields of a Hugging Face config. The tensors get Hugging Face
 names and Hugging Face's row order, and a slice of a tensor is dequantised when it is
@@ -25,11 +25,24 @@ from nanovllm.loader.gguf_parts import find_parts
 from nanovllm.loader.safetensors import unreadable
 from nanovllm.loader.source import LazyTensor, Part
 
+# Name in the file -> name in transformers. Several names stand for one computation: tests
+# compare each name with the first of its kind. Text alone runs through a Qwen-VL as
+# through a Qwen.
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
+    "mistral3": "LlamaForCausalLM",
+    "internlm2": "LlamaForCausalLM",
+    "xverse": "LlamaForCausalLM",
+    "ernie4_5": "LlamaForCausalLM",
+    "exaone": "LlamaForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
+    "qwen2vl": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    "qwen3vl": "Qwen3ForCausalLM",
 }
+# llama.cpp rotates neighbouring rows of Q and K in these, and the two halves of a head in
+# the others, as transformers does in all.
+NEIGHBOURS = ("llama", "mistral3", "internlm2", "xverse", "ernie4_5")
 
 TENSOR_NAMES = {
     "token_embd": "model.embed_tokens",
@@ -378,10 +391,8 @@ class GGUF:
         found = GGUFTensor(tensor)
         stem = tensor.name.split(".")[-2]
         heads = {"attn_q": "head_count", "attn_k": "head_count_kv"}.get(stem)
-        if heads and self.family == "llama":
-            # llama.cpp rotates neighbouring rows, and Hugging Face rotates the two halves
-            # of a head. Row (head, half, i) of Hugging Face is row (head, i, half) of the
-            # file.
+        if heads and self.family in NEIGHBOURS:
+            # Row (head, half, i) of Hugging Face is row (head, i, half) of the file.
             number = self.get_one(f"attention.{heads}") or self.get_one("attention.head_count")
             rows = np.arange(found.shape[0]).reshape(number, -1, 2)
             found.row_order = rows.swapaxes(1, 2).reshape(-1)
@@ -422,7 +433,7 @@ class GGUF:
 
         One bias in the file counts for all projections of the kind. () if there is none.
         """
-        if kind == "attn" and self.family == "qwen2":
+        if kind == "attn" and ARCHITECTURES[self.family] == "Qwen2ForCausalLM":
             return "attn_q", "attn_k", "attn_v"  # the config of qwen2 has no switch
         projections = [stem for stem in TENSOR_NAMES if not stem.endswith("norm")]
         stems = tuple(stem for stem in projections if stem.startswith(kind))
@@ -440,15 +451,20 @@ class GGUF:
                 "model"
             )
         fields = Fields(f"{self.path}: {family}", self.get_one)
+        if fields.number("attention.temperature_scale", default=0.0, zero=True):
+            raise fields.refuse(
+                "attention.temperature_scale", "0, because Q is not scaled by position here"
+            )
         heads = fields.integer("attention.head_count")
         kv_heads = fields.integer("attention.head_count_kv", default=heads, least=0)
         head_dim = self.head_dim(fields)
         window = self.get_one("attention.sliding_window")
         # llama.cpp has no architecture of its own for Mistral.
         is_mistral = bool(window) and family == "llama"
+        architecture = "MistralForCausalLM" if is_mistral else ARCHITECTURES[family]
         return {
-            "model_type": "mistral" if is_mistral else family,
-            "architectures": ["MistralForCausalLM" if is_mistral else ARCHITECTURES[family]],
+            "model_type": architecture.removesuffix("ForCausalLM").lower(),
+            "architectures": [architecture],
             "vocab_size": int(tensors["token_embd.weight"].shape[-1]),
             "hidden_size": fields.integer("embedding_length"),
             "intermediate_size": fields.integer("feed_forward_length"),
