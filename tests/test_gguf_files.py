@@ -510,7 +510,7 @@ def test_the_engines_tokenizer_does_what_that_of_transformers_does(
 
 
 def test_a_client_that_changes_the_tokenizer_changes_that_of_the_engine(tmp_path: Path) -> None:
-    llm = LLM(str(write_model(tmp_path / "m.gguf")), dtype="float32", num_gpu_blocks_override=16)
+    llm = make(write_model(tmp_path / "m.gguf"))
     params = SamplingParams(max_tokens=1, ignore_eos=True)
 
     def prompt_ids() -> list[int]:
@@ -523,3 +523,66 @@ def test_a_client_that_changes_the_tokenizer_changes_that_of_the_engine(tmp_path
     assert prompt_ids() == [0, 11, 4, 5]
     tokenizer.backend_tokenizer.normalizer = normalizers.Replace("d", "c")
     assert prompt_ids() == [0, 11, 4, 4]
+
+
+# Metadata that is missing
+
+
+def without(path: Path, *keys: str) -> Path:
+    """A model of one layer whose file lacks these fields."""
+    fields = {name: value for name, value in TOKENIZER.items() if name not in keys}
+    return write(path, {"llama.block_count": 1, **fields}, MODEL)
+
+
+def make(path: Path) -> LLM:
+    return LLM(str(path), dtype="float32", num_gpu_blocks_override=16)
+
+
+def test_chat_without_a_template_is_a_sentence(tmp_path: Path) -> None:
+    llm = make(without(tmp_path / "m.gguf", "tokenizer.chat_template"))
+    messages = [{"role": "user", "content": "ab"}]
+    with pytest.raises(ValueError, match="has no chat template; pass chat_template="):
+        llm.chat(messages, use_tqdm=False)
+    params = SamplingParams(max_tokens=1)
+    template = TOKENIZER["tokenizer.chat_template"]
+    (out,) = llm.chat(messages, params, chat_template=template, use_tqdm=False)
+    assert out.prompt_token_ids == [11]
+
+
+def test_without_kinds_the_ends_of_answers_are_control_tokens(tmp_path: Path) -> None:
+    """llama.cpp makes control tokens of tokens that it knows as ends, and all others are plain."""
+    llm = make(without(tmp_path / "m.gguf", "tokenizer.ggml.token_type"))
+    end = TOKENS.index("<|end|>")
+    assert llm.llm_engine.eos_token_ids == {1, end}
+    tokenizer = llm.get_tokenizer()
+    assert tokenizer.encode("ab<|end|>", add_special_tokens=False) == [11, end]
+    assert tokenizer.decode([11, end, 0, 1], skip_special_tokens=True) == "ab"
+    assert len(tokenizer.encode("<|x|>", add_special_tokens=False)) != 1
+
+
+@pytest.mark.parametrize("key", ["model", "tokens", "merges", "scores"])
+def test_a_tokenizer_that_is_not_whole_is_a_sentence(tmp_path: Path, key: str) -> None:
+    path = without(tmp_path / "m.gguf", f"tokenizer.ggml.{key}")
+    if key == "scores":
+        write_model(path, {"tokenizer.ggml.model": "llama"})
+    message = rf"m\.gguf has no 'tokenizer.ggml.{key}'.*pass tokenizer=.*skip_tokenizer_init=True"
+    with pytest.raises(ValueError, match=message):
+        make(path)
+    LLM(str(path), num_gpu_blocks_override=16, skip_tokenizer_init=True)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ({"merges": ["a b", "q z"]}, r"tokenizer.ggml.merges cannot be used .*pass tokenizer="),
+        ({"merges": ["ab"]}, r"tokenizer.ggml.merges cannot be used .*pass tokenizer="),
+        ({"token_type": [1, 1]}, r"token_type has 2 items; accepted is one for each of the 15"),
+        ({"model": "llama", "scores": [0.0, 1.0]}, r"scores has 2 items; accepted is one for each"),
+    ],
+)
+def test_lists_that_do_not_fit_the_vocabulary_are_a_sentence(
+    tmp_path: Path, metadata: dict[str, Any], message: str
+) -> None:
+    fields = {f"tokenizer.ggml.{name}": value for name, value in metadata.items()}
+    with pytest.raises(ValueError, match=message):
+        make(write_model(tmp_path / "m.gguf", fields))

@@ -114,8 +114,9 @@ ENDS = {
     "<REPO>",
     "<|file_sep|>",
 }
-# Control tokens and user-defined tokens. The tokenizer never cuts plain text into them.
-SPECIAL_KINDS = (3, 4)
+PLAIN_TEXT, CONTROL, USER_DEFINED = 1, 3, 4  # kinds of tokens
+# The tokenizer never cuts plain text into them.
+SPECIAL_KINDS = (CONTROL, USER_DEFINED)
 
 PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 COMPARE_AT_ONCE = 4096  # rows
@@ -320,11 +321,26 @@ class GGUF:
 
     @cached_property
     def token_kinds(self) -> list[int]:
-        """The kind of each token: 3 is a control token, 4 a user-defined token.
+        """The kind of each token: 1 is plain, 3 a control token, 4 a user-defined token.
 
-        Empty if the file does not list kinds.
+        If the file does not list kinds, the tokens that end an answer are control tokens,
+        as in llama.cpp.
         """
-        return self.get("tokenizer.ggml.token_type", [])
+        kinds = self.per_token("tokenizer.ggml.token_type")
+        return kinds or [CONTROL if token in ENDS else PLAIN_TEXT for token in self.tokens]
+
+    def per_token(self, key: str) -> list[Any]:
+        """A list with an item for each token. Empty if the file lacks it.
+
+        Raises ValueError for a list of another length.
+        """
+        found = self.get(key, [])
+        if found and self.tokens and len(found) != len(self.tokens):
+            raise ValueError(
+                f"{self.path}: {key} has {len(found)} items; accepted is one for each of the "
+                f"{len(self.tokens)} tokens"
+            )
+        return found
 
     def close(self) -> None:
         """Closes the file and frees its vocabulary, which takes tens of megabytes."""

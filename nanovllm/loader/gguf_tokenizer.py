@@ -10,7 +10,9 @@ ids then differ from the ids that the model was trained on.
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from nanovllm.loader.fields import cause
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
     from nanovllm.loader.gguf import GGUF
 
 logger = logging.getLogger("nanovllm")
-NORMAL, CONTROL, USER_DEFINED = 1, 3, 4  # kinds of tokens
+CONTROL, USER_DEFINED = 3, 4  # kinds of tokens
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -152,8 +154,8 @@ class _HandOver:
 
 def load_tokenizer(file: GGUF) -> GGUFTokenizer:
     """Raises ValueError for an unknown type of tokenizer, or an unknown rule of cutting."""
-    model = file["tokenizer.ggml.model"]
-    tokens = file.tokens or file["tokenizer.ggml.tokens"]
+    model = required(file, "tokenizer.ggml.model")
+    tokens = required(file, "tokenizer.ggml.tokens")
     if model == "gpt2":
         tokenizer = byte_level_bpe(file, tokens)
         adds_bos = file.get("tokenizer.ggml.pre") in WHOLE_PIECES
@@ -174,6 +176,17 @@ def load_tokenizer(file: GGUF) -> GGUFTokenizer:
     )
 
 
+def required(file: GGUF, key: str) -> Any:
+    """A field of the metadata. Raises ValueError if the file lacks it, or if it is empty."""
+    value = file.get(key)
+    if not value:
+        raise ValueError(
+            f"{file.path} has no {key!r} in its metadata; pass tokenizer= the name or folder of "
+            "the original model, or skip_tokenizer_init=True and token ids as prompts"
+        )
+    return value
+
+
 def add_special_tokens(
     file: GGUF, tokens: list[str], special: set[int], tokenizer: Tokenizer
 ) -> None:
@@ -184,8 +197,7 @@ def add_special_tokens(
     from tokenizers import AddedToken
 
     control, user_defined = [], []
-    kinds = file.token_kinds or [NORMAL] * len(tokens)
-    for token_id, (token, kind) in enumerate(zip(tokens, kinds)):
+    for token_id, (token, kind) in enumerate(zip(tokens, file.token_kinds)):
         if kind == CONTROL or (kind != USER_DEFINED and token_id in special):
             control.append(AddedToken(token, special=True, normalized=False))
         elif kind == USER_DEFINED:
@@ -243,9 +255,16 @@ def byte_level_bpe(file: GGUF, tokens: list[str]) -> Tokenizer:
             "or folder of the original model",
             file.path,
         )
-    merges = [tuple(merge.split(" ")) for merge in file["tokenizer.ggml.merges"]]
+    merges = [tuple(merge.split(" ")) for merge in required(file, "tokenizer.ggml.merges")]
     vocabulary = {token: token_id for token_id, token in enumerate(tokens)}
-    tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=pre in WHOLE_PIECES))
+    try:
+        model = models.BPE(vocabulary, merges, ignore_merges=pre in WHOLE_PIECES)
+    except Exception as err:  # tokenizers raises no narrower type
+        raise ValueError(
+            f"{file.path}: tokenizer.ggml.merges cannot be used ({cause(err)}); pass tokenizer= "
+            "the name or folder of the original model"
+        ) from err
+    tokenizer = Tokenizer(model)
     steps: list[PreTokenizer] = [
         pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in SPLITS[pre]
     ]
@@ -262,10 +281,11 @@ def sentencepiece_bpe(file: GGUF, tokens: list[str]) -> Tokenizer:
     from tokenizers import Tokenizer, decoders, models, normalizers
 
     vocabulary = {token: token_id for token_id, token in enumerate(tokens)}
-    unknown = tokens[file.get("tokenizer.ggml.unknown_token_id", 0)]
+    unknown = tokens[special_ids(file, tokens).get("unk", 0)]
+    required(file, "tokenizer.ggml.scores")
     model = models.BPE(
         vocabulary,
-        merges_by_score(vocabulary, file["tokenizer.ggml.scores"]),
+        merges_by_score(vocabulary, file.per_token("tokenizer.ggml.scores")),
         unk_token=unknown,
         fuse_unk=True,
         byte_fallback=True,
