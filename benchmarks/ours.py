@@ -20,6 +20,7 @@ from nanovllm.engine import llm_engine
 from nanovllm.engine.batch_builder import build_batch
 from nanovllm.engine.detokenizer import Detokenizer
 from nanovllm.engine.scheduler import Scheduler
+from nanovllm.loader import gguf_tokenizer
 from nanovllm.models.config import ModelConfig
 from nanovllm.models.registry import read_config
 from nanovllm.runner.model_runner import PendingStep
@@ -60,7 +61,8 @@ class Checkpoint:
         return bool(self.files.gguf.tokens)
 
     def save_tokenizer(self, folder: Path) -> None:
-        loader.load_tokenizer(self.files).save_pretrained(folder)
+        assert self.files.gguf is not None
+        gguf_tokenizer.load_tokenizer(self.files.gguf).to_transformers().save_pretrained(folder)
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(Hugging Face name, tensor) of every parameter, dequantised, read one by one."""

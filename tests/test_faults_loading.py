@@ -790,7 +790,7 @@ def test_gguf_text_is_cut_as_llama_cpp_cuts_it(
 ) -> None:
     write_gguf(tmp_path / "m.gguf", pre=pre)
     with caplog.at_level(logging.WARNING, "nanovllm"):
-        tokenizer = loader.load_tokenizer(str(tmp_path / "m.gguf"))
+        tokenizer = loader.load_tokenizer(str(tmp_path / "m.gguf")).to_transformers()
     ids = tokenizer(TEXT, add_special_tokens=False).input_ids
     assert "|".join(tokenizer.decode([token]) for token in ids) == CUTS[pre]
     assert ("tokenizer.ggml.pre" in caplog.text) == (pre in (None, "default"))

@@ -491,7 +491,7 @@ def test_gguf_that_cannot_be_used_is_an_error_that_names_it(
         (
             "qwen2moe",
             "token_embd.weight",
-            "architecture 'qwen2moe'; supported are llama, qwen2, qwen3",
+            "architecture 'qwen2moe'; supported are llama, .*qwen2, .*qwen3",
         ),
         (
             "llama",
@@ -757,7 +757,7 @@ def test_gguf_tokenizer_is_that_of_transformers(
     tmp_path: Path, byte_level: Any, arch: str, pre: str
 ) -> None:
     path = write_tokenizer(tmp_path / "m.gguf", arch, pre, byte_level, add_bos_token=True)
-    ours = loader.load_tokenizer(loader.resolve(str(path)))
+    ours = loader.load_tokenizer(loader.resolve(str(path))).to_transformers()
     theirs = AutoTokenizer.from_pretrained(tmp_path, gguf_file=path.name)
 
     @settings(max_examples=150, deadline=None)
@@ -787,7 +787,7 @@ def test_gguf_tokenizer_special_tokens_and_flags(tmp_path: Path, byte_level: Any
     def load(pre: str, **flags: bool) -> Any:
         return loader.load_tokenizer(
             str(write_tokenizer(tmp_path / f"{pre}.gguf", "llama", pre, byte_level, **flags))
-        )
+        ).to_transformers()
 
     tokenizer = load("gpt-2")
     assert isinstance(tokenizer, PreTrainedTokenizerFast)
@@ -830,7 +830,7 @@ def test_gguf_sentencepiece_tokenizer(tmp_path: Path) -> None:
     writer.add_token_scores([0.0] * 259 + [-float(i) for i in range(len(pieces) - 259)])
     writer.add_unk_token_id(0)
     finish(writer)
-    tokenizer = loader.load_tokenizer(loader.resolve(str(tmp_path)))
+    tokenizer = loader.load_tokenizer(loader.resolve(str(tmp_path))).to_transformers()
 
     def cut(text: str) -> list[str]:
         return tokenizer.convert_ids_to_tokens(tokenizer(text).input_ids)
@@ -853,7 +853,7 @@ def test_folder_tokenizer_with_its_chat_template_in_a_file(tmp_path: Path, byte_
         loader.load_tokenizer(files)
     original = loader.load_tokenizer(
         str(write_tokenizer(tmp_path / "m.gguf", "llama", "gpt-2", byte_level))
-    )
+    ).to_transformers()
     original.chat_template = None
     original.save_pretrained(model)
     (model / "chat_template.jinja").write_text("{{ messages[0]['content'] }}!")
@@ -913,7 +913,7 @@ def test_smollm2_config_and_weights_are_those_that_transformers_reads(smollm2: A
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
     assert smollm2.gguf is not None
-    config = loader.load_hf_config(smollm2)
+    config = loader.pretrained(loader.load_hf_config(smollm2))
     with torch.device("meta"):
         model = LlamaForCausalLM(LlamaConfig(**{**config.to_dict(), "model_type": "llama"}))
     theirs = load_gguf_checkpoint(smollm2.gguf.path, return_tensors=True, model_to_load=model)
@@ -936,7 +936,7 @@ def test_smollm2_tokenizer_is_that_of_llama_cpp(smollm2: Any) -> None:
     """Ids by llama-cpp-python 0.3.36: Llama(path, vocab_only=True).tokenize(text, add_bos=True,
     special=True).
     """
-    tokenizer = loader.load_tokenizer(smollm2)
+    tokenizer = loader.load_tokenizer(smollm2).to_transformers()
     assert (tokenizer.bos_token, tokenizer.eos_token) == ("<|im_start|>", "<|im_end|>")
     for text, ids in LLAMA_CPP_IDS.items():
         assert tokenizer(text).input_ids == ids

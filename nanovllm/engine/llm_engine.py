@@ -16,6 +16,8 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
+from types import SimpleNamespace
 
 import numpy as np
 
@@ -33,6 +35,7 @@ from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.stats import EngineStats, Metric, metrics
 from nanovllm.errors import ValidationError
 from nanovllm.inputs import Tokenization
+from nanovllm.loader.gguf_tokenizer import GGUFTokenizer
 from nanovllm.outputs import RequestOutput
 from nanovllm.runner import client_views
 from nanovllm.runner.executor import PendingStep
@@ -78,7 +81,6 @@ class LLMEngine:
         self.overlap = is_gpu if args.async_scheduling is None else args.async_scheduling
         self.readouts = [make() for make in READOUTS.values()]
         self.abilities = [*sampling_abilities(), *self.readouts]
-        self.model_config = client_views.model_config(setup)
         self.scheduler_config = client_views.scheduler_config(setup, self.overlap)
         self.model_executor = client_views.model_executor(self.executor.runner)
         self.stats = EngineStats()
@@ -306,9 +308,23 @@ class LLMEngine:
 
     # -- for clients -------------------------------------------------------------------------------
 
+    @cached_property
+    def model_config(self) -> SimpleNamespace:
+        """Made when a client asks, because it may import transformers."""
+        return client_views.model_config(self.setup)
+
     @property
     def tokenizer(self) -> Tokenizer | None:
-        return self.input_processor.tokenizer
+        """The tokenizer of transformers.
+
+        That of a GGUF file is made when a client first asks. The engine then uses it too,
+        because the client may change it.
+        """
+        tokenizer = self.input_processor.tokenizer
+        if isinstance(tokenizer, GGUFTokenizer):
+            tokenizer = tokenizer.to_transformers()
+            self.set_tokenizer(tokenizer)
+        return tokenizer
 
     def get_tokenizer(self) -> Tokenizer | None:
         return self.tokenizer

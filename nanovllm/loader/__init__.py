@@ -18,6 +18,7 @@ from nanovllm.loader.config_files import (
     generation_config_path,
     load_generation_config,
     load_hf_config,
+    pretrained,
 )
 from nanovllm.loader.hub import ModelFiles, resolve
 from nanovllm.loader.source import EMBEDDING, HEAD, LazyTensor
@@ -33,6 +34,7 @@ __all__ = [
     "load_generation_config",
     "load_hf_config",
     "load_tokenizer",
+    "pretrained",
     "resolve",
 ]
 

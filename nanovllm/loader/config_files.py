@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,22 +24,18 @@ def load_hf_config(
     *,
     trust_remote_code: bool = False,
     hf_overrides: dict[str, object] | Callable[[PretrainedConfig], PretrainedConfig] | None = None,
-) -> PretrainedConfig:
-    """The config of the model.
+) -> PretrainedConfig | SimpleNamespace:
+    """The config of the model. Of a GGUF file it is a record of the config's fields.
 
     hf_overrides: fields to change, or a function that takes the config and returns
     another one. A field that is a dictionary is merged, not replaced.
     """
     if files.gguf is not None:
-        from transformers import PretrainedConfig
-
-        # Not LlamaConfig, because its import is slow in transformers 5, and a GGUF file
-        # needs no defaults.
-        config = PretrainedConfig(**files.gguf.hf_fields())
+        config = SimpleNamespace(**files.gguf.hf_fields())
     else:
         config = load_config_file(files, trust_remote_code)
     if callable(hf_overrides):
-        return hf_overrides(config)
+        return hf_overrides(pretrained(config))
     for name, value in rope_in_one_field(dict(hf_overrides or {}), config).items():
         old = getattr(config, name, None)
         merged = {**old, **value} if isinstance(old, dict) and isinstance(value, dict) else value
@@ -46,7 +43,21 @@ def load_hf_config(
     return config
 
 
-def rope_in_one_field(overrides: dict[str, object], config: PretrainedConfig) -> dict[str, object]:
+def pretrained(config: PretrainedConfig | SimpleNamespace) -> PretrainedConfig:
+    """The config of `load_hf_config` as transformers' object.
+
+    A GGUF file needs it for clients only, and the import of transformers is slow.
+    """
+    if not isinstance(config, SimpleNamespace):
+        return config
+    from transformers import PretrainedConfig
+
+    return PretrainedConfig(**vars(config))
+
+
+def rope_in_one_field(
+    overrides: dict[str, object], config: PretrainedConfig | SimpleNamespace
+) -> dict[str, object]:
     """Moves rope_theta and rope_scaling into rope_parameters, if the config has it.
 
     transformers 4 has the first two fields, and transformers 5 the last one.
@@ -121,7 +132,9 @@ def breaks_transformers(name: str, value: object) -> bool:
     return name in ("quantization_config", "auto_map") and not isinstance(value, dict)
 
 
-def checkpoint_dtype(hf_config: PretrainedConfig, files: ModelFiles) -> torch.dtype | None:
+def checkpoint_dtype(
+    hf_config: PretrainedConfig | SimpleNamespace, files: ModelFiles
+) -> torch.dtype | None:
     """The dtype of the weights, as the config states it.
 
     None if the config does not state it, and for a GGUF file, because its tensors have

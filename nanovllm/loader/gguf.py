@@ -1,4 +1,4 @@
-"""Reads GGUF files of the llama, qwen2 and qwen3 architectures.
+"""Reads GGUF files of the architectures llama, qwen2, qwen3 and their relatives.
 
 The metadata becomes the fields of a Hugging Face config. The tensors get Hugging Face
 names and Hugging Face's row order, and a slice of a tensor is dequantised when it is
@@ -21,15 +21,28 @@ from torch import Tensor
 
 from nanovllm.core.batch import ceil_div
 from nanovllm.loader.fields import Fields
-from nanovllm.loader.hub import part_path
+from nanovllm.loader.gguf_parts import find_parts
 from nanovllm.loader.safetensors import unreadable
 from nanovllm.loader.source import Blocks, LazyTensor, Part
 
+# Name in the file -> name in transformers. Several names stand for one computation: tests
+# compare each name with the first of its kind. Text alone runs through a Qwen-VL as
+# through a Qwen.
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
+    "mistral3": "LlamaForCausalLM",
+    "internlm2": "LlamaForCausalLM",
+    "xverse": "LlamaForCausalLM",
+    "ernie4_5": "LlamaForCausalLM",
+    "exaone": "LlamaForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
+    "qwen2vl": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    "qwen3vl": "Qwen3ForCausalLM",
 }
+# llama.cpp rotates neighbouring rows of Q and K in these, and the two halves of a head in
+# the others, as transformers does in all.
+NEIGHBOURS = ("llama", "mistral3", "internlm2", "xverse", "ernie4_5")
 
 TENSOR_NAMES = {
     "token_embd": "model.embed_tokens",
@@ -54,6 +67,13 @@ SAMPLING = {
     "top_p": "top_p",
     "min_p": "min_p",
     "penalty_repeat": "repetition_penalty",
+}
+
+# Field of YaRN in `rope.scaling.` -> its name in rope_parameters of transformers.
+YARN_FIELDS = {
+    "yarn_attn_factor": "attention_factor",
+    "yarn_beta_fast": "beta_fast",
+    "yarn_beta_slow": "beta_slow",
 }
 
 # The names of tokens that end an answer, as in llama.cpp (src/llama-vocab.cpp). They are
@@ -94,11 +114,13 @@ ENDS = {
     "<REPO>",
     "<|file_sep|>",
 }
-# Control tokens and user-defined tokens. The tokenizer never cuts plain text into them.
-SPECIAL_KINDS = (3, 4)
+PLAIN_TEXT, CONTROL, USER_DEFINED = 1, 3, 4  # kinds of tokens
+# The tokenizer never cuts plain text into them.
+SPECIAL_KINDS = (CONTROL, USER_DEFINED)
 
 PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 COMPARE_AT_ONCE = 4096  # rows
+TEXT = gguf.GGUFValueType.STRING
 LIST_HEADER = struct.Struct("=IQ")  # type of the items, number of items
 LENGTH = struct.Struct("=Q")  # of a text, in bytes
 # Weights. More of them do not fit into the CPU's cache, and fewer make many numpy calls
@@ -118,14 +140,14 @@ class Reader(gguf.GGUFReader):
     ) -> tuple[int, list[Any], list[int], list[gguf.GGUFValueType]]:
         """(bytes of the value, its parts, indices of the parts that hold data, types).
 
-        A list of numbers has one part, and a list of texts has one for each text.
+        A list of numbers has one part, an array. A list of texts has a str for each text.
         """
         if raw_type != gguf.GGUFValueType.ARRAY or self.byte_order != "I":
             return super()._get_field_parts(orig_offs, raw_type)
         item, count = LIST_HEADER.unpack_from(self.data, orig_offs)
         start = orig_offs + LIST_HEADER.size
         types = [gguf.GGUFValueType.ARRAY, gguf.GGUFValueType(item)]
-        if item != gguf.GGUFValueType.STRING:
+        if item != TEXT:
             numbers = self._get(start, self.gguf_scalar_to_np[types[1]], count)
             return LIST_HEADER.size + numbers.nbytes, [numbers], [0], types
         content = memoryview(self.data)
@@ -134,9 +156,18 @@ class Reader(gguf.GGUFReader):
         for _ in range(count):
             (length,) = LENGTH.unpack_from(content, at)
             at += LENGTH.size
-            texts.append(content[at : at + length])
+            texts.append(str(content[at : at + length], "utf-8"))
             at += length
         return at - orig_offs, texts, list(range(count)), types
+
+    def value(self, key: str) -> Any:
+        """A field of the metadata. None if the file lacks it."""
+        field = self.get_field(key)
+        if field is None:
+            return None
+        if field.types[0] == gguf.GGUFValueType.ARRAY and field.types[-1] == TEXT:
+            return [field.parts[i] for i in field.data]
+        return field.contents()
 
 
 def open_file(path: Path) -> Reader:
@@ -154,35 +185,11 @@ def open_file(path: Path) -> Reader:
     return reader
 
 
-def find_parts(path: Path, number: int, count: int) -> list[Path]:
-    """The paths of all parts of a split file, in order. [path] for a whole file.
-
-    path: the part `number`. Raises ValueError that names a part that is missing.
-    """
-    if count == 1:
-        return [path]
-    parts = [part_path(path, at, count) for at in range(count)]
-    if number >= count or path != parts[number]:
-        raise ValueError(
-            f"{path} is part {number + 1} of {count} by its metadata (split.no, split.count); give "
-            f"the file the name that llama.cpp gives such a part: {part_path(path, number, count)}"
-        )
-    for part in parts:
-        if not part.is_file():
-            raise ValueError(
-                f"{path} is one of {count} parts of a split file, and {part} is missing; put all "
-                "parts into one folder"
-            )
-    return parts
-
-
 def part_numbers(reader: Reader) -> tuple[int, int]:
     """(number of this part, from 0; number of parts). (0, 1) for a whole file."""
-    found = []
-    for key, default in (("split.no", 0), ("split.count", 1)):
-        field = reader.get_field(key)
-        found.append(default if field is None else int(field.contents()))
-    return found[0], max(found[1], 1)
+    number = reader.value("split.no") or 0
+    count = reader.value("split.count") or 1
+    return number, count
 
 
 def open_part(path: Path, number: int, count: int) -> Reader:
@@ -333,11 +340,26 @@ class GGUF:
 
     @cached_property
     def token_kinds(self) -> list[int]:
-        """The kind of each token: 3 is a control token, 4 a user-defined token.
+        """The kind of each token: 1 is plain, 3 a control token, 4 a user-defined token.
 
-        Empty if the file does not list kinds.
+        If the file does not list kinds, the tokens that end an answer are control tokens,
+        as in llama.cpp.
         """
-        return self.get("tokenizer.ggml.token_type", [])
+        kinds = self.per_token("tokenizer.ggml.token_type")
+        return kinds or [CONTROL if token in ENDS else PLAIN_TEXT for token in self.tokens]
+
+    def per_token(self, key: str) -> list[Any]:
+        """A list with an item for each token. Empty if the file lacks it.
+
+        Raises ValueError for a list of another length.
+        """
+        found = self.get(key, [])
+        if found and self.tokens and len(found) != len(self.tokens):
+            raise ValueError(
+                f"{self.path}: {key} has {len(found)} items; accepted is one for each of the "
+                f"{len(self.tokens)} tokens"
+            )
+        return found
 
     def close(self) -> None:
         """Closes the file and frees its vocabulary, which takes tens of megabytes."""
@@ -356,8 +378,8 @@ class GGUF:
 
     def get(self, key: str, default: object = None) -> Any:
         """A field of the metadata."""
-        field = self.reader.get_field(key)
-        return default if field is None else field.contents()
+        value = self.reader.value(key)
+        return default if value is None else value
 
     def __getitem__(self, key: str) -> Any:
         """A field of the metadata. Raises ValueError if the file lacks it."""
@@ -408,10 +430,8 @@ class GGUF:
         found = GGUFTensor(tensor)
         stem = tensor.name.split(".")[-2]
         heads = {"attn_q": "head_count", "attn_k": "head_count_kv"}.get(stem)
-        if heads and self.family == "llama":
-            # llama.cpp rotates neighbouring rows, and Hugging Face rotates the two halves
-            # of a head. Row (head, half, i) of Hugging Face is row (head, i, half) of the
-            # file.
+        if heads and self.family in NEIGHBOURS:
+            # Row (head, half, i) of Hugging Face is row (head, i, half) of the file.
             number = self.get_one(f"attention.{heads}") or self.get_one("attention.head_count")
             rows = np.arange(found.shape[0]).reshape(number, -1, 2)
             found.row_order = rows.swapaxes(1, 2).reshape(-1)
@@ -452,7 +472,7 @@ class GGUF:
 
         One bias in the file counts for all projections of the kind. () if there is none.
         """
-        if kind == "attn" and self.family == "qwen2":
+        if kind == "attn" and ARCHITECTURES[self.family] == "Qwen2ForCausalLM":
             return "attn_q", "attn_k", "attn_v"  # the config of qwen2 has no switch
         projections = [stem for stem in TENSOR_NAMES if not stem.endswith("norm")]
         stems = tuple(stem for stem in projections if stem.startswith(kind))
@@ -470,15 +490,20 @@ class GGUF:
                 "model"
             )
         fields = Fields(f"{self.path}: {family}", self.get_one)
+        if fields.number("attention.temperature_scale", default=0.0, zero=True):
+            raise fields.refuse(
+                "attention.temperature_scale", "0, because Q is not scaled by position here"
+            )
         heads = fields.integer("attention.head_count")
         kv_heads = fields.integer("attention.head_count_kv", default=heads, least=0)
         head_dim = self.head_dim(fields)
         window = self.get_one("attention.sliding_window")
         # llama.cpp has no architecture of its own for Mistral.
         is_mistral = bool(window) and family == "llama"
+        architecture = "MistralForCausalLM" if is_mistral else ARCHITECTURES[family]
         return {
-            "model_type": "mistral" if is_mistral else family,
-            "architectures": ["MistralForCausalLM" if is_mistral else ARCHITECTURES[family]],
+            "model_type": architecture.removesuffix("ForCausalLM").lower(),
+            "architectures": [architecture],
             "vocab_size": int(tensors["token_embd.weight"].shape[-1]),
             "hidden_size": fields.integer("embedding_length"),
             "intermediate_size": fields.integer("feed_forward_length"),
@@ -512,48 +537,76 @@ class GGUF:
         return head_dim
 
     def rope_parameters(self, head_dim: int) -> dict[str, object]:
-        """The field rope_parameters of config.json."""
+        """The field rope_parameters of config.json.
+
+        Raises ValueError for a scaling that is not known here and that changes anything.
+        """
         theta = self.get(f"{self.family}.rope.freq_base", 10000.0)
         scaling = self.rope_scaling()
+        kind = scaling.get("type", "linear")  # llama.cpp's default
+        factor = scaling.get("factor") or 1.0
         trained = scaling.get("original_context_length")
-        if "rope_freqs.weight" in self.tensors:
-            found = self.llama3_scaling(theta, head_dim, trained or 8192)
-            return {"rope_theta": theta, **found}
-        kind = scaling.get("type", "none")
-        factor = scaling.get("factor", 1.0)
-        if kind == "none" or factor == 1.0:
-            return {"rope_theta": theta, "rope_type": "default"}
-        if kind not in ("linear", "yarn"):
+        if kind not in ("none", "linear", "yarn"):
             raise ValueError(
                 f"{self.path} has RoPE scaling of type {kind!r}; supported are none, linear and "
                 "yarn"
             )
+        is_scaled = kind == "yarn" or (kind == "linear" and factor != 1.0)
+        if "rope_freqs.weight" in self.tensors:
+            if is_scaled:
+                raise ValueError(
+                    f"{self.path} scales RoPE twice, by rope_freqs.weight and by type {kind!r}; "
+                    "supported is one of them"
+                )
+            found = self.llama3_scaling(theta, head_dim, trained or 8192)
+            return {"rope_theta": theta, **found}
+        if not is_scaled:
+            return {"rope_theta": theta, "rope_type": "default"}
         found = {"rope_theta": theta, "rope_type": kind, "factor": factor}
         if kind == "yarn":
-            trained = trained or self[f"{self.family}.context_length"]
-            found["original_max_position_embeddings"] = trained
-            for name in ("beta_fast", "beta_slow"):
-                if f"yarn_{name}" in scaling:
-                    found[name] = scaling[f"yarn_{name}"]
+            found["original_max_position_embeddings"] = (
+                trained or self[f"{self.family}.context_length"]
+            )
+            for name, hf in YARN_FIELDS.items():
+                if name in scaling:
+                    found[hf] = scaling[name]
+            if scaling.get("yarn_log_multiplier"):
+                found["mscale"] = 1.0
+                found["mscale_all_dim"] = scaling["yarn_log_multiplier"]
         return found
 
     def rope_scaling(self) -> dict[str, Any]:
-        """The fields `<architecture>.rope.scaling.*`, without this prefix.
+        """The fields `<architecture>.rope.scaling.*` that have an effect, without this prefix.
 
         Raises ValueError for a scaling that is not known here and that changes anything.
         """
-        known = ("type", "factor", "original_context_length", "finetuned")
-        betas = ("yarn_beta_fast", "yarn_beta_slow")
-        scaling = {}
+        known = ("type", "factor", "original_context_length", "yarn_log_multiplier", *YARN_FIELDS)
+        prefix = f"{self.family}.rope.scaling."
+        # The old name of the factor counts if the file lacks the new one.
+        scaling = {"factor": self.get(f"{self.family}.rope.scale_linear")}
         for key in self.reader.fields:
-            if not key.startswith(f"{self.family}.rope.scal"):
+            if not key.startswith(prefix):
                 continue
-            name = key.removeprefix(f"{self.family}.rope.scaling.")
-            if name in known or name in betas:
-                scaling[name] = self[key]
-            elif self[key] != 1.0:
-                raise ValueError(f"{self.path} scales RoPE by {key}, which is not supported")
+            name = key.removeprefix(prefix)
+            value = self[key]
+            if name in known:
+                scaling[name] = value
+            elif name == "yarn_ext_factor":
+                self.check_extrapolation(value)
+            elif name != "finetuned" and value != 1.0:
+                raise ValueError(
+                    f"{self.path} scales RoPE by {key}={value}, which is not supported; accepted "
+                    "is 1.0"
+                )
         return scaling
+
+    def check_extrapolation(self, value: float) -> None:
+        """Raises ValueError for a share of YaRN that is not the whole. Below 0 it is not set."""
+        is_yarn = self.get(f"{self.family}.rope.scaling.type") == "yarn"
+        if value >= 0 and value != is_yarn:
+            key = f"{self.family}.rope.scaling.yarn_ext_factor"
+            accepted = "1.0 with type 'yarn'" if is_yarn else "0.0 without type 'yarn'"
+            raise ValueError(f"{self.path}: {key} is {value}; accepted is {accepted}")
 
     def llama3_scaling(self, theta: float, head_dim: int, trained: int) -> dict[str, object]:
         """Llama 3's scaling. The file has it as a tensor: the divisor of each frequency.

@@ -10,9 +10,9 @@ ids then differ from the ids that the model was trained on.
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from nanovllm.loader.gguf import GGUF
+from nanovllm.loader.fields import cause
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from tokenizers.pre_tokenizers import PreTokenizer
     from tokenizers.processors import PostProcessor
     from transformers import PreTrainedTokenizerFast
+
+    from nanovllm.loader.gguf import GGUF
 
 logger = logging.getLogger("nanovllm")
 CONTROL, USER_DEFINED = 3, 4  # kinds of tokens
@@ -89,6 +91,53 @@ COMPOSED = ("qwen2", "deepseek-r1-qwen")
 SPECIAL_NAMES = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
 
 
+class GGUFTokenizer:
+    """The four methods of a tokenizer that the engine calls. They do what transformers does.
+
+    The import of transformers takes longer than the start of a small model, so it waits
+    until a client asks for the whole tokenizer (docs/experiments.md).
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, special_tokens: dict[str, str], chat_template: str | None
+    ) -> None:
+        """special_tokens: the name of a special token in transformers ("bos", ...) -> its text."""
+        self.tokenizer = tokenizer
+        self.special_tokens = special_tokens
+        self.chat_template = chat_template
+
+    @property
+    def eos_token_id(self) -> int | None:
+        eos = self.special_tokens.get("eos")
+        return None if eos is None else self.tokenizer.token_to_id(eos)
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def decode(
+        self, token_ids: list[int], *, skip_special_tokens: bool = False, **options: bool
+    ) -> str:
+        """options: no effect, because BPE has no spaces to clean up or to add."""
+        return self.tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
+
+    def convert_tokens_to_ids(self, tokens: list[str]) -> list[int | None]:
+        return [self.tokenizer.token_to_id(token) for token in tokens]
+
+    def convert_ids_to_tokens(self, ids: int) -> str | None:
+        return self.tokenizer.id_to_token(ids)
+
+    def to_transformers(self) -> PreTrainedTokenizerFast:
+        """The tokenizer of transformers. It takes over `tokenizer`: use only the result."""
+        from transformers import PreTrainedTokenizerFast
+
+        return PreTrainedTokenizerFast(
+            tokenizer_object=_HandOver(self.tokenizer),
+            chat_template=self.chat_template,
+            clean_up_tokenization_spaces=False,
+            **{f"{name}_token": text for name, text in self.special_tokens.items()},
+        )
+
+
 class _HandOver:
     """Gives a tokenizer to transformers without a copy.
 
@@ -103,12 +152,10 @@ class _HandOver:
         return self.tokenizer
 
 
-def load_tokenizer(file: GGUF) -> PreTrainedTokenizerFast:
+def load_tokenizer(file: GGUF) -> GGUFTokenizer:
     """Raises ValueError for an unknown type of tokenizer, or an unknown rule of cutting."""
-    from transformers import PreTrainedTokenizerFast
-
-    model = file["tokenizer.ggml.model"]
-    tokens = file.tokens or file["tokenizer.ggml.tokens"]
+    model = required(file, "tokenizer.ggml.model")
+    tokens = required(file, "tokenizer.ggml.tokens")
     if model == "gpt2":
         tokenizer = byte_level_bpe(file, tokens)
         adds_bos = file.get("tokenizer.ggml.pre") in WHOLE_PIECES
@@ -119,24 +166,39 @@ def load_tokenizer(file: GGUF) -> PreTrainedTokenizerFast:
         raise ValueError(
             f"{file.path} has a tokenizer of type {model!r}, not 'gpt2' or 'llama': pass tokenizer="
         )
-    add_special_tokens(file, tokens, tokenizer)
     special = special_ids(file, tokens)
+    add_special_tokens(file, tokens, set(special.values()), tokenizer)
     tokenizer.post_processor = bos_and_eos(file, tokens, special, adds_bos)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=_HandOver(tokenizer),
+    return GGUFTokenizer(
+        tokenizer,
+        special_tokens={name: tokens[token_id] for name, token_id in special.items()},
         chat_template=file.get("tokenizer.chat_template"),
-        clean_up_tokenization_spaces=False,
-        **{f"{name}_token": tokens[token_id] for name, token_id in special.items()},
     )
 
 
-def add_special_tokens(file: GGUF, tokens: list[str], tokenizer: Tokenizer) -> None:
-    """Tells the tokenizer which tokens are never cut: control and user-defined tokens."""
+def required(file: GGUF, key: str) -> Any:
+    """A field of the metadata. Raises ValueError if the file lacks it, or if it is empty."""
+    value = file.get(key)
+    if not value:
+        raise ValueError(
+            f"{file.path} has no {key!r} in its metadata; pass tokenizer= the name or folder of "
+            "the original model, or skip_tokenizer_init=True and token ids as prompts"
+        )
+    return value
+
+
+def add_special_tokens(
+    file: GGUF, tokens: list[str], special: set[int], tokenizer: Tokenizer
+) -> None:
+    """Tells the tokenizer which tokens are never cut: control and user-defined tokens.
+
+    special: ids of further tokens that transformers takes for control tokens.
+    """
     from tokenizers import AddedToken
 
     control, user_defined = [], []
-    for token, kind in zip(tokens, file.token_kinds):
-        if kind == CONTROL:
+    for token_id, (token, kind) in enumerate(zip(tokens, file.token_kinds)):
+        if kind == CONTROL or (kind != USER_DEFINED and token_id in special):
             control.append(AddedToken(token, special=True, normalized=False))
         elif kind == USER_DEFINED:
             user_defined.append(AddedToken(token, special=False, normalized=False))
@@ -193,9 +255,16 @@ def byte_level_bpe(file: GGUF, tokens: list[str]) -> Tokenizer:
             "or folder of the original model",
             file.path,
         )
-    merges = [tuple(merge.split(" ")) for merge in file["tokenizer.ggml.merges"]]
+    merges = [tuple(merge.split(" ")) for merge in required(file, "tokenizer.ggml.merges")]
     vocabulary = {token: token_id for token_id, token in enumerate(tokens)}
-    tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=pre in WHOLE_PIECES))
+    try:
+        model = models.BPE(vocabulary, merges, ignore_merges=pre in WHOLE_PIECES)
+    except Exception as err:  # tokenizers raises no narrower type
+        raise ValueError(
+            f"{file.path}: tokenizer.ggml.merges cannot be used ({cause(err)}); pass tokenizer= "
+            "the name or folder of the original model"
+        ) from err
+    tokenizer = Tokenizer(model)
     steps: list[PreTokenizer] = [
         pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in SPLITS[pre]
     ]
@@ -212,10 +281,11 @@ def sentencepiece_bpe(file: GGUF, tokens: list[str]) -> Tokenizer:
     from tokenizers import Tokenizer, decoders, models, normalizers
 
     vocabulary = {token: token_id for token_id, token in enumerate(tokens)}
-    unknown = tokens[file.get("tokenizer.ggml.unknown_token_id", 0)]
+    unknown = tokens[special_ids(file, tokens).get("unk", 0)]
+    required(file, "tokenizer.ggml.scores")
     model = models.BPE(
         vocabulary,
-        merges_by_score(vocabulary, file["tokenizer.ggml.scores"]),
+        merges_by_score(vocabulary, file.per_token("tokenizer.ggml.scores")),
         unk_token=unknown,
         fuse_unk=True,
         byte_fallback=True,

@@ -5,13 +5,13 @@ or a Hugging Face hub name. Does not know what the files hold.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nanovllm.loader import safetensors
 from nanovllm.loader.fields import cause
+from nanovllm.loader.gguf_parts import parts_pattern, without_later_parts
 
 if TYPE_CHECKING:
     from nanovllm.loader.gguf import GGUF
@@ -24,9 +24,6 @@ HUB_NAME = re.compile(
     r"(?P<repo>(?:[\w.-]+/)?[\w.-]+?)"
     r"(?:/(?P<file>(?:[\w.-]+/)?[\w.-]+\.(?i:gguf))|:(?P<quantisation>[\w.-]+))?"
 )
-# The name of a part of a split GGUF file: the part's number, from 1, and the number of
-# parts.
-PART_NAME = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<count>\d{5})(?P<suffix>\.(?i:gguf))")
 PICKLES = (".bin", ".pt", ".pth")
 CONFIG_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.py"]
 # Other formats of the same weights: they have a folder each, or Mistral's own file names.
@@ -105,23 +102,6 @@ def is_gguf(path: Path) -> bool:
         return False
 
 
-def part_path(path: Path, number: int, count: int) -> Path:
-    """The path of part `number`, from 0, of the split file that `path` belongs to."""
-    match = PART_NAME.fullmatch(path.name)
-    stem, suffix = (path.stem, path.suffix) if match is None else match.group("stem", "suffix")
-    return path.with_name(f"{stem}-{number + 1:05}-of-{count:05}{suffix}")
-
-
-def without_later_parts(paths: Iterable[Path]) -> list[Path]:
-    """The paths in order, and of each split file only the first part that is given."""
-    found: dict[Path, Path] = {}
-    for path in sorted(paths):
-        match = PART_NAME.fullmatch(path.name)
-        first = path if match is None else part_path(path, 0, int(match["count"]))
-        found.setdefault(first, path)
-    return list(found.values())
-
-
 def choose(model: str, folder: Path, load_format: str) -> Path:
     """The folder itself if it has config.json and weights, or else its only GGUF file.
 
@@ -165,8 +145,9 @@ def fetch(
 ) -> Path:
     """Downloads files of a hub repository. Returns the folder, or the one GGUF file.
 
-    Of a split GGUF file all parts are downloaded, and the first one is returned. cache: the folder to download into; None is the hub's own cache. With HF_HUB_OFFLINE
-    set, only the cache is searched. Raises ValueError if the hub does not give the files.
+    All parts of a split GGUF file are downloaded, and the first one is returned. cache:
+    the folder to download into; None is the hub's own cache. With HF_HUB_OFFLINE set,
+    only the cache is searched. Raises ValueError if the hub does not give the files.
     """
     repo, gguf_patterns = parse_hub_name(model)
     patterns = list(gguf_patterns or CONFIG_FILES)
@@ -222,9 +203,7 @@ def parse_hub_name(model: str) -> tuple[str, list[str]]:
         return match["repo"], [*names, *(f"*/{name}" for name in names)]
     if match["file"] is None:
         return match["repo"], []
-    part = PART_NAME.fullmatch(match["file"])
-    file = f"{part['stem']}-?????-of-{part['count']}{part['suffix']}" if part else match["file"]
-    return match["repo"], [file]
+    return match["repo"], [parts_pattern(match["file"])]
 
 
 def expanded(path: str | None) -> str | None:

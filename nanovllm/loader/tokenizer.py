@@ -16,6 +16,8 @@ from nanovllm.loader.hub import ModelFiles, expanded, is_gguf, resolve
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+    from nanovllm.loader.gguf_tokenizer import GGUFTokenizer
+
 TOKENIZER_FILES = ("tokenizer*", "vocab*")
 TOKENIZER_JSON = (
     "tokenizer_config.json",
@@ -34,7 +36,7 @@ def load_tokenizer(
     revision: str | None = None,
     download_dir: str | None = None,
     hf_token: str | bool | None = None,
-) -> PreTrainedTokenizerBase:
+) -> PreTrainedTokenizerBase | GGUFTokenizer:
     """The tokenizer in a model's files, or in a folder, GGUF file or hub repository.
 
     config: the config of the model in the same folder, if it is loaded already.

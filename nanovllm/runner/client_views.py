@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from types import SimpleNamespace
 
+from nanovllm import loader
 from nanovllm.runner.executor import Worker
 from nanovllm.runner.model_runner import ModelRunner
 from nanovllm.runner.setup import Setup
@@ -20,6 +21,7 @@ class ModelExecutor:
 def model_config(setup: Setup) -> SimpleNamespace:
     args = setup.args
     vocab_size = setup.config.vocab_size
+    hf_config = loader.pretrained(setup.hf_config)
     return SimpleNamespace(
         model=args.model,
         tokenizer=args.tokenizer or args.model,
@@ -36,8 +38,8 @@ def model_config(setup: Setup) -> SimpleNamespace:
         enforce_eager=args.enforce_eager,
         is_encoder_decoder=False,
         is_multimodal_model=False,
-        hf_config=setup.hf_config,
-        hf_text_config=setup.hf_config,
+        hf_config=hf_config,
+        hf_text_config=hf_config,
         dtype=setup.dtype,
         seed=args.seed,
         get_vocab_size=lambda: vocab_size,

@@ -23,6 +23,8 @@ from nanovllm.weights.blocks import FLOAT_TYPES
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from nanovllm.loader.gguf_tokenizer import GGUFTokenizer
+
 logger = logging.getLogger("nanovllm")
 
 GPU_BLOCK_SIZE = 64
@@ -83,7 +85,7 @@ class Setup:
         gguf = self.files.gguf
         return self.files.folder / "config.json" if gguf is None else gguf.path
 
-    def _load_tokenizer(self) -> PreTrainedTokenizerBase:
+    def _load_tokenizer(self) -> PreTrainedTokenizerBase | GGUFTokenizer:
         args = self.args
         return loader.load_tokenizer(
             args.tokenizer or self.files,
