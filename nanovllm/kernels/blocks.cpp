@@ -286,12 +286,15 @@ template <class F> void feature(const uint8_t* panel, int64_t depth, int lane, f
   constexpr int HALVES = GROUP / F::GROUP;
   const uint8_t *planes = panel, *block = panel + depth / F::BLOCK * code_bytes<F>();
   for (int64_t first = 0; first < depth; first += F::BLOCK, block += scale_bytes<F>())
-    for (int g = 0; g < F::BLOCK / GROUP; g++, planes += (F::LOW + F::HIGH) * VECTOR)
-      for_steps<STEPS>([&](auto i) {
-        const Linear linear = scales<F>(block, g * HALVES + i() * HALVES / STEPS);
-        const Codes codes = code<F, i()>(planes);
-        for (int j = 0; j < 2; j++, out++) *out = linear.scale[lane] * codes[lane * 2 + j] + linear.bias[lane];
-      });
+    for (int g = 0; g < F::BLOCK / GROUP; g++, planes += (F::LOW + F::HIGH) * VECTOR) {
+      Codes codes[STEPS];
+      for_steps<STEPS>([&](auto i) { codes[i()] = code<F, i()>(planes); });
+      for (int half = 0; half < HALVES; half++) {
+        const Linear linear = scales<F>(block, g * HALVES + half);
+        const float scale = linear.scale[lane], bias = linear.bias[lane];
+        for (int i = 0; i < F::GROUP; i++) *out++ = scale * codes[(half * F::GROUP + i) / 2][lane * 2 + i % 2] + bias;
+      }
+    }
 }
 template <class B> void feature_of_floats(const uint8_t* panel, int64_t depth, int lane, float* out) {
   for (int64_t d = 0; d < depth; d++) out[d] = load((const B*)panel + d * W)[lane];

@@ -14,7 +14,7 @@ import torch
 
 from nanovllm import loader
 from nanovllm.config import EngineArgs
-from nanovllm.kernels import blocks
+from nanovllm.kernels import blocks, cpu
 from nanovllm.loader.fields import Fields
 from nanovllm.models.config import ModelConfig
 from nanovllm.models.registry import read_config
@@ -211,7 +211,8 @@ def pick_dtype(asked: str, checkpoint: torch.dtype | None, device: torch.device)
     """The dtype of `dtype=`.
 
     For "auto" it is the dtype of the checkpoint, or, if this device is slow in that
-    dtype, the half precision that the device is fast in.
+    dtype, the half precision that the device is fast in. CPUs without arithmetic in
+    bfloat16 are fast in it too, because our kernels convert weights in registers.
     """
     if asked != "auto":
         return getattr(torch, asked)
@@ -219,7 +220,7 @@ def pick_dtype(asked: str, checkpoint: torch.dtype | None, device: torch.device)
         bf16 = torch.cuda.get_device_capability(device)[0] >= 8
         half = torch.bfloat16 if bf16 else torch.float16
     else:
-        half = torch.bfloat16 if cpu_has_bf16() else torch.float32
+        half = torch.bfloat16 if cpu.load() is not None or cpu_has_bf16() else torch.float32
     if checkpoint in (torch.float32, half):
         return checkpoint
     dtype = torch.float16 if device.type == "cuda" and checkpoint == torch.float16 else half
