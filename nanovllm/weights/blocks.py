@@ -48,8 +48,7 @@ class BlockWeight(Weight):
         self.types: dict[range, str] = {}  # rows -> the type that they are stored in
         self.pieces: dict[range, Piece] = {}
         self.segments = torch.empty(0, 4, dtype=torch.int64)
-        # Type in the file -> bytes in memory, of pieces that are not kept in that type.
-        self.dequantised: dict[str, int] = {}
+        self.dequantised: dict[range, str] = {}  # rows -> the type that the file has instead
         empty = nn.Parameter(torch.empty(0, dtype=torch.uint8), requires_grad=False)
         layer.register_parameter("weight", empty)
 
@@ -125,8 +124,7 @@ class PieceReceiver:
             return
         weight.types[self.rows] = FLOAT_TYPES[weight.dtype]
         if isinstance(tensor, BlockTensor):
-            size = len(self.rows) * weight.in_features * weight.dtype.itemsize
-            weight.dequantised[tensor.type] = weight.dequantised.get(tensor.type, 0) + size
+            weight.dequantised[self.rows] = tensor.type
 
     def allocate(self) -> None:
         self.weight.allocate(self.layer)
@@ -162,14 +160,13 @@ def report_dequantised(model: nn.Module) -> None:
     for module in model.modules():
         storage = getattr(module, "storage", None)
         if isinstance(storage, BlockWeight):
-            for type, size in storage.dequantised.items():
+            for rows, type in storage.dequantised.items():
+                size = storage.packed_bytes(storage.pieces[rows])
                 sizes[type] = sizes.get(type, 0) + size
-            dtype = storage.dtype
     for type, size in sizes.items():
         logger.warning(
-            "weights of type %s are dequantised to %s and take %.0f MB, because there are no "
-            "kernels for their blocks",
+            "weights of type %s are dequantised and take %.0f MB, because there are no kernels "
+            "for their blocks, or a rank's share of a row is no whole number of blocks",
             type,
-            str(dtype).removeprefix("torch."),
             size / 1e6,
         )
