@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 # OpenMP's waiting threads spin this many times and then sleep. Torch's default of 300,000 takes the
 # cores from other busy processes (docs/experiments.md). OpenMP reads the variable with torch.
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
 # Imported when they are asked for, because the host half of the engine runs without torch.
 EXPORTS = {
