@@ -179,10 +179,9 @@ INLINE void add_group(Vec (&acc)[M], const Inputs& x, int64_t group, C code, L l
 
 // ------------------------------------------------------------------------------ the panel
 
-// Fetches codes into the cache, so far ahead that memory answers in time. The hardware alone
-// stops at the end of every 4 KB (docs/experiments.md).
+// Fetches the codes of a later group into the cache.
 template <class F> INLINE void fetch(const uint8_t* planes) {
-  constexpr int64_t AHEAD = 1 << 15, LINE = 64;
+  constexpr int64_t LINE = 64;
   for (int64_t i = 0; i < (F::LOW + F::HIGH) * VECTOR; i += LINE) __builtin_prefetch(planes + AHEAD + i, 0, 2);
 }
 

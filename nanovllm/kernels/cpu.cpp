@@ -315,7 +315,7 @@ __attribute__((noinline)) void times_panel(const Element<B>* x, int64_t stride, 
         sums, [&](int i) { return D::splat(x + i * stride + d); },
         [&](int j) {
           const B* at = panel + d * PANEL + j * W * D::P;
-          if (M > FEW_ROWS) __builtin_prefetch(at + 4096, 0, 2);  // fewer rows are bound by memory
+          __builtin_prefetch((const char*)at + AHEAD, 0, 2);
           return D::load_in(at);
         });
   for (int i = 0; i < M; i++)

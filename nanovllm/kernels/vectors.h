@@ -199,6 +199,10 @@ template <class F> INLINE void for_vectors(int n, F f) {
   for (; j < n; j++) f(j, std::integral_constant<int, 1>());
 }
 
+// Bytes between a weight that is used and one that is fetched into the cache, so that memory
+// answers in time. The hardware alone stops at the end of every page (docs/experiments.md).
+constexpr int64_t AHEAD = 1 << 15;
+
 // With fewer elements, waking the other threads takes longer than the work.
 constexpr int64_t PARALLEL = 1 << 15;
 
