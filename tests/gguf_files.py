@@ -157,12 +157,24 @@ def read_back(path: Path, family: str, model: Any) -> Any:
     stored = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
     for name, tensor in state(model).items():
         found = stored[names.get_name(name, (".weight", ".bias"))]
-        array = gguf.dequantize(found.data, found.tensor_type).reshape(tensor.shape)
+        array = numbers_of(found).reshape(tensor.shape)
         heads = rotated_heads(family, model.config, name)
         if heads:
             array = swap_rows(array, heads, -1, 2)
         tensor.copy_(torch.from_numpy(array.astype(np.float32)))
     return model
+
+
+def numbers_of(tensor: Any) -> np.ndarray:
+    """The weights of a gguf.ReaderTensor, in one row.
+
+    A few blocks at a time, in one row: the package is much slower with many rows.
+    """
+    kind = tensor.tensor_type
+    size = gguf.GGML_QUANT_SIZES[kind][1] << 12 if tensor.data.dtype == np.uint8 else 1 << 17
+    flat = tensor.data.reshape(-1)
+    parts = [flat[at : at + size].reshape(1, -1) for at in range(0, len(flat), size)]
+    return np.concatenate([gguf.dequantize(part, kind).reshape(-1) for part in parts])
 
 
 # Blocks
