@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from gguf_files import FAMILIES, SIZES, Q, finish, gguf, start_gguf, state, write_gguf
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from packaging.version import Version
@@ -29,47 +30,13 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
 )
 
 from nanovllm import loader
 from nanovllm.loader import source
 
-gguf = pytest.importorskip("gguf")
-Q = gguf.GGMLQuantizationType
 # Random bytes are not always numbers.
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
-
-SIZES = {
-    "vocab_size": 96,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-    "max_position_embeddings": 128,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 3,
-}
-FAMILIES = {
-    "llama": (gguf.MODEL_ARCH.LLAMA, LlamaForCausalLM, LlamaConfig(**SIZES, attention_bias=True)),
-    "llama-tied": (
-        gguf.MODEL_ARCH.LLAMA,
-        LlamaForCausalLM,
-        LlamaConfig(**SIZES, tie_word_embeddings=True),
-    ),
-    "qwen2": (gguf.MODEL_ARCH.QWEN2, Qwen2ForCausalLM, Qwen2Config(**{**SIZES, "head_dim": 16})),
-    "qwen3": (
-        gguf.MODEL_ARCH.QWEN3,
-        Qwen3ForCausalLM,
-        Qwen3Config(**SIZES, tie_word_embeddings=True),
-    ),
-}
 
 
 @pytest.fixture(scope="module")
@@ -84,70 +51,6 @@ def models() -> dict[str, Any]:
         for parameter in made[family].parameters():
             torch.nn.init.normal_(parameter)
     return made
-
-
-def state(model: Any) -> dict[str, torch.Tensor]:
-    tied = model.config.tie_word_embeddings
-    return {k: v for k, v in model.state_dict().items() if not (tied and k == "lm_head.weight")}
-
-
-def start_gguf(path: Path, config: Any, arch: str, rope: dict[str, Any] | None = None) -> Any:
-    """A writer that holds what llama.cpp's conversion script says of such a config."""
-    writer = gguf.GGUFWriter(path, arch)
-    writer.add_name("model")
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(
-        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    )
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    writer.add_pad_token_id(3)
-    rope = rope or {}
-    writer.add_rope_freq_base(rope.get("rope_theta", 10000.0))
-    if rope.get("rope_type") in ("linear", "yarn"):
-        writer.add_rope_scaling_type(gguf.RopeScalingType(rope["rope_type"]))
-        writer.add_rope_scaling_factor(rope["factor"])
-    if rope.get("rope_type") == "yarn":
-        writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
-    return writer
-
-
-def finish(writer: Any) -> None:
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
-def write_gguf(path: Path, family: str, model: Any, kind: Any = Q.F32) -> Path:
-    """The model as llama.cpp would convert it: its names, its row order of Q and K for Llama,
-    matrices quantised.
-    """
-    arch = FAMILIES[family][0]
-    writer = start_gguf(path, model.config, gguf.MODEL_ARCH_NAMES[arch])
-    names = gguf.get_tensor_name_map(arch, model.config.num_hidden_layers)
-    for name, tensor in state(model).items():
-        array = tensor.numpy()
-        if family.startswith("llama") and ("q_proj" in name or "k_proj" in name):
-            heads = (
-                model.config.num_attention_heads
-                if "q_proj" in name
-                else model.config.num_key_value_heads
-            )
-            array = (
-                array.reshape(heads, 2, -1, *array.shape[1:]).swapaxes(1, 2).reshape(array.shape)
-            )
-        stored = kind if array.ndim == 2 else Q.F32
-        packed = gguf.quants.quantize(np.ascontiguousarray(array), stored)
-        writer.add_tensor(names.get_name(name, (".weight", ".bias")), packed, raw_dtype=stored)
-    finish(writer)
-    return path
 
 
 def read_all(files: loader.ModelFiles) -> dict[str, torch.Tensor]:

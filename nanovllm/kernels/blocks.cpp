@@ -388,7 +388,7 @@ template <class T> void round_inputs(const T* x, int64_t stride, int rows, int64
         top = max(top, v < 0 ? -v : v);
         nothing += v * 0.f;  // NaN for NaN and infinity
       }
-      const float most = max(top), scale = most / MOST + sum(nothing), inverse = most > 0 ? MOST / most : 0;
+      const float most = max(top), scale = most / MOST + sum(nothing), inverse = most > MOST / FLT_MAX ? MOST / most : 0;
       int16_t codes[GROUP];
       float* sums = to.sums + g * 3 * rows + m;
       for (int half = 0; half < 2; half++) {

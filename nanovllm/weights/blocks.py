@@ -38,7 +38,7 @@ class BlockWeight(Weight):
     """The layer's parameter `weight`: uint8 [bytes], the panels of all pieces.
 
     The parameter is empty until the types of the pieces are known. Products round the
-    inputs to 8 bits (`kernels/blocks.cpp`).
+    inputs to 16 bits (`kernels/blocks.cpp`).
     """
 
     def __init__(self, layer: nn.Module, out_features: int, in_features: int) -> None:
