@@ -434,7 +434,7 @@ TEXT = (
     "The sea covers more than two thirds of the earth, and most of it has never been seen. Light "
     "reaches only the first few hundred metres; below them live fish that make their own. People "
     "who study these depths send down small machines with cameras, because the weight of the water "
-    "would crush a diver. Each of these journeys finds animals that nobody has described before. "
+    "would crush a diver. Each of these journeys finds animals that no book has described yet. "
     "Some of them are as long as a bus and as thin as a rope, others look like a bell of glass."
 )
 QUESTIONS = ["Introduce yourself in two sentences.", "List the prime numbers below 20."]
