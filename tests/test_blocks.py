@@ -97,7 +97,7 @@ MATRICES: dict[object, Matrix] = {}
 
 
 def make(types: list[tuple[str, int]], depth: int = DEPTH) -> Matrix:
-    """Segments of so many features of these types, one after the other."""
+    """Segments of these types and numbers of features, one after the other."""
     key = (tuple(types), depth)
     if key in MATRICES:
         return MATRICES[key]
@@ -172,8 +172,8 @@ def test_blocks_of_the_quantiser_are_those_of_the_package(name: str) -> None:
     array = np.random.default_rng(0).normal(size=(20, DEPTH)).astype(np.float32)
     rows = gguf.quants.quantize(array, kind).view(np.uint8).reshape(20, -1)
     packed = torch.zeros(blocks.packed_bytes(kind, 20, DEPTH), dtype=torch.uint8)
-    order = np.arange(20)[::-1].copy()  # features in another order than the rows of the file
-    blocks.pack(int(kind), rows, order, DEPTH, packed)
+    turned = np.arange(20)[::-1].copy()  # features in reverse to the rows of the file
+    blocks.pack(int(kind), rows, turned, DEPTH, packed)
     found = Matrix(packed, torch.tensor([[int(kind), 0, 0, 20]]), torch.empty(20, DEPTH))
     expected = dequantise(rows, kind, DEPTH).flip(0)
     assert torch.equal(found.embedding(torch.arange(20)).double(), expected)
