@@ -81,21 +81,15 @@ class InputProcessor:
         params = params.clone()
         params.output_kind = output_kind or params.output_kind
         params.verify()
-        check_priority(priority)
+        seed_of_hashes = hash_seed(cache_salt_of(prompt))
         how = Tokenization(truncate_prompt_tokens=params.truncate_prompt_tokens)
         text, tokens = self.tokenize(prompt, how)
         params.verify_for_model(
             self.vocab_size, max_logprobs, self.tokenizer is not None, self._tokenizer_knows
         )
-        prepared = {}
-        for ability in self.abilities:
-            state = ability.prepare(params, self.facts)
-            if state is not None:
-                prepared[ability.name] = state
-        check_candidates(params, self.vocab_size, prepared)
-        seqs = self._sequences(params, tokens, prepared)
+        seqs = self._sequences(params, tokens, self._prepared(params))
         for seq in seqs:
-            seq.hash_seed = hash_seed(cache_salt_of(prompt))
+            seq.hash_seed = seed_of_hashes
             seq.priority = priority
         return Request(
             request_id=request_id,
@@ -106,6 +100,16 @@ class InputProcessor:
             metrics=RequestMetrics(arrival_time=time.monotonic()) if log_stats else None,
             queue=queue,
         )
+
+    def _prepared(self, params: SamplingParams) -> dict[str, object]:
+        """What the abilities that a request uses keep of it, by their names."""
+        prepared = {}
+        for ability in self.abilities:
+            state = ability.prepare(params, self.facts)
+            if state is not None:
+                prepared[ability.name] = state
+        check_candidates(params, self.vocab_size, prepared)
+        return prepared
 
     def _sequences(
         self, params: SamplingParams, tokens: np.ndarray, prepared: Mapping[str, object]
