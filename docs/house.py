@@ -83,7 +83,9 @@ WALK = (
 WALK_KERNELS = ("kernels/__init__.py", "kernels/cpu.py")
 
 # Functions that may be longer than the limit, and why.
-LONG_FUNCTIONS: dict[str, str] = {}
+LONG_FUNCTIONS: dict[str, str] = {
+    "nanovllm/llm.py: LLM.__init__": "one line for each argument, so that editors complete them",
+}
 
 # Where only the field's words may stand: Python files, and documents in prose.
 WORDS_IN = (

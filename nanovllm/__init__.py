@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from nanovllm.runner.executor import EngineDeadError
     from nanovllm.sampling_params import BeamSearchParams, RequestOutputKind, SamplingParams
 
+__version__ = "0.2.0"
+
 # OpenMP's waiting threads spin this many times and then sleep. Torch's default of 300,000 takes the
 # cores from other busy processes (docs/experiments.md). OpenMP reads the variable with torch.
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")

@@ -63,6 +63,8 @@ NO_EFFECT = frozenset(
         "mm_processor_cache_gb",
         "disable_mm_preprocessor_cache",
         "skip_mm_profiling",
+        "language_model_only",
+        "mm_encoder_tp_mode",
     ]
 )
 
@@ -81,14 +83,11 @@ NEUTRAL: dict[str, tuple[object, ...]] = {
     "num_speculative_tokens": (0,),
     "guided_decoding_backend": ("auto",),
     "structured_outputs_config": (),
-    "logits_processors": ([], ()),
-    "limit_mm_per_prompt": ({},),
     "mm_processor_kwargs": ({},),
     "allowed_local_media_path": ("",),
     "task": ("auto", "generate"),
     "runner": ("auto", "generate"),
     "convert": ("auto", "none"),
-    "override_generation_config": ({},),
     "override_neuron_config": ({},),
     "rope_scaling": ({},),
     "rope_theta": (),
@@ -97,10 +96,9 @@ NEUTRAL: dict[str, tuple[object, ...]] = {
     "pooler_config": (),
     "override_pooler_config": (),
     "reasoning_parser": ("",),
-    "scheduling_policy": ("fcfs",),
     "preemption_mode": ("recompute",),
     "prefix_caching_hash_algo": ("xxhash", "builtin", "sha256"),
-    "model_impl": ("auto",),
+    "model_impl": ("auto", "vllm"),
     "config_format": ("auto", "hf"),
     "additional_config": ({},),
     "code_revision": (),
@@ -119,7 +117,6 @@ NEUTRAL: dict[str, tuple[object, ...]] = {
 }
 
 NO_POOLING = "a pooling model is needed, and this engine runs models that generate"
-NO_QUEUE = "use LLM.stream, or LLMEngine.add_request and step"
 NO_PROFILER = "use torch.profiler around generate"
 NO_TRANSFER = "use apply_model: the model's load_weights takes (name, tensor) pairs"
 
@@ -130,9 +127,6 @@ REFUSED_METHODS = {
     "classify": NO_POOLING,
     "score": NO_POOLING,
     "reward": NO_POOLING,
-    "enqueue": NO_QUEUE,
-    "enqueue_chat": NO_QUEUE,
-    "wait_for_completion": NO_QUEUE,
     "start_profile": NO_PROFILER,
     "stop_profile": NO_PROFILER,
     "release_kv_cache_memory": "use sleep(level=1), which frees the KV cache",

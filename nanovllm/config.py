@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from inspect import Parameter, Signature
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,6 +28,7 @@ DTYPES = {
     "float": "float32",
     "float32": "float32",
 }
+LOGPROBS_MODES = ("raw_logprobs", "processed_logprobs", "raw_logits", "processed_logits")
 
 
 @dataclass(init=False)
@@ -49,6 +51,7 @@ class EngineArgs:
     hf_token: str | bool | None = None
     hf_overrides: dict[str, object] | Callable[[PretrainedConfig], object] | None = None
     generation_config: str = "auto"
+    override_generation_config: dict[str, object] | None = None  # over generation_config.json
     chat_template: str | None = None
     load_format: str = "auto"
     dtype: str = "auto"  # a torch.dtype is accepted too
@@ -70,10 +73,13 @@ class EngineArgs:
     enforce_eager: bool = False
     max_logprobs: int = 20
     logprobs_mode: str = "raw_logprobs"
+    logits_processors: Sequence[object] | None = None  # classes, or names "module:Class"
+    scheduling_policy: str = "fcfs"  # or "priority": lower values of `priority` run first
     disable_log_stats: bool = True
     enable_sleep_mode: bool = False
     tensor_parallel_size: int = 1
     distributed_executor_backend: str | None = None
+    step_timeout: float | None = None  # seconds after which a rank that hangs ends the engine
 
     def __init__(self, model: str, **kwargs: object) -> None:
         self.model = model
@@ -86,8 +92,10 @@ class EngineArgs:
                 setattr(self, name, defaults[name] if value is None else value)
             elif name in NEUTRAL:
                 check_neutral(name, value)
+            elif name == "limit_mm_per_prompt":
+                check_no_media(value)
             elif name not in NO_EFFECT:
-                close = difflib.get_close_matches(name, [*defaults, *NO_EFFECT, *NEUTRAL], 1)
+                close = difflib.get_close_matches(name, accepted_names(), 1)
                 hint = f"; did you mean {close[0]!r}?" if close else ""
                 raise TypeError(f"LLM() got an unexpected keyword argument {name!r}{hint}")
         self._check()
@@ -100,11 +108,19 @@ class EngineArgs:
         if dtype not in DTYPES:
             raise ValueError(f"dtype={self.dtype!r} is not known; accepted are {', '.join(DTYPES)}")
         self.dtype = DTYPES[dtype]
+        if self.load_format == "fastsafetensors":  # another reader of the same files
+            self.load_format = "safetensors"
         one_of("load_format", self.load_format, ("auto", "safetensors", "gguf", "dummy"))
         one_of("tokenizer_mode", self.tokenizer_mode, ("auto", "slow"))
-        one_of("logprobs_mode", self.logprobs_mode, ("raw_logprobs",))
+        one_of("scheduling_policy", self.scheduling_policy, ("fcfs", "priority"))
+        one_of("logprobs_mode", self.logprobs_mode, LOGPROBS_MODES)
+        if not isinstance(self.logits_processors, (list, tuple, type(None))):
+            raise TypeError(
+                f"logits_processors={self.logits_processors!r} must be None or a list of classes "
+                "and names like 'module:Class'"
+            )
         one_of("quantization", self.quantization, (None, "none", "gguf"))
-        one_of("kv_cache_dtype", self.kv_cache_dtype, ("auto", "fp8"))
+        one_of("kv_cache_dtype", self.kv_cache_dtype, ("fp8", *DTYPES))
         self._check_generation_config()
         one_of(
             "distributed_executor_backend",
@@ -119,6 +135,11 @@ class EngineArgs:
             raise ValueError(
                 f"gpu_memory_utilization={self.gpu_memory_utilization} must be above 0 and "
                 "at most 1"
+            )
+        timeout = self.step_timeout
+        if timeout is not None and (isinstance(timeout, bool) or not timeout > 0):
+            raise ValueError(
+                f"step_timeout={timeout!r} must be None or a number of seconds above 0"
             )
         if self.max_logprobs < -1:
             raise ValueError(
@@ -140,6 +161,39 @@ class EngineArgs:
                 f"generation_config={value!r} is no folder here; accepted are 'auto', 'vllm' and a "
                 "folder that holds a generation_config.json"
             )
+        override = self.override_generation_config
+        if override is not None and not isinstance(override, dict):
+            raise TypeError(f"override_generation_config={override!r} must be None or a dict")
+
+
+def accepted_names() -> list[str]:
+    """Every argument that `EngineArgs` takes besides `model`."""
+    own = [f.name for f in fields(EngineArgs) if f.name != "model"]
+    return list(dict.fromkeys([*own, *sorted(NO_EFFECT), *NEUTRAL, "limit_mm_per_prompt"]))
+
+
+def engine_args_signature() -> Signature:
+    """The signature that scripts inspect to see which arguments there are."""
+    model = Parameter("model", Parameter.POSITIONAL_OR_KEYWORD, annotation="str")
+    own = {f.name: f for f in fields(EngineArgs)}
+    parameters = [model]
+    for name in accepted_names():
+        default = own[name].default if name in own else None
+        kind = own[name].type if name in own else "object"
+        parameters.append(Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=kind))
+    return Signature(parameters)
+
+
+def check_no_media(limits: object) -> None:
+    """Raises ValueError unless `limit_mm_per_prompt` allows no images, sounds and videos."""
+    counts = []
+    for value in limits.values() if isinstance(limits, dict) else ():
+        counts.append(value.get("count") if isinstance(value, dict) else value)
+    if limits is not None and (not isinstance(limits, dict) or any(count != 0 for count in counts)):
+        raise ValueError(
+            f"limit_mm_per_prompt={limits!r} is not supported; accepted are None and a dict whose "
+            "counts are 0, because the model takes text only"
+        )
 
 
 def check_neutral(name: str, value: object) -> None:
@@ -168,3 +222,6 @@ def positive(name: str, value: int | None, optional: bool = False) -> None:
         raise TypeError(f"{name}={value!r} must be an int")
     if value < 1:
         raise ValueError(f"{name}={value} must be at least 1")
+
+
+EngineArgs.__signature__ = engine_args_signature()  # type: ignore[attr-defined]

@@ -25,22 +25,22 @@ SAMPLING_DEFAULTS = {
 
 
 def default_sampling_params(engine: LLMEngine) -> SamplingParams:
-    """What the model's generation_config.json recommends; nothing with
-    generation_config="vllm".
+    """What the model's generation_config.json recommends (nothing with
+    generation_config="vllm"), and override_generation_config over it.
 
     Raises ValueError, naming file and field, for a value that SamplingParams does not
     accept.
     """
-    if engine.args.generation_config == "vllm":
-        return SamplingParams()
-    config = engine.setup.generation_config
+    config = engine.setup.sampling_defaults
+    override = engine.args.override_generation_config or {}
     found = {field: config[field] for field in SAMPLING_DEFAULTS if config.get(field) is not None}
     for field, value in found.items():
         try:
             SamplingParams.from_optional(**{SAMPLING_DEFAULTS[field]: value})
         except (TypeError, ValueError) as error:
             path = engine.setup.generation_config_path
-            raise ValidationError(f"{path}: {field}={value!r}: {error}") from error
+            source = "override_generation_config" if field in override else path
+            raise ValidationError(f"{source}: {field}={value!r}: {error}") from error
     return SamplingParams.from_optional(
         **{SAMPLING_DEFAULTS[field]: value for field, value in found.items()}
     )

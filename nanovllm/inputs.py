@@ -9,13 +9,17 @@ from typing import Any, TypedDict
 from nanovllm.errors import ValidationError
 
 
-class TextPrompt(TypedDict):
+class _Salted(TypedDict, total=False):
+    cache_salt: str  # only prompts with the same salt share cached prefixes
+
+
+class TextPrompt(_Salted):
     """Text that the engine tokenizes."""
 
     prompt: str
 
 
-class _Echoed(TypedDict, total=False):
+class _Echoed(_Salted, total=False):
     prompt: str
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
+from itertools import chain
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, TypeVar, cast
 
@@ -12,7 +13,7 @@ from nanovllm.beam_search import beam_search
 from nanovllm.chat import render
 from nanovllm.compat import REFUSED_METHODS, refused
 from nanovllm.config import EngineArgs, one_of, positive
-from nanovllm.engine.input_processor import as_prompts, pair
+from nanovllm.engine.input_processor import as_priorities, as_prompts, cache_salt_of, pair
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.stats import Metric
 from nanovllm.errors import ValidationError
@@ -49,6 +50,7 @@ class LLM:
         hf_token: str | bool | None = None,
         hf_overrides: dict[str, object] | Callable[[PretrainedConfig], object] | None = None,
         generation_config: str = "auto",
+        override_generation_config: dict[str, object] | None = None,
         chat_template: str | None = None,
         load_format: str = "auto",
         dtype: str | torch.dtype = "auto",
@@ -69,10 +71,13 @@ class LLM:
         enforce_eager: bool = False,
         max_logprobs: int = 20,
         logprobs_mode: str = "raw_logprobs",
+        logits_processors: Sequence[object] | None = None,
+        scheduling_policy: str = "fcfs",
         disable_log_stats: bool = True,
         enable_sleep_mode: bool = False,
         tensor_parallel_size: int = 1,
         distributed_executor_backend: str | None = None,
+        step_timeout: float | None = None,
         **others: object,
     ) -> None:
         """model: a folder in Hugging Face's layout, a .gguf file, or a name on their hub.
@@ -85,6 +90,7 @@ class LLM:
         for name in ("self", "model", "others"):
             del given[name]
         self.llm_engine = LLMEngine(EngineArgs(model, **given, **others))
+        self._enqueued: list[Stream] = []  # what `wait_for_completion` runs
 
     @classmethod
     def from_engine_args(cls, engine_args: EngineArgs) -> LLM:
@@ -112,28 +118,80 @@ class LLM:
         sampling_params: one for all prompts, or a list with one for each prompt. None
         stands for `get_default_sampling_params()`.
         use_tqdm: whether to show a progress bar, or a callable that replaces tqdm.
+        priority: one for all prompts, or a list with one for each. Lower values run
+        first. Other values than 0 need LLM(scheduling_policy="priority").
         tokenization_kwargs: fields of `nanovllm.inputs.Tokenization`.
 
         Raises ValueError or TypeError for a refused value. No request runs then.
         """
-        refuse_options(lora_request, priority, mm_processor_kwargs)
+        refuse_options(lora_request, None, mm_processor_kwargs)
         inputs = as_prompts(prompts, prompt_token_ids)
         if tokenization_kwargs:
             inputs = self._tokenized(inputs, Tokenization.of(tokenization_kwargs))
-        requests = pair(inputs, sampling_params, self.get_default_sampling_params)
-        outputs: dict[str, RequestOutput] = {}
+        return run([self._add(inputs, sampling_params, use_tqdm, priority)], use_tqdm)
+
+    def _add(
+        self,
+        prompts: list[object],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+        use_tqdm: Progress,
+        priority: int | Sequence[int] | None,
+    ) -> Stream:
+        """Adds the requests of one call, which arrive together."""
         engine = self.llm_engine
+        requests = pair(prompts, sampling_params, self.get_default_sampling_params)
+        priorities = as_priorities(priority, len(requests), engine.args.scheduling_policy)
         with engine.exclusive():
             # Only requests that arrived together are sorted.
-            is_alone = not engine.has_unfinished_requests()
-            stream = Stream(engine, requests, use_tqdm, output_kind=RequestOutputKind.FINAL_ONLY)
+            is_alone = not engine.get_num_unfinished_requests()
+            stream = Stream(
+                engine,
+                requests,
+                use_tqdm,
+                output_kind=RequestOutputKind.FINAL_ONLY,
+                priorities=priorities,
+            )
             if is_alone:
                 engine.scheduler.sort_waiting_longest_first()
-        with closing(stream), ProgressBar(len(requests), use_tqdm) as bar:
-            for output in stream:
-                outputs[output.request_id] = output
-                bar.add(output)
-        return [outputs[request_id] for request_id in stream.request_ids]
+        return stream
+
+    def enqueue(
+        self,
+        prompts: object,
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        lora_request: None = None,
+        priority: int | Sequence[int] | None = None,
+        use_tqdm: Progress = True,
+        tokenization_kwargs: Mapping[str, object] | None = None,
+        mm_processor_kwargs: Mapping[str, object] | None = None,
+    ) -> list[str]:
+        """Adds requests as `generate` does, and runs none. Returns their request ids."""
+        refuse_options(lora_request, None, mm_processor_kwargs)
+        inputs = as_prompts(prompts, None)
+        if tokenization_kwargs:
+            inputs = self._tokenized(inputs, Tokenization.of(tokenization_kwargs))
+        stream = self._add(inputs, sampling_params, use_tqdm, priority)
+        self._enqueued.append(stream)
+        return list(stream.request_ids)
+
+    def wait_for_completion(
+        self,
+        output_type: type[RequestOutput] | tuple[type[RequestOutput], ...] | None = None,
+        *,
+        use_tqdm: Progress = True,
+    ) -> list[RequestOutput]:
+        """Runs all enqueued requests. Returns their outputs in the order of the request ids.
+
+        output_type: RequestOutput or None, because requests give no other outputs.
+        """
+        types = output_type if isinstance(output_type, tuple) else (output_type or RequestOutput,)
+        if RequestOutput not in types:
+            raise ValidationError(
+                f"output_type={output_type!r} is not supported; accepted are RequestOutput and None"
+            )
+        streams = self._enqueued
+        self._enqueued = []
+        return run(streams, use_tqdm)
 
     def stream(
         self,
@@ -173,24 +231,76 @@ class LLM:
         chat_template_kwargs: variables of the template. They replace equal names.
         Raises ValueError or TypeError for a refused value. No request runs then.
         """
-        refuse_options(lora_request, priority, mm_processor_kwargs)
+        refuse_options(lora_request, None, mm_processor_kwargs)
+        prompts = self._chat_prompts(
+            messages,
+            chat_template,
+            chat_template_content_format,
+            {
+                "add_generation_prompt": add_generation_prompt,
+                "continue_final_message": continue_final_message,
+                "tools": tools,
+            },
+            chat_template_kwargs,
+            tokenization_kwargs,
+        )
+        return self.generate(prompts, sampling_params, use_tqdm, priority=priority)
+
+    def enqueue_chat(
+        self,
+        messages: Iterable[object],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: Progress = True,
+        lora_request: None = None,
+        priority: int | Sequence[int] | None = None,
+        chat_template: str | None = None,
+        chat_template_content_format: str = "auto",
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, object]] | None = None,
+        chat_template_kwargs: Mapping[str, object] | None = None,
+        tokenization_kwargs: Mapping[str, object] | None = None,
+        mm_processor_kwargs: Mapping[str, object] | None = None,
+    ) -> list[str]:
+        """Adds requests as `chat` does, and runs none. Returns their request ids."""
+        refuse_options(lora_request, None, mm_processor_kwargs)
+        prompts = self._chat_prompts(
+            messages,
+            chat_template,
+            chat_template_content_format,
+            {
+                "add_generation_prompt": add_generation_prompt,
+                "continue_final_message": continue_final_message,
+                "tools": tools,
+            },
+            chat_template_kwargs,
+            tokenization_kwargs,
+        )
+        return self.enqueue(prompts, sampling_params, priority=priority, use_tqdm=use_tqdm)
+
+    def _chat_prompts(
+        self,
+        messages: Iterable[object],
+        chat_template: str | None,
+        content_format: str,
+        arguments: dict[str, object],
+        chat_template_kwargs: Mapping[str, object] | None,
+        tokenization_kwargs: Mapping[str, object] | None,
+    ) -> list[object]:
+        """The conversations as prompts."""
         if self.llm_engine.tokenizer is None:
             raise ValidationError("chat needs a tokenizer; skip_tokenizer_init=True leaves none")
         texts = render(
             self.llm_engine.tokenizer,
             as_conversations(messages),
             chat_template=chat_template or self.llm_engine.args.chat_template,
-            content_format=chat_template_content_format,
-            arguments={
-                "add_generation_prompt": add_generation_prompt,
-                "continue_final_message": continue_final_message,
-                "tools": tools,
-            },
+            content_format=content_format,
+            arguments=arguments,
             chat_template_kwargs=chat_template_kwargs,
         )
         # The template writes the special tokens.
         how = Tokenization.of(tokenization_kwargs, add_special_tokens=False)
-        return self.generate(self._tokenized(texts, how), sampling_params, use_tqdm)
+        return self._tokenized(texts, how)
 
     def beam_search(
         self,
@@ -208,13 +318,26 @@ class LLM:
         """
         refuse_options(lora_request, priority)
         positive("concurrency_limit", concurrency_limit, optional=True)
+        mode = self.llm_engine.args.logprobs_mode
+        if mode.endswith("logits"):
+            raise ValidationError(
+                f"beam_search needs logprobs; logprobs_mode={mode!r} gives logits, and accepted "
+                "are 'raw_logprobs' and 'processed_logprobs'"
+            )
         return beam_search(self.llm_engine, as_prompts(prompts, None), params, use_tqdm)
 
     def _tokenized(self, prompts: Sequence[object], how: Tokenization) -> list[object]:
         """The prompts as dicts of text and token ids. Outputs echo the text."""
         with self.llm_engine.exclusive():
             pairs = [self.llm_engine.tokenize(prompt, how) for prompt in prompts]
-        return [{"prompt": text, "prompt_token_ids": token_ids} for text, token_ids in pairs]
+        return [
+            {
+                "prompt": text,
+                "prompt_token_ids": token_ids,
+                "cache_salt": cache_salt_of(prompt),
+            }
+            for prompt, (text, token_ids) in zip(prompts, pairs)
+        ]
 
     # -- the engine's state ------------------------------------------------------------------------
 
@@ -250,7 +373,7 @@ class LLM:
         reset_connector: no effect, because all KV cache is inside the engine.
         Raises ValueError for reset_running_requests while requests are unfinished.
         """
-        if reset_running_requests and self.llm_engine.has_unfinished_requests():
+        if reset_running_requests and self.llm_engine.get_num_unfinished_requests():
             raise ValidationError(
                 "reset_running_requests=True is not supported while requests are unfinished"
             )
@@ -302,6 +425,20 @@ for _name, _reason in REFUSED_METHODS.items():
     setattr(LLM, _name, refused(_name, _reason))
 
 
+def run(streams: Sequence[Stream], use_tqdm: Progress) -> list[RequestOutput]:
+    """The final outputs of the streams' requests, in the order of the requests."""
+    outputs: dict[str, RequestOutput] = {}
+    request_ids = [request_id for stream in streams for request_id in stream.request_ids]
+    with ExitStack() as opened:
+        for stream in streams:
+            opened.enter_context(closing(stream))
+        bar = opened.enter_context(ProgressBar(len(request_ids), use_tqdm))
+        for output in chain.from_iterable(streams):
+            outputs[output.request_id] = output
+            bar.add(output)
+    return [outputs[request_id] for request_id in request_ids]
+
+
 def refuse_options(
     lora_request: object, priority: object, mm_processor_kwargs: object = None
 ) -> None:
@@ -314,8 +451,8 @@ def refuse_options(
     priorities = priority if isinstance(priority, Iterable) else [priority]
     if any(priorities):
         raise ValidationError(
-            f"priority={priority!r} is not supported; accepted is None, because requests run "
-            "in order of arrival"
+            f"priority={priority!r} is not supported in beam_search; accepted is None, because "
+            "all beams of a round run together"
         )
     if mm_processor_kwargs:
         raise ValidationError(

@@ -102,6 +102,8 @@ class RequestOutput:
     finished: bool
     metrics: RequestMetrics | None = None
     lora_request: None = None
+    encoder_prompt: str | None = None  # None: no model here has an encoder
+    encoder_prompt_token_ids: list[int] | None = None
     num_cached_tokens: int | None = None
 
     def __getitem__(self, key: str) -> str | list[int]:

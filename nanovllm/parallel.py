@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Protocol, TypeVar, cast
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -53,6 +54,7 @@ class TensorParallel:
     rank: int = 0
     size: int = 1
     group: Group | None = None
+    progress: np.ndarray | None = None  # [size] int64 in shared memory: see `count`
 
     @classmethod
     def join(cls, store: dist.Store, rank: int, size: int, device: torch.device) -> TensorParallel:
@@ -113,7 +115,16 @@ class TensorParallel:
 
     def _open_group(self) -> Group:
         assert self.group is not None, "the connections to the other ranks are closed"
+        self.count()
         return self.group
+
+    def count(self) -> None:
+        """Counts a step or collective that this rank begins.
+
+        All ranks begin the same ones, so a rank that hangs has the smallest count.
+        """
+        if self.progress is not None:
+            self.progress[self.rank] += 1
 
     def close(self) -> None:
         """Closes the connections to the other ranks."""

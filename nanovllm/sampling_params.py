@@ -99,18 +99,14 @@ _FLAGS = (
     "include_stop_str_in_output",
 )
 # Parameters of vLLM that this engine lacks -> (neutral values, the reason).
+_CONSTRAINTS = ("json", "regex", "choice", "grammar", "json_object", "structural_tag")
 _NO_GRAMMAR = "this engine has no grammar-constrained decoding"
 _NEUTRAL: dict[str, tuple[tuple[object, ...], str]] = {
     "structured_outputs": ((None,), _NO_GRAMMAR),
     "guided_decoding": ((None,), _NO_GRAMMAR),
-    "logits_processors": (
-        (None, []),
-        "this engine runs no custom code (use logit_bias, allowed_token_ids or bad_words)",
-    ),
     "use_beam_search": ((False, None), "beam search is LLM.beam_search with BeamSearchParams"),
     "length_penalty": ((1.0, None), "length_penalty is a parameter of BeamSearchParams"),
     "early_stopping": ((False, None), "early_stopping was a parameter of the former beam search"),
-    "extra_args": ((None, {}), "this engine has no plug-ins that read extra arguments"),
 }
 
 
@@ -132,13 +128,25 @@ class StructuredOutputsParams:
     structural_tag: str | None = None
 
     def __post_init__(self) -> None:
-        kinds = ("json", "regex", "choice", "grammar", "json_object", "structural_tag")
-        given = [kind for kind in kinds if getattr(self, kind) is not None]
+        given = [kind for kind in _CONSTRAINTS if getattr(self, kind) is not None]
         if len(given) != 1:
             got = " and ".join(given) or "none"
             raise ValidationError(
-                f"StructuredOutputsParams takes exactly one of {', '.join(kinds)}; got {got}."
+                f"{type(self).__name__} takes exactly one of {', '.join(_CONSTRAINTS)}; got {got}."
             )
+
+
+@dataclass
+class GuidedDecodingParams(StructuredOutputsParams):
+    """vLLM's name until 0.11, for scripts that import it."""
+
+    backend: str | None = None
+
+    @classmethod
+    def from_optional(cls, **kwargs: Any) -> GuidedDecodingParams | None:
+        """The constraint among `kwargs`, or None if all are None."""
+        given = {name: value for name, value in kwargs.items() if value is not None}
+        return cls(**given) if given.keys() - {"backend", "whitespace_pattern"} else None
 
 
 @dataclass(repr=False)
@@ -184,7 +192,7 @@ class SamplingParams:
     use_beam_search: bool = False
     length_penalty: float = 1.0
     early_stopping: bool = False
-    logits_processors: list[object] | None = None
+    logits_processors: list[Callable[..., object]] | None = None
     guided_decoding: object = None
     truncate_prompt_tokens: int | None = None
     extra_args: dict[str, object] | None = None
@@ -256,6 +264,13 @@ class SamplingParams:
         self.stop_token_ids = _token_ids("stop_token_ids", stop_token_ids)
         if self.allowed_token_ids is not None:
             self.allowed_token_ids = _token_ids("allowed_token_ids", self.allowed_token_ids)
+        functions = self.logits_processors or []
+        if not isinstance(functions, (list, tuple)) or not all(map(callable, functions)):
+            raise TypeError(
+                f"logits_processors must be None or a list of functions; got {functions!r}."
+            )
+        if self.extra_args is not None and not isinstance(self.extra_args, dict):
+            raise TypeError(f"extra_args must be None or a dict; got {self.extra_args!r}.")
         if self.logit_bias is not None:
             if not isinstance(self.logit_bias, Mapping):
                 raise TypeError(
@@ -432,8 +447,23 @@ def _check_flags(record: object, names: Iterable[str]) -> None:
 def _check_neutral(record: object, rules: Mapping[str, tuple[tuple[object, ...], str]]) -> None:
     for name, (neutral_values, reason) in rules.items():
         value = getattr(record, name)
-        if value not in neutral_values:
-            raise _refusal(name, value, f"{neutral_values[0]!r}, because {reason}")
+        if value in neutral_values:
+            continue
+        accepted = f"{neutral_values[0]!r}, because {reason}"
+        if reason is not _NO_GRAMMAR:
+            raise _refusal(name, value, accepted)
+        # Without the value, because a schema may fill pages.
+        raise ValidationError(
+            f"{name} must be {accepted}; got {_kind_of_constraint(value)}.",
+            parameter=name,
+            value=value,
+        )
+
+
+def _kind_of_constraint(value: object) -> str:
+    kinds = [kind for kind in _CONSTRAINTS if getattr(value, kind, None) is not None]
+    kind = f" with {kinds[0]}" if kinds else ""
+    return f"a {type(value).__name__}{kind}"
 
 
 def _strings(name: str, value: object) -> list[str]:

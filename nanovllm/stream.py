@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.outputs import RequestOutput
@@ -20,6 +21,7 @@ class Stream:
         use_tqdm: Progress = False,
         max_logprobs: int | None = None,
         output_kind: RequestOutputKind | None = None,
+        priorities: Sequence[int] | None = None,
     ) -> None:
         self.request_ids: list[str] = []
         self._engine = engine
@@ -27,6 +29,7 @@ class Stream:
         self._queue: deque[RequestOutput] = deque()
         try:
             for prompt, params in progress(requests, use_tqdm, "Adding requests"):
+                priority = priorities[len(self.request_ids)] if priorities else 0
                 with engine.exclusive():
                     request_id = engine.new_request_id()
                     self._open.add(request_id)  # before the request, because Ctrl-C may come
@@ -37,6 +40,7 @@ class Stream:
                         max_logprobs=max_logprobs,
                         output_kind=output_kind,
                         queue=self._queue,
+                        priority=priority,
                     )
                 self.request_ids.append(request_id)
         except BaseException:

@@ -515,8 +515,61 @@ def test_adapters_and_priorities():
     for something in (adapter, [None, adapter, None]):
         with pytest.raises(ValueError, match="lora_request is not supported"):
             llm.generate(PROMPTS, GREEDY, lora_request=something)
-    with pytest.raises(ValueError, match="priority"):
+    with pytest.raises(ValueError, match=r"priority.* needs LLM\(scheduling_policy='priority'\)"):
         llm.generate(PROMPTS, GREEDY, priority=[0, 1, 0])
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_with_the_policy_priority_lower_values_finish_first(overlap):
+    llm = shared_llm(scheduling_policy="priority", max_num_seqs=1, async_scheduling=overlap)
+    engine = llm.llm_engine
+    priorities = [3, 1, 2, 1]
+    for i, priority in enumerate(priorities):
+        engine.add_request(str(i), PROMPTS[i % 3], GREEDY, priority=priority)
+    finished = []
+    while engine.has_unfinished_requests():
+        finished += [out.request_id for out in engine.step() if out.finished]
+    assert finished == ["1", "3", "2", "0"]
+    for priority in (None, 1, [3, -1, 0]):
+        assert tokens_of(llm, PROMPTS, priority=priority) == [expected(p) for p in PROMPTS]
+    for priority, error in ((["high"] * 3, TypeError), ([1], ValueError), (0.5, TypeError)):
+        with pytest.raises(error, match="priority"):
+            llm.generate(PROMPTS, GREEDY, priority=priority)
+
+
+def test_a_cache_salt_separates_cached_prefixes():
+    llm = make_llm()
+    tokens = list(range(40))
+
+    def hits(salt: str | None, **kwargs: Any) -> int:
+        prompt = {"prompt_token_ids": tokens, "cache_salt": salt}
+        (out,) = llm.generate([prompt], GREEDY, use_tqdm=False, **kwargs)
+        assert out["token_ids"] == expected(tokens)
+        return out.num_cached_tokens
+
+    assert [hits(salt) for salt in (None, None, "a", "a", "b")] == [0, 32, 0, 32, 0]
+    assert hits("b", tokenization_kwargs={"truncate_prompt_tokens": 40}) == 32
+    for salt, error in (("", ValueError), (7, TypeError)):
+        with pytest.raises(error, match="cache_salt"):
+            hits(salt)
+
+
+def test_override_generation_config_lies_over_the_file(tmp_path):
+    (tmp_path / "generation_config.json").write_text(json.dumps({"top_k": 5, "temperature": 0.3}))
+    override = {"temperature": 0, "max_new_tokens": 3}
+    llm = make_llm(generation_config=str(tmp_path), override_generation_config=override)
+    params = llm.get_default_sampling_params()
+    assert (params.temperature, params.max_tokens) == (0, 3)
+    llm = make_llm(generation_config="vllm", override_generation_config={"top_k": 7})
+    assert llm.get_default_sampling_params() == SamplingParams(top_k=7)
+    llm = make_llm(override_generation_config={"top_k": "many"})
+    with pytest.raises(ValueError, match="override_generation_config: top_k='many'"):
+        llm.get_default_sampling_params()
+
+
+def test_a_kv_cache_of_another_dtype_than_the_model_is_refused():
+    with pytest.raises(ValueError, match="kv_cache_dtype='bfloat16' is another dtype"):
+        make_llm(kv_cache_dtype="bfloat16")
 
 
 def test_text_needs_a_tokenizer():
@@ -548,7 +601,7 @@ def test_arguments_without_effect_and_neutral_values_are_accepted():
         "enforce_eager": True,
         "pipeline_parallel_size": 1,
         "quantization": None,
-        "kv_cache_dtype": "auto",
+        "kv_cache_dtype": "float32",
         "enable_lora": False,
         "speculative_config": None,
         "compilation_config": {"level": 3},
@@ -556,6 +609,12 @@ def test_arguments_without_effect_and_neutral_values_are_accepted():
         "task": "generate",
         "worker_extension_cls": "",
         "max_lora_rank": 64,
+        "model_impl": "vllm",
+        "limit_mm_per_prompt": {"image": 0, "video": {"count": 0}},
+        "language_model_only": True,
+        "mm_encoder_tp_mode": "data",
+        "load_format": "fastsafetensors",
+        "scheduling_policy": "fcfs",
         "tensor_parallel_size": None,
     }
     assert tokens_of(make_llm(**args), PROMPTS) == [expected(prompt) for prompt in PROMPTS]
@@ -570,13 +629,15 @@ def test_arguments_without_effect_and_neutral_values_are_accepted():
         ("enable_lora", True),
         ("speculative_config", {"method": "ngram"}),
         ("task", "embed"),
-        ("logits_processors", ["mine"]),
-        ("override_generation_config", {"temperature": 0}),
+        ("scheduling_policy", "random"),
+        ("model_impl", "transformers"),
+        ("limit_mm_per_prompt", {"image": 0, "video": 1}),
+        ("step_timeout", 0),
         ("rope_scaling", {"type": "linear"}),
         ("worker_extension_cls", "my.Worker"),
         ("load_format", "pt"),
         ("tokenizer_mode", "mistral"),
-        ("logprobs_mode", "processed_logits"),
+        ("logprobs_mode", "raw"),
         ("generation_config", "/elsewhere"),
         ("dtype", "int8"),
         ("gpu_memory_utilization", 1.5),

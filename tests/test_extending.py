@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from attention_reference import make_case
-from tiny import greedy, make_llm, shared_model, tiny_model, tiny_tokenizer
+from tiny import greedy, make_llm, next_logits, shared_model, tiny_model, tiny_tokenizer
 
 from nanovllm import SamplingParams
 from nanovllm.attention.select import BACKENDS
@@ -56,7 +56,7 @@ def tokens(llm: Any, prompts: list[list[int]] = PROMPTS, params: SamplingParams 
 
 def test_every_block_is_tested():
     names = [name for name, _ in BLOCK.findall(PAGE.read_text())]
-    assert names == ["seed_oss", "low_rank", "top_n_sigma", "plain_attention"]
+    assert names == ["seed_oss", "low_rank", "top_n_sigma", "ban_token", "plain_attention"]
     assert PAGE.read_text().count("```python") == len(names)
 
 
@@ -104,6 +104,19 @@ def test_a_new_logits_processor_keeps_what_its_formula_keeps(example):
         assert logprobs[token] >= logprobs.max() - logprobs.std(ddof=1) * 1.0001
     assert other.outputs[0].token_ids != drawn.token_ids
     assert tokens(make_llm(), [[5, 6]], plain) == [other.outputs[0].token_ids]
+
+
+def test_a_class_of_vllms_protocol_bans_a_token_of_the_requests_that_ask_for_it(example):
+    llm = make_llm(logits_processors=[example("ban_token").BanToken])
+    plain = tokens(llm)
+    params = GREEDY.clone()
+    params.extra_args = {"ban": plain[1][0]}
+    found = llm.generate(PROMPTS, [GREEDY, params, GREEDY], use_tqdm=False)
+    banned = found[1].outputs[0].token_ids
+    assert [found[0]["token_ids"], found[2]["token_ids"]] == [plain[0], plain[2]]
+    assert plain[1][0] not in banned
+    logits = next_logits(shared_model()[1], PROMPTS[1])[-1]
+    assert banned[0] == int(logits.topk(2).indices[1])
 
 
 @pytest.mark.parametrize("window", [None, 7])

@@ -24,6 +24,7 @@ from nanovllm.sampling_params import RequestOutputKind
 from tests.tiny import EOS, assert_idle, make_llm, nothing_is_left, shared_llm  # noqa: F401
 
 GREEDY = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
+LONGER = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
 
 
 def tokens_of(output: Any) -> list[int]:
@@ -418,6 +419,42 @@ def test_requests_of_the_engine_itself_reach_its_own_caller_while_generate_steps
     assert {output.request_id for output in outputs} == {"mine"}
     assert tokens_of(outputs[-1]) == tokens_of(llm.generate([[70, 71]], GREEDY, use_tqdm=False)[0])
     assert expected == tokens_of(llm.generate([[80, 81]], GREEDY, use_tqdm=False)[0])
+
+
+def test_a_caller_that_asks_for_unfinished_requests_gets_outputs_that_others_have_made():
+    llm = shared_llm()
+    engine = llm.llm_engine
+    engine.add_request("mine", [70, 71], GREEDY)
+    llm.generate([[80, 81]], LONGER, use_tqdm=False)
+    assert engine.get_num_unfinished_requests() == 0
+    outputs = []
+    while engine.has_unfinished_requests():
+        outputs += engine.step()
+    assert outputs[-1].request_id == "mine"
+    assert outputs[-1].finished
+    assert_idle(llm)
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_requests_of_the_engine_itself_reach_its_own_caller_while_threads_generate(overlap):
+    llm = shared_llm(async_scheduling=overlap)
+    engine = llm.llm_engine
+    prompts = [[70 + i, 71] for i in range(12)]
+    expected = [tokens_of(out) for out in llm.generate(prompts, GREEDY, use_tqdm=False)]
+
+    def generated(i: int) -> list[int]:
+        return tokens_of(llm.generate([prompts[i]], GREEDY, use_tqdm=False)[0])
+
+    with ThreadPoolExecutor(3) as pool:
+        jobs = [pool.submit(generated, i) for i in range(12)]
+        last = {}
+        for i in range(12):
+            engine.add_request(f"mine {i}", prompts[i], GREEDY)
+            while f"mine {i}" not in last:
+                last |= {out.request_id: out for out in engine.step() if out.finished}
+        found = [job.result(timeout=300) for job in jobs]
+    assert found == expected
+    assert [tokens_of(last[f"mine {i}"]) for i in range(12)] == expected
 
 
 # -- a forked child --------------------------------------------------------------------------------

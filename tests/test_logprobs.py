@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_sampling import RULES, Context
 from tiny import (
     greedy,
     make_llm,
@@ -19,7 +20,7 @@ from tiny import (
     shared_model,
 )
 
-from nanovllm import RequestOutputKind, SamplingParams
+from nanovllm import BeamSearchParams, RequestOutputKind, SamplingParams
 
 PROMPTS = random_prompts([1, 2, 16, 17, 48, 90], seed=21)
 
@@ -67,8 +68,7 @@ def check_pieces(entries: list[dict[int, Any]], before: list[int], tokens: list[
     assert joined == texts[1][len(commonprefix(texts)) :]  # noqa: RUF071
 
 
-def check(out: Any, k: int | None, prompt_k: int | None) -> None:
-    """All logprobs of an output, of its prompt and of its completions."""
+def check_prompt(out: Any, prompt_k: int | None) -> None:
     prompt = out.prompt_token_ids
     if prompt_k is None:
         assert out.prompt_logprobs is None
@@ -79,6 +79,12 @@ def check(out: Any, k: int | None, prompt_k: int | None) -> None:
         for i, entry in enumerate(out.prompt_logprobs[1:], 1):
             check_entry(entry, prompt[i], expected[i - 1], prompt_k)
         check_pieces(out.prompt_logprobs[1:], prompt[:1], prompt[1:])
+
+
+def check(out: Any, k: int | None, prompt_k: int | None) -> None:
+    """All logprobs of an output, of its prompt and of its completions."""
+    prompt = out.prompt_token_ids
+    check_prompt(out, prompt_k)
     for completion in out.outputs:
         tokens = completion.token_ids
         if k is None:
@@ -100,6 +106,79 @@ def test_number_of_entries(k, prompt_k):
     params = SamplingParams(max_tokens=6, logprobs=k, prompt_logprobs=prompt_k, ignore_eos=True)
     for out in shared_llm().generate(PROMPTS, params, use_tqdm=False):
         check(out, k, prompt_k)
+
+
+def expected_scores(mode: str, context: Context, rules: list[Any]) -> Any:
+    """[vocabulary] float64: what a mode shows for the token after the context."""
+    tokens = [*context.prompt, *context.output]
+    x = next_logits(shared_model()[1], tokens)[-1].double().numpy()
+    if mode.startswith("processed"):
+        for rule in rules:
+            x = rule(x, context)
+    return torch.from_numpy(x).log_softmax(-1) if mode.endswith("logprobs") else torch.tensor(x)
+
+
+PENALISED = {"repetition_penalty": 1.3, "presence_penalty": 0.4, "logit_bias": {9: 3.0, 7: -2.0}}
+FILTERED = {"temperature": 0.6, "top_k": 20, "top_p": 0.9, "min_p": 0.01}
+
+
+@pytest.mark.parametrize(
+    "mode", ["raw_logprobs", "raw_logits", "processed_logprobs", "processed_logits"]
+)
+def test_modes_against_the_rules_of_sampling_in_float64(mode):
+    """Greedy requests have no temperature and no filters, so that theirs are as at 1."""
+    llm = shared_llm(logprobs_mode=mode)
+    settings = [
+        {"temperature": 0, **PENALISED},
+        {**FILTERED, **PENALISED},
+        {"temperature": 1.7},
+        {"temperature": 1.0},
+        {"temperature": 0},
+        FILTERED,
+    ]
+    params = [
+        SamplingParams(**given, max_tokens=6, logprobs=4, prompt_logprobs=2, ignore_eos=True)
+        for given in settings
+    ]
+    for out, p in zip(llm.generate(PROMPTS, params, use_tqdm=False), params):
+        rules = RULES[:5] if p.temperature == 0 else RULES
+        check_prompt(out, 2)  # prompt logprobs are the model's own in each mode
+        prompt, tokens = tuple(out.prompt_token_ids), out.outputs[0].token_ids
+        total = 0.0
+        for i, (token, entry) in enumerate(zip(tokens, out.outputs[0].logprobs)):
+            scores = expected_scores(mode, Context(p, prompt, tuple(tokens[:i])), rules)
+            assert len(entry) in (4, 5)
+            for shown, logprob in entry.items():
+                assert logprob.logprob == pytest.approx(scores[shown].item(), abs=1e-3)
+            assert entry[token].rank == pytest.approx(
+                (scores > scores[token]).sum().item() + 1, abs=1
+            )
+            top = sorted((logprob.logprob for logprob in entry.values()), reverse=True)[:4]
+            assert top == pytest.approx(scores.topk(4).values.tolist(), abs=1e-3)
+            total += scores[token].item()
+        assert out.outputs[0].cumulative_logprob == pytest.approx(total, abs=1e-2)
+
+
+def test_processed_logprobs_are_of_what_a_logits_processor_leaves():
+    def two(output_ids: list[int], logits: torch.Tensor) -> torch.Tensor:
+        kept = torch.full_like(logits, float("-inf"))
+        kept[[10, 20]] = logits[[10, 20]]
+        return kept
+
+    llm = shared_llm(logprobs_mode="processed_logprobs")
+    params = SamplingParams(max_tokens=1, logprobs=3, temperature=0.5, logits_processors=[two])
+    (out,) = llm.generate(PROMPTS[:1], params, use_tqdm=False)
+    (entry,) = out.outputs[0].logprobs
+    logits = next_logits(shared_model()[1], PROMPTS[0])[-1, [10, 20]].double()
+    expected = (logits / 0.5).log_softmax(-1).tolist()
+    assert [entry[token].logprob for token in (10, 20)] == pytest.approx(expected, abs=1e-4)
+    assert sorted(logprob.logprob for logprob in entry.values())[0] == float("-inf")
+
+
+def test_beam_search_needs_logprobs():
+    llm = shared_llm(logprobs_mode="raw_logits")
+    with pytest.raises(ValueError, match="beam_search needs logprobs"):
+        llm.beam_search(PROMPTS, BeamSearchParams(2, 2))
 
 
 def test_minus_one_is_the_whole_vocabulary():

@@ -14,6 +14,7 @@ import pytest
 from nanovllm.errors import ValidationError, VLLMValidationError
 from nanovllm.sampling_params import (
     BeamSearchParams,
+    GuidedDecodingParams,
     RequestOutputKind,
     SamplingParams,
     StructuredOutputsParams,
@@ -173,11 +174,11 @@ REFUSED = [  # the field that the sentence names, arguments, the type of error
     ("use_beam_search", {"use_beam_search": True}, ValueError),
     ("length_penalty", {"length_penalty": 0.9}, ValueError),
     ("early_stopping", {"early_stopping": True}, ValueError),
-    ("logits_processors", {"logits_processors": [max]}, ValueError),
+    ("logits_processors", {"logits_processors": ["mine"]}, TypeError),
     ("truncate_prompt_tokens", {"truncate_prompt_tokens": 0}, ValueError),
     ("truncate_prompt_tokens", {"truncate_prompt_tokens": -2}, ValueError),
     ("truncate_prompt_tokens", {"truncate_prompt_tokens": 1.5}, TypeError),
-    ("extra_args", {"extra_args": {"a": 1}}, ValueError),
+    ("extra_args", {"extra_args": ["a"]}, TypeError),
 ]
 
 
@@ -385,6 +386,19 @@ def test_structured_outputs_params_take_exactly_one():
         StructuredOutputsParams()
     with pytest.raises(ValidationError, match="got json and regex"):
         StructuredOutputsParams(json="{}", regex="a")
+
+
+def test_the_refusal_of_a_constraint_does_not_print_the_schema():
+    schema = {"properties": {f"field {i}": {"type": "string"} for i in range(100)}}
+    for name, constraint in (
+        ("structured_outputs", StructuredOutputsParams(json=schema)),
+        ("guided_decoding", GuidedDecodingParams(json=schema, backend="xgrammar")),
+    ):
+        with pytest.raises(ValidationError, match=f"{name} .* with json") as caught:
+            SamplingParams(**{name: constraint})
+        assert "field 1" not in str(caught.value)
+    assert GuidedDecodingParams.from_optional(json=None, regex=None) is None
+    assert GuidedDecodingParams.from_optional(regex="a+").regex == "a+"
 
 
 def test_error_carries_parameter_and_value():

@@ -29,7 +29,7 @@ from nanovllm.core.batch import Batch, ceil_div, pack, unpack
 from nanovllm.core.sequence import PENDING, Sequence
 from nanovllm.core.step import Step
 from nanovllm.engine.batch_builder import build_batch, uniform
-from nanovllm.engine.input_processor import InputProcessor
+from nanovllm.engine.input_processor import InputProcessor, hash_seed
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.runner.readouts.prompt_logprobs import PromptLogprobs
 from nanovllm.sampling.sampler import sampling_abilities
@@ -80,6 +80,7 @@ class Request:
     reads_cache: bool = True
     needs_previous_token: bool = False
     abort: int | None = None  # before which step
+    priority: int = 0
 
     def result(self, seed: int, end: int) -> tuple[np.ndarray, str]:
         """The tokens and the finish reason that it must come to."""
@@ -104,6 +105,7 @@ class Config:
     chunked: bool = True
     weak_hash: bool = False
     resets: frozenset[int] = frozenset()  # before which steps the prefix cache is emptied
+    policy: str = "fcfs"
 
     @property
     def num_blocks(self) -> int:
@@ -125,6 +127,7 @@ class Config:
             enable_prefix_caching=self.caching,
             enable_chunked_prefill=self.chunked,
             columns=columns,
+            policy=self.policy,
         )
 
 
@@ -243,6 +246,7 @@ class Trace:
                 needs_previous_token=request.needs_previous_token,
                 streams_tokens=request.streams_tokens or request.stop_text is not None,
                 reads_cache=request.reads_cache,
+                priority=request.priority,
             )
             self.seqs.append(seq)
             self.asked[seq.seq_id], self.streams[seq.seq_id] = request, []
@@ -251,7 +255,9 @@ class Trace:
         # then a token a step. One step more for a token that is noticed late, one for a preemption
         # just before it became the oldest.
         least = config.budget - config.max_num_seqs + 1
-        return request.n * (ceil_div(end, least) + end - len(request.prompt) + 2)
+        # Each more urgent arrival may preempt it, and it then computes its text again.
+        times = 1 + len(self.requests) * 3 if config.policy == "priority" else 1
+        return times * request.n * (ceil_div(end, least) + end - len(request.prompt) + 2)
 
     def step(self) -> None:
         """`LLMEngine._step`."""
@@ -306,9 +312,14 @@ class Trace:
         running = scheduler.running.tolist()
         assert sorted(running + table.free_rows) == list(range(self.config.max_num_seqs))
         assert set(table.seqs) == set(running)
-        seqs = [table.seqs[row] for row in running] + list(scheduler.waiting)
-        ids = [seq.seq_id for seq in seqs]
-        assert ids == sorted(ids) == list(scheduler.unfinished), "who came first is first"
+        queues = [[table.seqs[row] for row in running], list(scheduler.waiting)]
+        if self.config.policy == "priority":
+            for queue in queues:
+                keys = [(seq.priority, seq.seq_id) for seq in queue]
+                assert keys == sorted(keys), "the most urgent is first"
+        else:
+            ids = [seq.seq_id for queue in queues for seq in queue]
+            assert ids == sorted(ids) == list(scheduler.unfinished), "who came first is first"
         for row in running:
             computed = int(table.num_computed[row])
             admitted = table.seqs[row].token_ids
@@ -405,6 +416,7 @@ def trace_of(data: bytes) -> tuple[Config, list[Request]]:
         chunked=not dice.rare(4),
         weak_hash=dice.rare(5),
         resets=frozenset(dice(0, 40) for _ in range(2)) if dice.rare(8) else frozenset(),
+        policy="priority" if dice.rare(4) else "fcfs",
     )
 
     def length() -> int:  # half of them next to a block's edge
@@ -432,12 +444,13 @@ def trace_of(data: bytes) -> tuple[Config, list[Request]]:
                 reads_cache=not dice.rare(6),
                 needs_previous_token=dice.rare(8),
                 abort=dice(0, 40) if dice.rare(6) else None,
+                priority=dice(-1, 1),
             )
         )
     return config, requests
 
 
-traces = st.binary(min_size=240, max_size=240).map(trace_of)
+traces = st.binary(min_size=260, max_size=260).map(trace_of)
 
 
 @given(traces)
@@ -567,6 +580,48 @@ def test_a_preempted_sequence_gives_the_same_tokens(caching, overlap):
     requests = [Request(plain(9, stem=i % 2)[i:], max_tokens=30, ignore_eos=True) for i in range(5)]
     trace = run(*requests, spare_blocks=2, overlap=overlap, caching=caching)
     assert trace.scheduler.stats.num_preemptions >= 5
+
+
+def test_with_the_policy_priority_lower_values_are_admitted_first_and_preempted_last():
+    """One row: requests run one after the other. Two blocks: the less urgent one gives way."""
+    scheduler = Config(max_num_seqs=1, policy="priority").scheduler()
+    for seq_id, priority in enumerate([3, 1, 2, 1, -5]):
+        scheduler.add(waiting_sequence(seq_id, priority))
+    assert [seq.seq_id for seq in scheduler.waiting] == [4, 1, 3, 2, 0]
+    step = scheduler.schedule()
+    assert scheduler.table.seqs[int(step.rows[0])].seq_id == 4
+
+    scheduler = Config(max_model_len=8, spare_blocks=0, policy="priority").scheduler()
+    scheduler.add(waiting_sequence(0, priority=7))
+    scheduler.schedule()
+    scheduler.add(waiting_sequence(1, priority=2))
+    for _ in range(3):  # both have 3 tokens, and grow into a second block
+        step = scheduler.schedule()
+        scheduler.update(step, np.full(len(step.sampled), 5))
+    assert [scheduler.table.seqs[row].seq_id for row in scheduler.running.tolist()] == [1]
+    assert [seq.seq_id for seq in scheduler.waiting] == [0]
+
+
+def waiting_sequence(seq_id: int, priority: int) -> Sequence:
+    tokens = np.array([7 + seq_id, 8, 9], np.int32)
+    params = SamplingParams(max_tokens=None, ignore_eos=True)
+    return Sequence(seq_id, params, tokens, end=8, priority=priority)
+
+
+def test_prompts_share_blocks_only_under_the_same_salt():
+    def cached(*salts: str | None) -> list[int]:
+        scheduler = Config().scheduler()
+        found = []
+        for seq_id, salt in enumerate(salts):
+            seq = Sequence(seq_id, SamplingParams(), np.array(plain(9), np.int32), end=10)
+            seq.hash_seed = hash_seed(salt)
+            scheduler.add(seq)
+            step = scheduler.schedule()
+            scheduler.update(step, np.array([7]))
+            found.append(seq.num_cached_tokens)
+        return found
+
+    assert cached(None, None, "a", "a", "b", None, "b") == [0, 8, 0, 8, 0, 8, 8]
 
 
 def test_a_late_eos_drops_the_surplus_token():

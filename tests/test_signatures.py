@@ -5,11 +5,14 @@ lacking method says why.
 from __future__ import annotations
 
 import inspect
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 from tiny import make_llm, nothing_is_left, random_prompts, shared_llm, shared_model  # noqa: F401
 
+import nanovllm
 from nanovllm import LLM, BeamSearchParams, EngineArgs, SamplingParams
 
 # Read off the released wheel, in order; positional ones first, then "*", then those by name only.
@@ -25,6 +28,9 @@ VLLM = {
     "generate": f"prompts sampling_params * use_tqdm {REQUEST} {KWARGS}",
     "chat": f"messages sampling_params use_tqdm {REQUEST} {TEMPLATE} {KWARGS}",
     "beam_search": "prompts params lora_request use_tqdm concurrency_limit priority",
+    "enqueue": f"prompts sampling_params {REQUEST} * use_tqdm tokenization_kwargs",
+    "enqueue_chat": f"messages sampling_params use_tqdm {REQUEST} {TEMPLATE} {KWARGS}",
+    "wait_for_completion": "output_type * use_tqdm",
     "collective_rpc": "method timeout args kwargs",
     "apply_model": "func",
     "reset_prefix_cache": "reset_running_requests reset_connector",
@@ -37,9 +43,6 @@ LACKING = {
     "embed": "pooling model",
     "classify": "pooling model",
     "score": "pooling model",
-    "enqueue": "LLM.stream",
-    "enqueue_chat": "LLM.stream",
-    "wait_for_completion": "LLM.stream",
     "start_profile": "torch.profiler",
     "stop_profile": "torch.profiler",
     "release_kv_cache_memory": "sleep",
@@ -110,6 +113,41 @@ def test_options_are_accepted_where_they_ask_for_nothing_and_refused_elsewhere(m
             assert call(method, **{name: value}) == expected
         with pytest.raises(ValueError, match=name.removesuffix("s")):
             call(method, **{name: REFUSED[name]})
+
+
+def test_what_scripts_inspect_of_engine_args():
+    parameters = inspect.signature(EngineArgs).parameters
+    assert next(iter(parameters)) == "model"
+    assert parameters["max_num_seqs"].default is None
+    assert parameters["gpu_memory_utilization"].default == 0.92
+    assert {"enable_chunked_prefill", "swap_space", "enable_lora"} < parameters.keys()
+    llm_arguments = inspect.signature(LLM).parameters.keys() - {"others"}
+    assert llm_arguments <= parameters.keys()
+    for name, parameter in parameters.items():
+        if name != "model":
+            EngineArgs("model", **{name: parameter.default})
+
+
+def test_the_version_is_that_of_the_package():
+    text = (Path(__file__).parent.parent / "pyproject.toml").read_text()
+    assert 'version = { attr = "nanovllm.__version__" }' in text
+    assert re.fullmatch(r"\d+\.\d+\.\d+", nanovllm.__version__)
+
+
+def test_enqueued_requests_run_when_they_are_waited_for():
+    llm = shared_llm()
+    longer = SamplingParams(temperature=0, max_tokens=7, ignore_eos=True)
+    first = llm.enqueue(PROMPTS, GREEDY, use_tqdm=False)
+    second = llm.enqueue_chat([MESSAGES], longer, use_tqdm=False)
+    between = llm.generate(PROMPTS, GREEDY, use_tqdm=False)
+    with pytest.raises(ValueError, match="output_type"):
+        llm.wait_for_completion(int)
+    outputs = llm.wait_for_completion(use_tqdm=False)
+    assert [output.request_id for output in outputs] == first + second
+    assert [out["token_ids"] for out in outputs[:2]] == [out["token_ids"] for out in between]
+    (chat,) = llm.chat(MESSAGES, longer, use_tqdm=False)
+    assert outputs[2]["token_ids"] == chat["token_ids"]
+    assert llm.wait_for_completion(use_tqdm=False) == []
 
 
 def test_what_scripts_read_of_an_llm():

@@ -132,6 +132,24 @@ def test_greedy_tokens_equal_transformers_with_chunks_preemption_and_prefix_hits
 
 
 @pytest.mark.usefixtures("overlap")
+def test_a_users_logits_processor_runs_on_rank_0(pair):
+    """A function that no other process could import."""
+
+    def no_repeat(prompt: list[int], output: list[int], logits: torch.Tensor) -> torch.Tensor:
+        logits[prompt + output] = float("-inf")
+        return logits
+
+    prompts = random_prompts([3, 40, 17])
+    params = SamplingParams(
+        temperature=0.9, seed=5, max_tokens=12, ignore_eos=True, logits_processors=[no_repeat]
+    )
+    found = tokens_of(pair.several, prompts, params)
+    assert found == tokens_of(pair.one, prompts, params)
+    for prompt, tokens in zip(prompts, found):
+        assert len({*prompt, *tokens}) == len(set(prompt)) + 12
+
+
+@pytest.mark.usefixtures("overlap")
 def test_drawn_tokens_and_logprobs_equal_those_of_one_rank(pair):
     prompts = random_prompts([3, 40, 90, 17])
     params = SamplingParams(
@@ -462,6 +480,21 @@ def test_a_rank_that_dies_between_calls_is_noticed_at_the_next(qwen3):
             EngineDeadError, match=r"this engine is dead and a new one is needed: rank 1 .* SIGKILL"
         ):
             tokens_of(llm, [[5, 6, 7]])
+
+
+def test_a_rank_that_hangs_is_named_after_the_time_limit_of_a_step(qwen3):
+    """The rank is stopped for good, so it is behind however slow the machine is."""
+    processes = children(os.getpid())
+    llm = make_llm(qwen3[0], 2, step_timeout=1.0)
+    (rank,) = children(os.getpid()) - processes
+    os.kill(rank, signal.SIGSTOP)
+    with pytest.raises(
+        EngineDeadError, match=r"rank 1 did not finish a step within step_timeout=1\.0 s"
+    ):
+        tokens_of(llm, [[5, 6, 7]])
+    assert children(os.getpid()) == processes
+    with pytest.raises(EngineDeadError, match="this engine is dead"):
+        tokens_of(llm, [[5, 6, 7]])
 
 
 def kill_one(processes: set[int], delay: float, choose: random.Random) -> None:

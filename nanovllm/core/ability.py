@@ -21,6 +21,7 @@ class ModelFacts:
     vocab_size: int
     eos_token_ids: frozenset[int]
     encode: Callable[[str], list[int]]  # text -> token ids, without special tokens
+    logits_processors: object | None = None  # the engine's own (sampling/engine_processors.py)
 
 
 class Ability(ABC):

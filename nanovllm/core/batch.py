@@ -18,15 +18,30 @@ from nanovllm.core.step import Array
 
 Other = TypeVar("Other")
 Number = TypeVar("Number", int, np.ndarray)
+Value = TypeVar("Value")
+
+
+class HostOnly(Generic[Value]):
+    """A Python object in a part. It stays in the engine's process: other ranks read None."""
+
+    def __init__(self, value: Value | None) -> None:
+        self.value = value
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return HostOnly, (None,)
 
 
 @dataclass
 class Part(Generic[Array]):
-    """Arrays of int32 or float32, and plain ints. A subclass is a dataclass that names them."""
+    """Arrays of int32 or float32, plain ints and `HostOnly` objects.
+
+    A subclass is a dataclass that names them.
+    """
 
     def map(self, function: Callable[[Array], Other]) -> Part[Other]:
         """The same part, of the same class, with `function(array)` in the place of each array."""
-        values = (v if type(v) is int else function(v) for v in vars(self).values())
+        kept = (int, HostOnly)
+        values = (v if type(v) in kept else function(v) for v in vars(self).values())
         return type(self)(*values)  # type: ignore[return-value]
 
 

@@ -52,6 +52,8 @@ class Sequence:
     reads_cache: bool = True  # False: the request needs logits for its whole prompt
     abilities: int = 0  # one bit for each optional ability that the request uses
     prepared: Mapping[str, object] = field(default_factory=dict)  # an ability's name -> its state
+    hash_seed: int = 0  # covers what changes K/V or separates caches: the cache salt
+    priority: int = 0  # lower runs first with scheduling_policy="priority"
 
     prompt_len: int = field(init=False)
     row: int = field(default=-1, init=False)  # in the SequenceTable while the sequence runs

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -41,3 +41,5 @@ class StepResult:
     logprobs: Logprobs[np.ndarray] | None  # [L] rows: of the sampled tokens that ask for them
     logprob_rows: np.ndarray  # [L] which sampled token each row of `logprobs` belongs to
     readouts: dict[str, Logprobs[np.ndarray]]  # name of a readout -> its result
+    # Sampled token -> the error of its request's own code. The token means nothing then.
+    errors: dict[int, Exception] = field(default_factory=dict)

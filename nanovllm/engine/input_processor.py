@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as SequenceABC
 from collections.abc import Set as SetABC
+from hashlib import blake2b
 from typing import cast
 
 import numpy as np
@@ -42,13 +43,14 @@ class InputProcessor:
         max_model_len: int,
         seed: int,
         abilities: SequenceABC[Ability],
+        logits_processors: object | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.vocab_size = vocab_size
         self.max_model_len = max_model_len
         self.seed = seed
         self.abilities = abilities
-        self.facts = ModelFacts(vocab_size, eos_token_ids, self._encode)
+        self.facts = ModelFacts(vocab_size, eos_token_ids, self._encode, logits_processors)
         self._request_numbers = itertools.count()
         self._seq_ids = itertools.count()
 
@@ -62,6 +64,7 @@ class InputProcessor:
         output_kind: RequestOutputKind | None = None,
         log_stats: bool = False,
         queue: deque[RequestOutput] | None = None,
+        priority: int = 0,
     ) -> Request:
         """The checked request. Raises TypeError or ValueError.
 
@@ -69,6 +72,7 @@ class InputProcessor:
         max_logprobs: the largest accepted number of logprobs; -1 is no limit.
         output_kind: replaces the one of `params`.
         log_stats: whether the request has `RequestMetrics`.
+        priority: lower runs first, with scheduling_policy="priority".
         """
         if not isinstance(request_id, str):
             raise TypeError(f"request_id={request_id!r} must be a str")
@@ -77,26 +81,35 @@ class InputProcessor:
         params = params.clone()
         params.output_kind = output_kind or params.output_kind
         params.verify()
+        seed_of_hashes = hash_seed(cache_salt_of(prompt))
         how = Tokenization(truncate_prompt_tokens=params.truncate_prompt_tokens)
         text, tokens = self.tokenize(prompt, how)
         params.verify_for_model(
             self.vocab_size, max_logprobs, self.tokenizer is not None, self._tokenizer_knows
         )
+        seqs = self._sequences(params, tokens, self._prepared(params))
+        for seq in seqs:
+            seq.hash_seed = seed_of_hashes
+            seq.priority = priority
+        return Request(
+            request_id=request_id,
+            prompt=text,
+            prompt_token_ids=tokens.tolist(),
+            params=params,
+            seqs=seqs,
+            metrics=RequestMetrics(arrival_time=time.monotonic()) if log_stats else None,
+            queue=queue,
+        )
+
+    def _prepared(self, params: SamplingParams) -> dict[str, object]:
+        """What the abilities that a request uses keep of it, by their names."""
         prepared = {}
         for ability in self.abilities:
             state = ability.prepare(params, self.facts)
             if state is not None:
                 prepared[ability.name] = state
         check_candidates(params, self.vocab_size, prepared)
-        return Request(
-            request_id=request_id,
-            prompt=text,
-            prompt_token_ids=tokens.tolist(),
-            params=params,
-            seqs=self._sequences(params, tokens, prepared),
-            metrics=RequestMetrics(arrival_time=time.monotonic()) if log_stats else None,
-            queue=queue,
-        )
+        return prepared
 
     def _sequences(
         self, params: SamplingParams, tokens: np.ndarray, prepared: Mapping[str, object]
@@ -242,13 +255,34 @@ def read_dict(prompt: Mapping[str, object]) -> tuple[object, object]:
         raise TypeError(
             f"prompt: a dict needs 'prompt' or 'prompt_token_ids', got the keys {list(prompt)}"
         )
-    known = ("prompt", "prompt_token_ids")
+    known = ("prompt", "prompt_token_ids", "cache_salt")
     unknown = [key for key in prompt if key not in known and is_given(prompt[key])]
     if unknown:
         raise ValidationError(
-            f"prompt: {unknown} are not supported; accepted are 'prompt' and 'prompt_token_ids'"
+            f"prompt: {unknown} are not supported; accepted are 'prompt', 'prompt_token_ids' and "
+            "'cache_salt'"
         )
     return text, token_ids
+
+
+def cache_salt_of(prompt: object) -> str | None:
+    """The `cache_salt` of a prompt. Raises TypeError or ValidationError for a bad one."""
+    salt = prompt.get("cache_salt") if isinstance(prompt, Mapping) else None
+    if salt is None:
+        return None
+    if not isinstance(salt, str):
+        raise TypeError(f"prompt: cache_salt must be a str, got {type(salt).__name__}")
+    if not salt:
+        raise ValidationError("prompt: cache_salt must have at least one character; got ''")
+    check_unicode("cache_salt", salt)
+    return salt
+
+
+def hash_seed(salt: str | None) -> int:
+    """Where the hash chain of a prompt's blocks starts: 64 bits of the salt, 0 without one."""
+    if salt is None:
+        return 0
+    return int.from_bytes(blake2b(salt.encode(), digest_size=8).digest(), "little")
 
 
 def as_prompts(prompts: object, prompt_token_ids: object) -> list[object]:
@@ -326,6 +360,38 @@ def is_given(value: object) -> bool:
         return bool(value)
     except (ValueError, RuntimeError):  # an array of several numbers has no truth value
         return True
+
+
+def check_priority(priority: object) -> None:
+    """Raises TypeError unless `priority` is an int."""
+    if isinstance(priority, bool) or not isinstance(priority, int):
+        raise TypeError(f"priority must be an int or a list of int; got {priority!r}")
+
+
+def as_priorities(priority: object, count: int, policy: str) -> list[int]:
+    """One priority or one for each prompt -> a list of `count`.
+
+    None stands for 0. Raises ValidationError or TypeError, also for another value than 0
+    without the policy "priority".
+    """
+    if priority is None:
+        return [0] * count
+    if isinstance(priority, SequenceABC) and not isinstance(priority, str):
+        if len(priority) != count:
+            raise ValidationError(
+                f"priority has {len(priority)} items for {count} prompts; the numbers must be equal"
+            )
+        found = list(priority)
+    else:
+        found = [priority] * count
+    for value in found:
+        check_priority(value)
+    if any(found) and policy != "priority":
+        raise ValidationError(
+            f"priority={priority!r} needs LLM(scheduling_policy='priority'); "
+            f"scheduling_policy={policy!r} runs requests in order of arrival, and accepts 0"
+        )
+    return found
 
 
 def pair(

@@ -29,7 +29,7 @@ from nanovllm.core.step import Step
 from nanovllm.engine.batch_builder import build_batch
 from nanovllm.engine.detokenizer import Detokenizer, Tokenizer
 from nanovllm.engine.fair_lock import FairLock
-from nanovllm.engine.input_processor import InputProcessor
+from nanovllm.engine.input_processor import InputProcessor, as_priorities
 from nanovllm.engine.output_processor import OutputProcessor
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.stats import EngineStats, Metric, metrics
@@ -42,6 +42,7 @@ from nanovllm.runner.executor import PendingStep
 from nanovllm.runner.executors import make_executor
 from nanovllm.runner.readouts.registry import READOUTS
 from nanovllm.runner.setup import Setup
+from nanovllm.sampling.engine_processors import UserObjects, make_objects
 from nanovllm.sampling.sampler import sampling_abilities
 from nanovllm.sampling_params import RequestOutputKind, SamplingParams
 
@@ -97,10 +98,21 @@ class LLMEngine:
             max_model_len=self.max_model_len,
             seed=args.seed,
             abilities=self.abilities,
+            logits_processors=self._logits_processors(),
         )
         self.output_processor = OutputProcessor()
         self.set_tokenizer(setup.tokenizer)
         self.reset()
+
+    def _logits_processors(self) -> UserObjects | None:
+        """The objects of the user's classes; None without LLM(logits_processors=...)."""
+        given = self.args.logits_processors
+        if not given:
+            return None
+        config = SimpleNamespace(
+            model_config=self.model_config, scheduler_config=self.scheduler_config
+        )
+        return make_objects(given, config, self.setup.device)
 
     @classmethod
     def from_engine_args(cls, args: EngineArgs) -> LLMEngine:
@@ -122,6 +134,7 @@ class LLMEngine:
             enable_chunked_prefill=self.args.enable_chunked_prefill,
             columns=columns,
             stats=self.stats,
+            policy=self.args.scheduling_policy,
         )
         self.output_processor.clear()
         self._drop_in_flight()
@@ -144,6 +157,7 @@ class LLMEngine:
         max_logprobs: int | None = None,
         output_kind: RequestOutputKind | None = None,
         queue: deque[RequestOutput] | None = None,
+        priority: int = 0,
     ) -> None:
         """Checks a request and queues it.
 
@@ -151,6 +165,7 @@ class LLMEngine:
         prompt: text, token ids, or a dict with "prompt" (text) or "prompt_token_ids".
         max_logprobs: replaces the engine's limit. output_kind: replaces the params' kind.
         queue: gets the request's outputs. Without a queue `step` returns them.
+        priority: lower runs first. Not 0 only with scheduling_policy="priority".
         """
         with self.exclusive():
             if self.freed:
@@ -160,6 +175,7 @@ class LLMEngine:
                 )
             if request_id in self.output_processor.requests:
                 raise ValidationError(f"request_id={request_id!r} is in use by another request")
+            as_priorities(priority, 1, self.args.scheduling_policy)
             request = self.input_processor.process(
                 request_id,
                 prompt,
@@ -168,6 +184,7 @@ class LLMEngine:
                 output_kind=output_kind,
                 log_stats=not self.args.disable_log_stats,
                 queue=queue,
+                priority=priority,
             )
             self.output_processor.add(request)
             for seq in request.seqs:
@@ -200,7 +217,8 @@ class LLMEngine:
                 self.scheduler.finish(seq, reason, message)
 
     def has_unfinished_requests(self) -> bool:
-        return bool(self.output_processor.requests)
+        """Whether `step` has work to do, or outputs to return that other steps have made."""
+        return bool(self.output_processor.requests or self.undelivered)
 
     def get_num_unfinished_requests(self) -> int:
         return len(self.output_processor.requests)
@@ -273,6 +291,7 @@ class LLMEngine:
         self.in_flight = None
         result = flight.pending.collect()
         processor = self.output_processor
+        outputs = self._end_failed(self._failures(flight.step, result.errors))
         new_tokens = self.scheduler.update(flight.step, result.tokens)
         for readout in self.readouts:
             if readout.name in flight.batch.parts:
@@ -282,8 +301,14 @@ class LLMEngine:
                 self.scheduler.finish(seq, "stop")
             seq.finish_reason = "stop"
             seq.stop_reason = stop_string
-        outputs = processor.outputs(new_tokens)
+        outputs += processor.outputs(new_tokens)
         return outputs + self._end_failed(processor.failures)
+
+    def _failures(self, step: Step, errors: dict[int, Exception]) -> list[Failure]:
+        """errors: index into the step's sampled tokens -> error. Ended sequences are left out."""
+        unfinished = self.scheduler.unfinished
+        ids = ((int(step.seq_ids[i]), error) for i, error in errors.items())
+        return [Failure(unfinished[i], error) for i, error in ids if i in unfinished]
 
     def _end_failed(self, failures: list[Failure]) -> NewOutputs:
         """Ends the requests in whose own part of a step an error was raised. Others go on."""

@@ -9,6 +9,7 @@ of one, a chunk a part of a difference. The scheduler knows no torch and no text
 
 from __future__ import annotations
 
+from bisect import bisect
 from collections import deque
 from collections.abc import Mapping
 
@@ -26,7 +27,8 @@ class Scheduler:
     later.
 
     The first running sequence is therefore never preempted while another runs. It always
-    makes progress, and no sequence starves.
+    makes progress, and no sequence starves. With the policy "priority" both queues are
+    sorted by (priority, arrival), and an urgent sequence may enter before running ones.
     """
 
     def __init__(
@@ -42,6 +44,7 @@ class Scheduler:
         enable_chunked_prefill: bool = True,
         columns: Mapping[str, type] | None = None,
         stats: EngineStats | None = None,
+        policy: str = "fcfs",
     ) -> None:
         self.block_size = block_size
         self.max_num_batched_tokens = max_num_batched_tokens
@@ -49,6 +52,7 @@ class Scheduler:
         self.enable_prefix_caching = enable_prefix_caching
         self.enable_chunked_prefill = enable_chunked_prefill
         self.stats = stats or EngineStats()
+        self.by_priority = policy == "priority"
         self.blocks = BlockManager(num_blocks, block_size)
         self.table = SequenceTable(max_num_seqs, max_model_len, block_size, columns)
         self.running = np.empty(0, np.int64)
@@ -58,14 +62,23 @@ class Scheduler:
 
     def add(self, seq: Sequence) -> None:
         self.unfinished[seq.seq_id] = seq
-        self.waiting.append(seq)
+        self._wait(seq, len(self.waiting))
+
+    def _wait(self, seq: Sequence, place: int) -> None:
+        """Puts a sequence into the waiting queue. `place` is its place without priorities."""
+        if self.by_priority:
+            place = bisect(self.waiting, urgency(seq), key=urgency)
+        self.waiting.insert(place, seq)
 
     def sort_waiting_longest_first(self) -> None:
         """Sorts the waiting queue by output budget, longest first.
 
         Only used for requests that arrived together. If there are more of them than rows,
-        the last steps then do not consist of a few long sequences alone.
+        the last steps then do not consist of a few long sequences alone. The policy
+        "priority" keeps its own order.
         """
+        if self.by_priority:
+            return
         self.waiting = deque(sorted(self.waiting, key=lambda seq: seq.prompt_len - seq.end))
 
     def needs_previous_tokens(self) -> bool:
@@ -100,7 +113,7 @@ class Scheduler:
             end = int(start[0] + count[0])
             self._allocate(row, ceil_div(end, self.block_size) - int(table.num_blocks[row]))
             grants.append((new, start, count, self._advance(new, count)))
-            self.running = np.append(self.running, row)
+            self._run(row)
             budget -= int(count[0])
         if len(grants) > 1:
             rows, starts, counts, sampled = map(np.concatenate, zip(*grants))
@@ -108,6 +121,14 @@ class Scheduler:
             return None
         picked = np.flatnonzero(sampled)
         return Step(rows, starts, starts + counts, picked, table.seq_id[rows[picked]])
+
+    def _run(self, row: int) -> None:
+        place = len(self.running)
+        if self.by_priority:
+            seqs = self.table.seqs
+            running = [urgency(seqs[other]) for other in self.running.tolist()]
+            place = bisect(running, urgency(seqs[row]))
+        self.running = np.insert(self.running, place, row)
 
     def _grant_running(self) -> tuple[np.ndarray, np.ndarray]:
         """Tokens and blocks for the running sequences: (rows, counts), counts above 0.
@@ -221,13 +242,13 @@ class Scheduler:
 
         With prefix caching off only the sequences of one request share blocks.
         """
-        return 0 if self.enable_prefix_caching else 1 + seq.request_number
+        return seq.hash_seed if self.enable_prefix_caching else 1 + seq.request_number
 
     def _preempt(self, seq: Sequence) -> None:
         """Preemption by recomputation: frees the blocks, keeps the tokens, comes back first."""
         self.stats.num_preemptions += 1
         self._release(seq)
-        self.waiting.appendleft(seq)
+        self._wait(seq, 0)
 
     def _release(self, seq: Sequence) -> None:
         row = seq.row
@@ -285,3 +306,8 @@ class Scheduler:
         self.stats.generation_tokens += len(seq.token_ids) - seq.prompt_len
         seq.finish_reason = reason
         seq.stop_reason = stop_reason
+
+
+def urgency(seq: Sequence) -> tuple[int, int]:
+    """The key by which the policy "priority" sorts, most urgent first."""
+    return seq.priority, seq.seq_id

@@ -42,6 +42,7 @@ class PendingStep:
             logprobs=None if sampled.logprobs is None else logprobs_to_host(sampled.logprobs),
             logprob_rows=logprob_rows,
             readouts={name: logprobs_to_host(result) for name, result in readouts.items()},
+            errors=sampled.errors,
         )
         self.done = torch.cuda.Event() if sampled.tokens.is_cuda else None
         if self.done is not None:
@@ -81,13 +82,11 @@ class ModelRunner:
             dtype=setup.dtype,
             device=setup.device,
         )
-        self.attention = select_backend(
-            spec, setup.args.attention_backend, setup.args.kv_cache_dtype
-        )
+        self.attention = select_backend(spec, setup.args.attention_backend, setup.kv_cache_dtype)
         # One entry more than rows, for the padding of decode graphs.
         last_tokens = torch.zeros(setup.max_num_seqs + 1, dtype=torch.int64, device=self.device)
         self.last_tokens = last_tokens
-        self.next_tokens = NextTokens(tp, last_tokens)
+        self.next_tokens = NextTokens(tp, last_tokens, setup.args.logprobs_mode)
         self.readouts: dict[str, Readout[Logprobs[Tensor]]] = {
             name: make() for name, make in READOUTS.items()
         }

@@ -45,7 +45,8 @@ from nanovllm.runner.start import make_runner
 START = (
     "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); "
     "import sys; sys.path[:] = {path!r}; "
-    "from nanovllm.runner.ranks import run_rank; run_rank({rank}, {connection}, {slots})"
+    "from nanovllm.runner.ranks import run_rank; "
+    "run_rank({rank}, {connection}, {slots}, {progress})"
 )
 RENDEZVOUS_TIMEOUT = timedelta(seconds=60)  # for started ranks to find each other
 GRACE = 1.0  # seconds for the other ranks' reports after one rank's failure
@@ -94,10 +95,13 @@ class SpawnedExecutor(Executor):
         # A rank's share of the cores, for rank 0 too, because ranks wait for each other.
         self.threads = max(1, torch.get_num_threads() // size) if setup.device.type == "cpu" else 0
         self.slots = [Slot(os.memfd_create("nanovllm")) for _ in range(2)]
+        self.progress = Progress(os.memfd_create("nanovllm"), size)
+        self.step_timeout = setup.args.step_timeout
         self.pending: list[PendingStep | None] = [None, None]  # the last step of each slot
         self.slot_numbers = itertools.cycle((0, 1))
-        self.workers = Workers(size, [slot.fd for slot in self.slots], self.threads)
-        self.close_once = weakref.finalize(self, close, self.workers, self.slots)
+        slot_fds = [slot.fd for slot in self.slots]
+        self.workers = Workers(size, slot_fds, self.progress.fd, self.threads)
+        self.close_once = weakref.finalize(self, close, self.workers, [*slot_fds, self.progress.fd])
         try:
             with self._few_threads():
                 super().__init__(self._start(setup, size))
@@ -124,20 +128,24 @@ class SpawnedExecutor(Executor):
         if setup.device.type == "cuda":
             assert tp.group is not None
             self.workers.on_failure = tp.group.abort
+        tp.progress = self.progress.counts
         return make_runner(setup, tp)
 
     def launch(self, batch: Batch[np.ndarray]) -> PendingOnAllRanks:
         self.workers.check()
         with uninterrupted(), self._few_threads():
             try:
+                self.runner.tp.count()
                 number = next(self.slot_numbers)
                 # After its step all ranks have read a slot, because ranks step together.
                 previous = self.pending[number]
                 if previous is not None:
-                    previous.collect()
+                    with self._limited():
+                        previous.collect()
                 self.slots[number].write(batch)
                 self.workers.send(b"")
-                pending = self.runner.launch(batch)
+                with self._limited():
+                    pending = self.runner.launch(batch)
                 self.pending[number] = pending
             except BaseException as err:
                 self._fail(err)
@@ -146,7 +154,8 @@ class SpawnedExecutor(Executor):
 
     def collect(self, pending: PendingStep) -> StepResult:
         try:
-            result = pending.collect()
+            with self._limited():
+                result = pending.collect()
         except Exception as err:
             self._fail(err)
             raise
@@ -202,6 +211,27 @@ class SpawnedExecutor(Executor):
         finally:
             if self.threads:
                 torch.set_num_threads(threads)
+
+    @contextmanager
+    def _limited(self) -> Iterator[None]:
+        """Ends all ranks if the body takes longer than step_timeout. Rank 0 then raises."""
+        if self.step_timeout is None:
+            yield
+            return
+        timer = threading.Timer(self.step_timeout, self._end_hanging)
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+
+    def _end_hanging(self) -> None:
+        ranks = self.progress.behind()
+        names = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks}"
+        self.workers.end_all(
+            f"{names} did not finish a step within step_timeout={self.step_timeout} s"
+        )
 
     def _fail(self, err: BaseException) -> None:
         """Ends all ranks after an error, because their steps may now differ.
@@ -301,6 +331,23 @@ class Slot:
         return ceil_div(self.HEAD + layout_bytes, 16) * 16
 
 
+class Progress:
+    """Shared memory that says how far each rank is.
+
+    Invariant: `counts[rank]` [size] int64 is how many steps and collectives rank has begun.
+    """
+
+    def __init__(self, fd: int, size: int) -> None:
+        self.fd = fd
+        os.ftruncate(fd, 8 * size)
+        self.counts = np.frombuffer(mmap.mmap(fd, 8 * size), np.int64)
+
+    def behind(self) -> list[int]:
+        """The ranks that have begun least. All ranks, where they wait for their devices."""
+        counts = self.counts.copy()
+        return np.flatnonzero(counts == counts.min()).tolist()
+
+
 # -- rank 0: the processes of the other ranks ------------------------------------------------------
 
 
@@ -311,7 +358,7 @@ class Workers:
     process ends. `failure` is the sentence for `EngineDeadError`.
     """
 
-    def __init__(self, size: int, slots: list[int], threads: int) -> None:
+    def __init__(self, size: int, slots: list[int], progress: int, threads: int) -> None:
         self.pid = os.getpid()
         self.processes: list[subprocess.Popen[bytes]] = []
         self.connections: list[Connection] = []
@@ -322,20 +369,25 @@ class Workers:
         self.on_failure: Callable[[], None] = lambda: None
         env = {**os.environ, "OMP_NUM_THREADS": str(threads)} if threads else None
         for rank in range(1, size):
-            self._start(rank, slots, env)
+            self._start(rank, slots, progress, env)
         self.listener = threading.Thread(target=self._listen, name="nanovllm ranks", daemon=True)
         self.listener.start()
 
-    def _start(self, rank: int, slots: list[int], env: dict[str, str] | None) -> None:
+    def _start(
+        self, rank: int, slots: list[int], progress: int, env: dict[str, str] | None
+    ) -> None:
         ours, theirs = socket.socketpair()
-        code = START.format(path=sys.path, rank=rank, connection=theirs.fileno(), slots=slots)
+        connection = theirs.fileno()
+        code = START.format(
+            path=sys.path, rank=rank, connection=connection, slots=slots, progress=progress
+        )
         # Not multiprocessing, because its processes run the user's script again, which
         # then needs a guard for __main__.
         process = subprocess.Popen(
             [sys.executable, "-c", code],
             stdin=subprocess.DEVNULL,
             env=env,
-            pass_fds=[theirs.fileno(), *slots],
+            pass_fds=[connection, *slots, progress],
         )
         theirs.close()
         self.processes.append(process)
@@ -418,9 +470,12 @@ class Workers:
                     reported.add(rank)
         if not self.closing:
             # The first report is the cause. Other ranks then report lost connections.
-            self._end_all(min(reports)[1])
+            self.end_all(min(reports)[1])
 
-    def _end_all(self, failure: str) -> None:
+    def end_all(self, failure: str) -> None:
+        """Kills the ranks. The first failure stays the one that errors name."""
+        if self.failed.is_set():
+            return
         self.failure = self.failure or failure
         self.failed.set()
         self.inbox.put(None)
@@ -461,23 +516,23 @@ class Workers:
         self.on_failure = lambda: None
 
 
-def close(workers: Workers, slots: list[Slot]) -> None:
+def close(workers: Workers, fds: list[int]) -> None:
     workers.close()
-    while slots:
-        os.close(slots.pop().fd)
+    while fds:
+        os.close(fds.pop())
 
 
 # -- the other ranks -------------------------------------------------------------------------------
 
 
-def run_rank(rank: int, connection_fd: int, slot_fds: list[int]) -> None:
+def run_rank(rank: int, connection_fd: int, slot_fds: list[int], progress_fd: int) -> None:
     """The main function of the process of rank 1 or up."""
     global RANK
     RANK = rank
     threading.Thread(target=end_with, args=(connection_fd,), daemon=True).start()
     connection = Connection(connection_fd)
     try:
-        serve(rank, connection, [Slot(fd) for fd in slot_fds])
+        serve(rank, connection, [Slot(fd) for fd in slot_fds], progress_fd)
     except BaseException:
         report = (time.monotonic(), f"rank {rank} raised\n{traceback.format_exc()}")
         connection.send_bytes(REPORT + pickle.dumps(report))
@@ -494,7 +549,7 @@ def end_with(connection_fd: int) -> None:
     os._exit(1)
 
 
-def serve(rank: int, connection: Connection, slots: list[Slot]) -> None:
+def serve(rank: int, connection: Connection, slots: list[Slot], progress_fd: int) -> None:
     """Runs steps and calls until rank 0 sends STOP."""
     start: Start = pickle.loads(connection.recv_bytes())
     setup = start.setup
@@ -503,7 +558,9 @@ def serve(rank: int, connection: Connection, slots: list[Slot]) -> None:
         setup.device = torch.device("cuda", (setup.device.index or 0) + rank)
         torch.cuda.set_device(setup.device)
     store = dist.TCPStore("127.0.0.1", start.port, None, False, RENDEZVOUS_TIMEOUT)
-    runner = make_runner(setup, TensorParallel.join(store, rank, start.size, setup.device))
+    tp = TensorParallel.join(store, rank, start.size, setup.device)
+    tp.progress = Progress(progress_fd, start.size).counts
+    runner = make_runner(setup, tp)
     connection.send_bytes(REPLY)
     for slot in itertools.cycle(slots):
         message = connection.recv_bytes()
@@ -512,6 +569,7 @@ def serve(rank: int, connection: Connection, slots: list[Slot]) -> None:
                 return
             connection.send_bytes(REPLY + answer(runner, message, start.script))
             message = connection.recv_bytes()
+        tp.count()
         runner.launch(slot.read())
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from nanovllm import loader
-from nanovllm.config import EngineArgs
+from nanovllm.config import DTYPES, EngineArgs
 from nanovllm.kernels import blocks, cpu
 from nanovllm.loader.fields import Fields
 from nanovllm.models.config import ModelConfig
@@ -52,12 +52,17 @@ class Setup:
         )
         self.config = self._model_config()
         folder = None if args.generation_config in ("auto", "vllm") else args.generation_config
-        self.generation_config = loader.load_generation_config(self.files, folder)
+        stored = loader.load_generation_config(self.files, folder)
+        override = args.override_generation_config or {}
+        self.generation_config = {**stored, **override}
+        recommended = {} if args.generation_config == "vllm" else stored
+        self.sampling_defaults = {**recommended, **override}
         self.generation_config_path = loader.generation_config_path(self.files, folder)
         self.tokenizer = None if args.skip_tokenizer_init else self._load_tokenizer()
         self.eos_token_ids = self._eos_token_ids()
         self.device = pick_device(args.device)
         self.dtype = pick_dtype(args.dtype, self._stored_dtype(), self.device)
+        self.kv_cache_dtype = self._kv_cache_dtype()
         self.weight_format = self._weight_format()
         self.block_size = args.block_size or default_block_size(self.device)
         self.max_model_len = self._max_model_len()
@@ -138,6 +143,18 @@ class Setup:
             return None
         return None if gguf.matrix_types() == {FLOAT_TYPES[self.dtype]} else "blocks"
 
+    def _kv_cache_dtype(self) -> str:
+        """ "auto" for pages in the model's dtype, or "fp8"."""
+        asked = self.args.kv_cache_dtype
+        if asked in ("auto", "fp8"):
+            return asked
+        if DTYPES[asked] != str(self.dtype).removeprefix("torch."):
+            raise ValueError(
+                f"kv_cache_dtype={asked!r} is another dtype than the model's, {self.dtype}; "
+                "accepted are 'auto', 'fp8' and the model's dtype"
+            )
+        return "auto"
+
     def _max_model_len(self) -> int:
         """The longest sequence in tokens.
 
@@ -182,9 +199,10 @@ class Setup:
     def __getstate__(self) -> dict[str, object]:
         """The state that another rank needs to make its runner.
 
-        It has no Hugging Face config and no tokenizer: other ranks do not read them.
+        It has no Hugging Face config, no tokenizer and no classes of the user, because
+        other ranks do not read them.
         """
-        args = replace(self.args, hf_overrides=None)
+        args = replace(self.args, hf_overrides=None, logits_processors=None)
         return {**vars(self), "args": args, "hf_config": None, "tokenizer": None}
 
 

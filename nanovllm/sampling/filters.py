@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -50,6 +50,18 @@ class Filters(SamplingAbility):
             top_p=table.columns["top_p"][mine],
             min_p=table.columns["min_p"][mine],
         )
+
+    def without_min_p(
+        self, scaled: Tensor, part: FiltersPart[Tensor]
+    ) -> tuple[Tensor, FiltersPart[Tensor]]:
+        """Applies min-p alone to logits [K, V] after the temperature.
+
+        Returns the logits, and the part that is left to apply.
+        """
+        mine = scaled[part.at]
+        floor = mine.amax(-1) + part.min_p.log()
+        scaled[part.at] = mine.masked_fill(mine < floor[:, None], float("-inf"))
+        return scaled, replace(part, min_p=torch.zeros_like(part.min_p))
 
     def threshold(self, logits: Tensor, temperature: Tensor, part: FiltersPart[Tensor]) -> Tensor:
         """[K] float32: the least logit that may be drawn in each row; -inf where all may."""

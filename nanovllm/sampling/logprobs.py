@@ -1,4 +1,8 @@
-"""Log-probabilities of the model's own distribution, before temperature, processors and filters."""
+"""Log-probabilities of sampled and prompt tokens, or their logits: `logprobs_mode`.
+
+Raw modes are of the model's own distribution. Processed modes are of the distribution
+that tokens are drawn from: after logits processors, temperature and filters.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +42,11 @@ class SampledLogprobs(SamplingAbility):
 
 def logprobs(logits: Tensor, tokens: Tensor, k: int) -> Logprobs[Tensor]:
     """logits [L, V] and one token id a row [L] -> its logprob and rank, and the k most likely."""
-    scores = logits.float().log_softmax(-1)
+    return ranked(logits.float().log_softmax(-1), tokens, k)
+
+
+def ranked(scores: Tensor, tokens: Tensor, k: int) -> Logprobs[Tensor]:
+    """scores [L, V] and one token id a row [L] -> its score and rank, and the k largest."""
     chosen = scores.gather(1, tokens.long()[:, None])
     top = scores.topk(k)
     return Logprobs(

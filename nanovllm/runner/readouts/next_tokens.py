@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -11,8 +11,8 @@ from nanovllm.core.step import Logprobs
 from nanovllm.models.decoder import CausalLM
 from nanovllm.parallel import TensorParallel
 from nanovllm.runner.readouts.base import Readout
-from nanovllm.sampling.logprobs import LogprobsPart, logprobs
-from nanovllm.sampling.sampler import sample
+from nanovllm.sampling.logprobs import LogprobsPart, logprobs, ranked
+from nanovllm.sampling.sampler import Processed, errors_of, process
 
 
 @dataclass
@@ -21,30 +21,45 @@ class Sampled:
 
     tokens: Tensor  # [K] int64
     logprobs: Logprobs[Tensor] | None = None
+    errors: dict[int, Exception] = field(default_factory=dict)  # token -> its request's error
 
 
 class NextTokens(Readout[Sampled]):
-    """`last_tokens` [table rows + 1] holds each row's newest token; the last entry is padding's."""
+    """`last_tokens` [table rows + 1] holds each row's newest token; the last entry is padding's.
+
+    logprobs_mode: one of config.LOGPROBS_MODES.
+    """
 
     name = "next_tokens"
 
-    def __init__(self, tp: TensorParallel, last_tokens: Tensor) -> None:
+    def __init__(
+        self, tp: TensorParallel, last_tokens: Tensor, logprobs_mode: str = "raw_logprobs"
+    ) -> None:
         self.tp = tp
         self.last_tokens = last_tokens
+        self.is_raw = logprobs_mode.startswith("raw")
+        self.is_log = logprobs_mode.endswith("logprobs")
 
     def read(self, model: CausalLM, hidden: Tensor, batch: Batch[Tensor]) -> Sampled:
         logits = model.logits(hidden[batch.sample.at])
         part = batch.parts.get("logprobs")
         if not isinstance(part, LogprobsPart):
-            return Sampled(self.sample(logits, batch))
+            return Sampled(self.sample(logits, batch), errors=errors_of(batch))
         raw = logits[part.at]  # a copy: the sampler may overwrite the logits
-        tokens = self.sample(logits, batch)
-        return Sampled(tokens, logprobs(raw, tokens[part.at], part.k))
+        processed = process(logits, batch, self.last_tokens)
+        shown = raw if self.is_raw else processed.scaled(part.at)
+        tokens = self.draw(processed, batch)
+        score = logprobs if self.is_log else ranked
+        return Sampled(tokens, score(shown.float(), tokens[part.at], part.k), errors_of(batch))
 
     def sample(self, logits: Tensor, batch: Batch[Tensor]) -> Tensor:
-        """logits [K, V] -> tokens [K]. Rank 0 alone samples, and tells the other ranks."""
+        """logits [K, V] -> tokens [K]."""
+        return self.draw(process(logits, batch, self.last_tokens), batch)
+
+    def draw(self, processed: Processed, batch: Batch[Tensor]) -> Tensor:
+        """The tokens [K]. Rank 0 alone draws, and tells the other ranks."""
         if self.tp.rank == 0:
-            tokens = sample(logits, batch, self.last_tokens)
+            tokens = processed.draw(batch.sample.uniform)
         else:
             tokens = batch.sample.at.long()
         self.tp.broadcast(tokens)
