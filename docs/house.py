@@ -83,7 +83,7 @@ WALK = (
 WALK_KERNELS = ("kernels/__init__.py", "kernels/cpu.py")
 
 # Functions that may be longer than the limit, and why.
-LONG_FUNCTIONS: dict[str, str] = {}
+LONG_FUNCTIONS = {"nanovllm/llm.py: LLM.__init__": "a line for each argument of vLLM's"}
 
 # Where only the field's words may stand: Python files, and documents in prose.
 WORDS_IN = (

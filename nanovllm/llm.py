@@ -17,6 +17,7 @@ from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.stats import Metric
 from nanovllm.errors import ValidationError
 from nanovllm.inputs import Tokenization
+from nanovllm.lora.request import LoRARequest, as_lora_requests
 from nanovllm.messages import as_conversations
 from nanovllm.outputs import BeamSearchOutput, RequestOutput
 from nanovllm.progress import Progress, ProgressBar
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from nanovllm.models.decoder import CausalLM
 
 Result = TypeVar("Result")
+AdapterChoice = LoRARequest | Sequence[LoRARequest | None] | None
 
 
 class LLM:
@@ -71,6 +73,11 @@ class LLM:
         logprobs_mode: str = "raw_logprobs",
         disable_log_stats: bool = True,
         enable_sleep_mode: bool = False,
+        enable_lora: bool = False,
+        max_loras: int = 1,
+        max_lora_rank: int = 16,
+        max_cpu_loras: int | None = None,
+        lora_dtype: str | torch.dtype = "auto",
         tensor_parallel_size: int = 1,
         distributed_executor_backend: str | None = None,
         **others: object,
@@ -98,7 +105,7 @@ class LLM:
         prompts: object = None,
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         use_tqdm: Progress = True,
-        lora_request: None = None,
+        lora_request: AdapterChoice = None,
         priority: int | Sequence[int] | None = None,
         tokenization_kwargs: Mapping[str, object] | None = None,
         mm_processor_kwargs: Mapping[str, object] | None = None,
@@ -112,21 +119,29 @@ class LLM:
         sampling_params: one for all prompts, or a list with one for each prompt. None
         stands for `get_default_sampling_params()`.
         use_tqdm: whether to show a progress bar, or a callable that replaces tqdm.
+        lora_request: one adapter for all prompts, or a list with one or None for each.
         tokenization_kwargs: fields of `nanovllm.inputs.Tokenization`.
 
         Raises ValueError or TypeError for a refused value. No request runs then.
         """
-        refuse_options(lora_request, priority, mm_processor_kwargs)
+        refuse_options(priority, mm_processor_kwargs)
         inputs = as_prompts(prompts, prompt_token_ids)
         if tokenization_kwargs:
             inputs = self._tokenized(inputs, Tokenization.of(tokenization_kwargs))
         requests = pair(inputs, sampling_params, self.get_default_sampling_params)
+        adapters = as_lora_requests(lora_request, len(inputs))
         outputs: dict[str, RequestOutput] = {}
         engine = self.llm_engine
         with engine.exclusive():
             # Only requests that arrived together are sorted.
             is_alone = not engine.has_unfinished_requests()
-            stream = Stream(engine, requests, use_tqdm, output_kind=RequestOutputKind.FINAL_ONLY)
+            stream = Stream(
+                engine,
+                requests,
+                use_tqdm,
+                output_kind=RequestOutputKind.FINAL_ONLY,
+                lora_requests=adapters,
+            )
             if is_alone:
                 engine.scheduler.sort_waiting_longest_first()
         with closing(stream), ProgressBar(len(requests), use_tqdm) as bar:
@@ -139,6 +154,7 @@ class LLM:
         self,
         prompts: object,
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        lora_request: AdapterChoice = None,
     ) -> Stream:
         """Yields a `RequestOutput` whenever a request has new tokens.
 
@@ -148,14 +164,15 @@ class LLM:
         """
         inputs = as_prompts(prompts, None)
         requests = pair(inputs, sampling_params, self.get_default_sampling_params)
-        return Stream(self.llm_engine, requests)
+        adapters = as_lora_requests(lora_request, len(inputs))
+        return Stream(self.llm_engine, requests, lora_requests=adapters)
 
     def chat(
         self,
         messages: Iterable[object],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         use_tqdm: Progress = True,
-        lora_request: None = None,
+        lora_request: AdapterChoice = None,
         priority: int | Sequence[int] | None = None,
         chat_template: str | None = None,
         chat_template_content_format: str = "auto",
@@ -173,7 +190,7 @@ class LLM:
         chat_template_kwargs: variables of the template. They replace equal names.
         Raises ValueError or TypeError for a refused value. No request runs then.
         """
-        refuse_options(lora_request, priority, mm_processor_kwargs)
+        refuse_options(priority, mm_processor_kwargs)
         if self.llm_engine.tokenizer is None:
             raise ValidationError("chat needs a tokenizer; skip_tokenizer_init=True leaves none")
         texts = render(
@@ -190,13 +207,14 @@ class LLM:
         )
         # The template writes the special tokens.
         how = Tokenization.of(tokenization_kwargs, add_special_tokens=False)
-        return self.generate(self._tokenized(texts, how), sampling_params, use_tqdm)
+        prompts = self._tokenized(texts, how)
+        return self.generate(prompts, sampling_params, use_tqdm, lora_request)
 
     def beam_search(
         self,
         prompts: object,
         params: BeamSearchParams,
-        lora_request: None = None,
+        lora_request: AdapterChoice = None,
         use_tqdm: Progress = False,
         concurrency_limit: int | None = None,
         priority: int | Sequence[int] | None = None,
@@ -206,9 +224,11 @@ class LLM:
         concurrency_limit: no effect, because the scheduler limits the running requests.
         Raises ValueError or TypeError for a refused value.
         """
-        refuse_options(lora_request, priority)
+        refuse_options(priority)
         positive("concurrency_limit", concurrency_limit, optional=True)
-        return beam_search(self.llm_engine, as_prompts(prompts, None), params, use_tqdm)
+        inputs = as_prompts(prompts, None)
+        adapters = as_lora_requests(lora_request, len(inputs))
+        return beam_search(self.llm_engine, inputs, params, use_tqdm, adapters)
 
     def _tokenized(self, prompts: Sequence[object], how: Tokenization) -> list[object]:
         """The prompts as dicts of text and token ids. Outputs echo the text."""
@@ -302,15 +322,8 @@ for _name, _reason in REFUSED_METHODS.items():
     setattr(LLM, _name, refused(_name, _reason))
 
 
-def refuse_options(
-    lora_request: object, priority: object, mm_processor_kwargs: object = None
-) -> None:
+def refuse_options(priority: object, mm_processor_kwargs: object = None) -> None:
     """Raises ValueError unless each option is None, 0, or a list of these."""
-    adapters = lora_request if isinstance(lora_request, (list, tuple)) else [lora_request]
-    if any(adapter is not None for adapter in adapters):
-        raise ValidationError(
-            "lora_request is not supported; accepted is None (merge the adapter into the weights)"
-        )
     priorities = priority if isinstance(priority, Iterable) else [priority]
     if any(priorities):
         raise ValidationError(

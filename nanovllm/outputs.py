@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from nanovllm.lora.request import LoRARequest
+
 
 @dataclass(slots=True)
 class Logprob:
@@ -101,7 +103,7 @@ class RequestOutput:
     outputs: list[CompletionOutput]
     finished: bool
     metrics: RequestMetrics | None = None
-    lora_request: None = None
+    lora_request: LoRARequest | None = None
     num_cached_tokens: int | None = None
 
     def __getitem__(self, key: str) -> str | list[int]:
@@ -124,7 +126,7 @@ class BeamSearchSequence:
     text: str | None = None
     finish_reason: str | None = None
     stop_reason: int | str | None = None
-    lora_request: None = None
+    lora_request: LoRARequest | None = None
 
 
 @dataclass

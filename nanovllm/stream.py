@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 
 from nanovllm.engine.llm_engine import LLMEngine
+from nanovllm.lora.request import LoRARequest
 from nanovllm.outputs import RequestOutput
 from nanovllm.progress import Progress, progress
 from nanovllm.sampling_params import RequestOutputKind, SamplingParams
@@ -20,12 +22,15 @@ class Stream:
         use_tqdm: Progress = False,
         max_logprobs: int | None = None,
         output_kind: RequestOutputKind | None = None,
+        lora_requests: Sequence[LoRARequest | None] = (),
     ) -> None:
+        """lora_requests: the adapter of each request. () stands for no adapters."""
         self.request_ids: list[str] = []
         self._engine = engine
         self._open: set[str] = set()  # requests that have not brought their last output
         self._queue: deque[RequestOutput] = deque()
         try:
+            adapters = iter(lora_requests or [None] * len(requests))
             for prompt, params in progress(requests, use_tqdm, "Adding requests"):
                 with engine.exclusive():
                     request_id = engine.new_request_id()
@@ -37,6 +42,7 @@ class Stream:
                         max_logprobs=max_logprobs,
                         output_kind=output_kind,
                         queue=self._queue,
+                        lora_request=next(adapters),
                     )
                 self.request_ids.append(request_id)
         except BaseException:

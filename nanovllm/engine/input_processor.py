@@ -16,11 +16,14 @@ from typing import cast
 import numpy as np
 
 from nanovllm.core.ability import Ability, ModelFacts
+from nanovllm.core.adapter import Adapter
+from nanovllm.core.lora import COLUMN, LoRA
 from nanovllm.core.request import Request
-from nanovllm.core.sequence import Sequence
+from nanovllm.core.sequence import Columns, Sequence
 from nanovllm.engine.detokenizer import Tokenizer
 from nanovllm.errors import ValidationError
 from nanovllm.inputs import Tokenization, check_unicode
+from nanovllm.lora.request import LoRARequest
 from nanovllm.outputs import RequestMetrics, RequestOutput
 from nanovllm.sampling_params import RequestOutputKind, SamplingParams
 
@@ -62,6 +65,8 @@ class InputProcessor:
         output_kind: RequestOutputKind | None = None,
         log_stats: bool = False,
         queue: deque[RequestOutput] | None = None,
+        lora_request: LoRARequest | None = None,
+        adapter: Adapter | None = None,
     ) -> Request:
         """The checked request. Raises TypeError or ValueError.
 
@@ -69,6 +74,7 @@ class InputProcessor:
         max_logprobs: the largest accepted number of logprobs; -1 is no limit.
         output_kind: replaces the one of `params`.
         log_stats: whether the request has `RequestMetrics`.
+        adapter: the adapter of `lora_request`, in the form that the engine knows.
         """
         if not isinstance(request_id, str):
             raise TypeError(f"request_id={request_id!r} must be a str")
@@ -82,7 +88,9 @@ class InputProcessor:
         params.verify_for_model(
             self.vocab_size, max_logprobs, self.tokenizer is not None, self._tokenizer_knows
         )
-        prepared = {}
+        prepared: dict[str, object] = {}
+        if adapter is not None:
+            prepared[LoRA.name] = Columns({COLUMN: adapter.number})
         for ability in self.abilities:
             state = ability.prepare(params, self.facts)
             if state is not None:
@@ -93,13 +101,18 @@ class InputProcessor:
             prompt=text,
             prompt_token_ids=tokens.tolist(),
             params=params,
-            seqs=self._sequences(params, tokens, prepared),
+            seqs=self._sequences(params, tokens, prepared, adapter),
+            lora_request=lora_request,
             metrics=RequestMetrics(arrival_time=time.monotonic()) if log_stats else None,
             queue=queue,
         )
 
     def _sequences(
-        self, params: SamplingParams, tokens: np.ndarray, prepared: Mapping[str, object]
+        self,
+        params: SamplingParams,
+        tokens: np.ndarray,
+        prepared: Mapping[str, object],
+        adapter: Adapter | None,
     ) -> list[Sequence]:
         number = next(self._request_numbers)
         longest = self.max_model_len - len(tokens)
@@ -127,6 +140,7 @@ class InputProcessor:
                 reads_cache=params.reads_prefix_cache or index > 0,
                 abilities=abilities,
                 prepared=used,
+                adapter=adapter,
             )
             seqs.append(seq)
         return seqs

@@ -13,6 +13,7 @@ from nanovllm.parallel import TensorParallel
 from nanovllm.runner.readouts.base import Readout
 from nanovllm.sampling.logprobs import LogprobsPart, logprobs
 from nanovllm.sampling.sampler import sample
+from nanovllm.weights.lora import LoRAWeight
 
 
 @dataclass
@@ -21,6 +22,15 @@ class Sampled:
 
     tokens: Tensor  # [K] int64
     logprobs: Logprobs[Tensor] | None = None
+
+
+def logits_at(model: CausalLM, hidden: Tensor, at: Tensor) -> Tensor:
+    """Logits [K, vocabulary] of the tokens `at` [K] of a step."""
+    head = model.lm_head.storage
+    if isinstance(head, LoRAWeight) and head.linear_changes:
+        with head.rows.picked(at):
+            return model.logits(hidden[at])
+    return model.logits(hidden[at])
 
 
 class NextTokens(Readout[Sampled]):
@@ -33,7 +43,7 @@ class NextTokens(Readout[Sampled]):
         self.last_tokens = last_tokens
 
     def read(self, model: CausalLM, hidden: Tensor, batch: Batch[Tensor]) -> Sampled:
-        logits = model.logits(hidden[batch.sample.at])
+        logits = logits_at(model, hidden, batch.sample.at)
         part = batch.parts.get("logprobs")
         if not isinstance(part, LogprobsPart):
             return Sampled(self.sample(logits, batch))
