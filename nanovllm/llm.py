@@ -129,7 +129,7 @@ class LLM:
         if tokenization_kwargs:
             inputs = self._tokenized(inputs, Tokenization.of(tokenization_kwargs))
         requests = pair(inputs, sampling_params, self.get_default_sampling_params)
-        adapters = as_lora_requests(lora_request, len(inputs))
+        adapters = as_lora_requests(lora_request, len(inputs)) if lora_request else []
         outputs: dict[str, RequestOutput] = {}
         engine = self.llm_engine
         with engine.exclusive():

@@ -101,16 +101,17 @@ class Factor:
 class Change:
     """The change of one adapter to one matrix, which may be several projections side by side.
 
-    a: the first factors of the projections, one below the other. An embedding has the
-    table [vocabulary, rank] instead. Invariant: it never changes, because recorded
-    programs read its memory.
+    Invariant: it never changes, because recorded programs read its memory.
     """
 
-    def __init__(self, a: Tensor, is_table: bool) -> None:
+    def __init__(self, a: Tensor, pieces: list[Piece], is_table: bool) -> None:
+        """a: the first factors of the projections [sum of ranks, in_features].
+
+        Of an embedding it is the table [vocabulary, rank].
+        """
         self.table = a if is_table else None
         self.a = None if is_table else Factor(a)
-        # (columns of the output, columns of the first product, second factor)
-        self.pieces: list[Piece] = []
+        self.pieces = pieces
 
     def add_linear(self, out: Tensor, x: Tensor, rows: Tensor | None) -> None:
         """out [T, out_features] += the change of x [T, in_features], in these rows."""
@@ -166,9 +167,7 @@ def change(projections: list[Factors], is_table: bool) -> Change:
         columns = slice(each.first, each.first + len(b))
         pieces.append(Piece(columns, slice(start, start + rank), Factor(b)))
         start += rank
-    made = Change(stacked.T.contiguous() if is_table else stacked, is_table)
-    made.pieces = pieces
-    return made
+    return Change(stacked.T.contiguous() if is_table else stacked, pieces, is_table)
 
 
 class LoRAWeight(Weight):
