@@ -40,7 +40,7 @@ REFUSED = {
     "kasa_config": f"KaSA changes the matrices of the model; {MERGE}",
     "monteclora_config": f"MonteCLoRA samples the factors; {MERGE}",
     "velora_config": f"VeLoRA is not supported; {MERGE}",
-    "ensure_weight_tying": f"factors shared by embedding and output head are not supported; {MERGE}",
+    "ensure_weight_tying": f"embedding and output head share their factors; {MERGE}",
 }
 # How the factors began. Other names of PEFT's begin by changing the model's own weights.
 INITIALISATIONS = ("gaussian", "orthogonal", "eva")
