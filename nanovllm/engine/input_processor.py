@@ -88,9 +88,7 @@ class InputProcessor:
         params.verify_for_model(
             self.vocab_size, max_logprobs, self.tokenizer is not None, self._tokenizer_knows
         )
-        prepared: dict[str, object] = {}
-        if adapter is not None:
-            prepared[LoRA.name] = Columns({COLUMN: adapter.number})
+        prepared = {} if adapter is None else adapter_columns(adapter)
         for ability in self.abilities:
             state = ability.prepare(params, self.facts)
             if state is not None:
@@ -220,6 +218,11 @@ class InputProcessor:
             return self.tokenizer.convert_ids_to_tokens(token_id) is not None
         except (IndexError, KeyError, ValueError, OverflowError):  # from slow tokenizers
             return False
+
+
+def adapter_columns(adapter: Adapter) -> dict[str, object]:
+    """What a sequence keeps for its LoRA adapter."""
+    return {LoRA.name: Columns({COLUMN: adapter.number})}
 
 
 def check_candidates(
