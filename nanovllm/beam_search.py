@@ -5,11 +5,12 @@ Each round extends every beam by one token. Prefix caching makes a round cheap.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 
 from nanovllm.engine.llm_engine import LLMEngine
+from nanovllm.lora.request import LoRARequest
 from nanovllm.outputs import BeamSearchOutput, BeamSearchSequence, Logprob
 from nanovllm.progress import Progress, progress
 from nanovllm.sampling_params import BeamSearchParams, RequestOutputKind, SamplingParams
@@ -17,7 +18,11 @@ from nanovllm.stream import Stream
 
 
 def beam_search(
-    engine: LLMEngine, prompts: Iterable[object], params: BeamSearchParams, use_tqdm: Progress
+    engine: LLMEngine,
+    prompts: Sequence[object],
+    params: BeamSearchParams,
+    use_tqdm: Progress,
+    lora_requests: Sequence[LoRARequest | None],
 ) -> list[BeamSearchOutput]:
     """The `beam_width` sequences of highest score for each prompt, best first.
 
@@ -30,16 +35,17 @@ def beam_search(
     params.verify()
     eos_token_ids = frozenset() if params.ignore_eos else engine.eos_token_ids
     searches = []
-    for prompt in prompts:
+    for prompt, adapter in zip(prompts, lora_requests):
         tokens = engine.tokenize(prompt)[1].tolist()
-        searches.append(Search(params, eos_token_ids, len(tokens), [BeamSearchSequence(tokens)]))
+        first = BeamSearchSequence(tokens, lora_request=adapter)
+        searches.append(Search(params, eos_token_ids, len(tokens), [first]))
     for _ in progress(range(params.max_tokens), use_tqdm, "Beam search"):
         for search in searches:
             search.end_at_length(engine.max_model_len)
-        sequences = [beam.tokens for search in searches for beam in search.running]
-        if not sequences:
+        beams = [beam for search in searches for beam in search.running]
+        if not beams:
             break
-        candidates = iter(next_tokens(engine, sequences, 2 * params.beam_width))
+        candidates = iter(next_tokens(engine, beams, 2 * params.beam_width))
         for search in searches:
             search.extend([next(candidates) for _ in search.running])
     outputs = []
@@ -103,6 +109,7 @@ class Search:
             [*beam.logprobs, logprobs],
             beam.cum_logprob + logprobs[token].logprob,
             finish_reason="stop" if is_end else None,
+            lora_request=beam.lora_request,
         )
 
     def _best(self, beams: list[BeamSearchSequence]) -> list[BeamSearchSequence]:
@@ -115,8 +122,10 @@ class Search:
         return beam.cum_logprob / max(generated, 1) ** self.params.length_penalty
 
 
-def next_tokens(engine: LLMEngine, sequences: list[list[int]], k: int) -> list[dict[int, Logprob]]:
-    """The k most likely next tokens of each sequence, with their logprobs."""
+def next_tokens(
+    engine: LLMEngine, beams: list[BeamSearchSequence], k: int
+) -> list[dict[int, Logprob]]:
+    """The k most likely next tokens of each beam, with their logprobs."""
     params = SamplingParams(
         temperature=0,
         max_tokens=1,
@@ -124,9 +133,10 @@ def next_tokens(engine: LLMEngine, sequences: list[list[int]], k: int) -> list[d
         detokenize=False,
         output_kind=RequestOutputKind.FINAL_ONLY,
     )
-    requests: list[tuple[object, SamplingParams]] = [(tokens, params) for tokens in sequences]
+    requests: list[tuple[object, SamplingParams]] = [(beam.tokens, params) for beam in beams]
+    adapters = [beam.lora_request for beam in beams]
     found: dict[str, list[dict[int, Logprob]]] = {}
-    with closing(Stream(engine, requests, max_logprobs=-1)) as stream:
+    with closing(Stream(engine, requests, max_logprobs=-1, lora_requests=adapters)) as stream:
         for output in stream:
             found[output.request_id] = output.outputs[0].logprobs or []
     return [found[request_id][0] for request_id in stream.request_ids]

@@ -77,6 +77,11 @@ class EngineArgs:
     scheduling_policy: str = "fcfs"  # or "priority": lower values of `priority` run first
     disable_log_stats: bool = True
     enable_sleep_mode: bool = False
+    enable_lora: bool = False
+    max_loras: int = 1  # different adapters in one step
+    max_lora_rank: int = 16
+    max_cpu_loras: int | None = None  # adapters in memory; None: max_loras
+    lora_dtype: str = "auto"  # the precision of the adapters' numbers; "auto": the model's
     tensor_parallel_size: int = 1
     distributed_executor_backend: str | None = None
     step_timeout: float | None = None  # seconds after which a rank that hangs ends the engine
@@ -122,6 +127,7 @@ class EngineArgs:
         one_of("quantization", self.quantization, (None, "none", "gguf"))
         one_of("kv_cache_dtype", self.kv_cache_dtype, ("fp8", *DTYPES))
         self._check_generation_config()
+        self._check_lora()
         one_of(
             "distributed_executor_backend",
             self.distributed_executor_backend,
@@ -148,6 +154,21 @@ class EngineArgs:
             )
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise TypeError(f"seed={self.seed!r} must be an int")
+
+    def _check_lora(self) -> None:
+        if not isinstance(self.enable_lora, bool):
+            raise TypeError(f"enable_lora={self.enable_lora!r} must be True or False")
+        positive("max_loras", self.max_loras)
+        positive("max_lora_rank", self.max_lora_rank)
+        positive("max_cpu_loras", self.max_cpu_loras, optional=True)
+        self.max_cpu_loras = self.max_cpu_loras or self.max_loras
+        if self.max_cpu_loras < self.max_loras:
+            raise ValueError(
+                f"max_cpu_loras={self.max_cpu_loras} must be at least max_loras={self.max_loras}"
+            )
+        dtype = str(self.lora_dtype).removeprefix("torch.")
+        one_of("lora_dtype", dtype, tuple(DTYPES))
+        self.lora_dtype = DTYPES[dtype]
 
     def _check_generation_config(self) -> None:
         """ "auto": the model's generation_config.json; "vllm": only its end tokens; or a folder."""

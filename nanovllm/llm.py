@@ -18,6 +18,7 @@ from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.stats import Metric
 from nanovllm.errors import ValidationError
 from nanovllm.inputs import Tokenization
+from nanovllm.lora.request import LoRARequest, as_lora_requests
 from nanovllm.messages import as_conversations
 from nanovllm.outputs import BeamSearchOutput, RequestOutput
 from nanovllm.progress import Progress, ProgressBar
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from nanovllm.models.decoder import CausalLM
 
 Result = TypeVar("Result")
+AdapterChoice = LoRARequest | Sequence[LoRARequest | None] | None
 
 
 class LLM:
@@ -75,6 +77,11 @@ class LLM:
         scheduling_policy: str = "fcfs",
         disable_log_stats: bool = True,
         enable_sleep_mode: bool = False,
+        enable_lora: bool = False,
+        max_loras: int = 1,
+        max_lora_rank: int = 16,
+        max_cpu_loras: int | None = None,
+        lora_dtype: str | torch.dtype = "auto",
         tensor_parallel_size: int = 1,
         distributed_executor_backend: str | None = None,
         step_timeout: float | None = None,
@@ -104,7 +111,7 @@ class LLM:
         prompts: object = None,
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         use_tqdm: Progress = True,
-        lora_request: None = None,
+        lora_request: AdapterChoice = None,
         priority: int | Sequence[int] | None = None,
         tokenization_kwargs: Mapping[str, object] | None = None,
         mm_processor_kwargs: Mapping[str, object] | None = None,
@@ -120,15 +127,17 @@ class LLM:
         use_tqdm: whether to show a progress bar, or a callable that replaces tqdm.
         priority: one for all prompts, or a list with one for each. Lower values run
         first. Other values than 0 need LLM(scheduling_policy="priority").
+        lora_request: one adapter for all prompts, or a list with one or None for each.
         tokenization_kwargs: fields of `nanovllm.inputs.Tokenization`.
 
         Raises ValueError or TypeError for a refused value. No request runs then.
         """
-        refuse_options(lora_request, None, mm_processor_kwargs)
+        refuse_options(None, mm_processor_kwargs)
         inputs = as_prompts(prompts, prompt_token_ids)
         if tokenization_kwargs:
             inputs = self._tokenized(inputs, Tokenization.of(tokenization_kwargs))
-        return run([self._add(inputs, sampling_params, use_tqdm, priority)], use_tqdm)
+        stream = self._add(inputs, sampling_params, use_tqdm, priority, lora_request)
+        return run([stream], use_tqdm)
 
     def _add(
         self,
@@ -136,8 +145,10 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
         use_tqdm: Progress,
         priority: int | Sequence[int] | None,
+        lora_request: AdapterChoice,
     ) -> Stream:
         """Adds the requests of one call, which arrive together."""
+        adapters = as_lora_requests(lora_request, len(prompts)) if lora_request else []
         engine = self.llm_engine
         requests = pair(prompts, sampling_params, self.get_default_sampling_params)
         priorities = as_priorities(priority, len(requests), engine.args.scheduling_policy)
@@ -150,6 +161,7 @@ class LLM:
                 use_tqdm,
                 output_kind=RequestOutputKind.FINAL_ONLY,
                 priorities=priorities,
+                lora_requests=adapters,
             )
             if is_alone:
                 engine.scheduler.sort_waiting_longest_first()
@@ -159,18 +171,18 @@ class LLM:
         self,
         prompts: object,
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
-        lora_request: None = None,
+        lora_request: AdapterChoice = None,
         priority: int | Sequence[int] | None = None,
         use_tqdm: Progress = True,
         tokenization_kwargs: Mapping[str, object] | None = None,
         mm_processor_kwargs: Mapping[str, object] | None = None,
     ) -> list[str]:
         """Adds requests as `generate` does, and runs none. Returns their request ids."""
-        refuse_options(lora_request, None, mm_processor_kwargs)
+        refuse_options(None, mm_processor_kwargs)
         inputs = as_prompts(prompts, None)
         if tokenization_kwargs:
             inputs = self._tokenized(inputs, Tokenization.of(tokenization_kwargs))
-        stream = self._add(inputs, sampling_params, use_tqdm, priority)
+        stream = self._add(inputs, sampling_params, use_tqdm, priority, lora_request)
         self._enqueued.append(stream)
         return list(stream.request_ids)
 
@@ -197,6 +209,7 @@ class LLM:
         self,
         prompts: object,
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        lora_request: AdapterChoice = None,
     ) -> Stream:
         """Yields a `RequestOutput` whenever a request has new tokens.
 
@@ -206,14 +219,15 @@ class LLM:
         """
         inputs = as_prompts(prompts, None)
         requests = pair(inputs, sampling_params, self.get_default_sampling_params)
-        return Stream(self.llm_engine, requests)
+        adapters = as_lora_requests(lora_request, len(inputs))
+        return Stream(self.llm_engine, requests, lora_requests=adapters)
 
     def chat(
         self,
         messages: Iterable[object],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         use_tqdm: Progress = True,
-        lora_request: None = None,
+        lora_request: AdapterChoice = None,
         priority: int | Sequence[int] | None = None,
         chat_template: str | None = None,
         chat_template_content_format: str = "auto",
@@ -231,7 +245,7 @@ class LLM:
         chat_template_kwargs: variables of the template. They replace equal names.
         Raises ValueError or TypeError for a refused value. No request runs then.
         """
-        refuse_options(lora_request, None, mm_processor_kwargs)
+        refuse_options(None, mm_processor_kwargs)
         prompts = self._chat_prompts(
             messages,
             chat_template,
@@ -244,14 +258,14 @@ class LLM:
             chat_template_kwargs,
             tokenization_kwargs,
         )
-        return self.generate(prompts, sampling_params, use_tqdm, priority=priority)
+        return self.generate(prompts, sampling_params, use_tqdm, lora_request, priority=priority)
 
     def enqueue_chat(
         self,
         messages: Iterable[object],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         use_tqdm: Progress = True,
-        lora_request: None = None,
+        lora_request: AdapterChoice = None,
         priority: int | Sequence[int] | None = None,
         chat_template: str | None = None,
         chat_template_content_format: str = "auto",
@@ -263,7 +277,7 @@ class LLM:
         mm_processor_kwargs: Mapping[str, object] | None = None,
     ) -> list[str]:
         """Adds requests as `chat` does, and runs none. Returns their request ids."""
-        refuse_options(lora_request, None, mm_processor_kwargs)
+        refuse_options(None, mm_processor_kwargs)
         prompts = self._chat_prompts(
             messages,
             chat_template,
@@ -276,7 +290,13 @@ class LLM:
             chat_template_kwargs,
             tokenization_kwargs,
         )
-        return self.enqueue(prompts, sampling_params, priority=priority, use_tqdm=use_tqdm)
+        return self.enqueue(
+            prompts,
+            sampling_params,
+            lora_request=lora_request,
+            priority=priority,
+            use_tqdm=use_tqdm,
+        )
 
     def _chat_prompts(
         self,
@@ -306,7 +326,7 @@ class LLM:
         self,
         prompts: object,
         params: BeamSearchParams,
-        lora_request: None = None,
+        lora_request: AdapterChoice = None,
         use_tqdm: Progress = False,
         concurrency_limit: int | None = None,
         priority: int | Sequence[int] | None = None,
@@ -316,7 +336,7 @@ class LLM:
         concurrency_limit: no effect, because the scheduler limits the running requests.
         Raises ValueError or TypeError for a refused value.
         """
-        refuse_options(lora_request, priority)
+        refuse_options(priority)
         positive("concurrency_limit", concurrency_limit, optional=True)
         mode = self.llm_engine.args.logprobs_mode
         if mode.endswith("logits"):
@@ -324,7 +344,9 @@ class LLM:
                 f"beam_search needs logprobs; logprobs_mode={mode!r} gives logits, and accepted "
                 "are 'raw_logprobs' and 'processed_logprobs'"
             )
-        return beam_search(self.llm_engine, as_prompts(prompts, None), params, use_tqdm)
+        inputs = as_prompts(prompts, None)
+        adapters = as_lora_requests(lora_request, len(inputs))
+        return beam_search(self.llm_engine, inputs, params, use_tqdm, adapters)
 
     def _tokenized(self, prompts: Sequence[object], how: Tokenization) -> list[object]:
         """The prompts as dicts of text and token ids. Outputs echo the text."""
@@ -439,15 +461,8 @@ def run(streams: Sequence[Stream], use_tqdm: Progress) -> list[RequestOutput]:
     return [outputs[request_id] for request_id in request_ids]
 
 
-def refuse_options(
-    lora_request: object, priority: object, mm_processor_kwargs: object = None
-) -> None:
+def refuse_options(priority: object, mm_processor_kwargs: object = None) -> None:
     """Raises ValueError unless each option is None, 0, or a list of these."""
-    adapters = lora_request if isinstance(lora_request, (list, tuple)) else [lora_request]
-    if any(adapter is not None for adapter in adapters):
-        raise ValidationError(
-            "lora_request is not supported; accepted is None (merge the adapter into the weights)"
-        )
     priorities = priority if isinstance(priority, Iterable) else [priority]
     if any(priorities):
         raise ValidationError(

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from nanovllm.lora.request import LoRARequest
+
 
 @dataclass(slots=True)
 class Logprob:
@@ -101,7 +103,7 @@ class RequestOutput:
     outputs: list[CompletionOutput]
     finished: bool
     metrics: RequestMetrics | None = None
-    lora_request: None = None
+    lora_request: LoRARequest | None = None
     encoder_prompt: str | None = None  # None: no model here has an encoder
     encoder_prompt_token_ids: list[int] | None = None
     num_cached_tokens: int | None = None
@@ -126,7 +128,7 @@ class BeamSearchSequence:
     text: str | None = None
     finish_reason: str | None = None
     stop_reason: int | str | None = None
-    lora_request: None = None
+    lora_request: LoRARequest | None = None
 
 
 @dataclass

@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Sequence
 
 from nanovllm.engine.llm_engine import LLMEngine
+from nanovllm.lora.request import LoRARequest
 from nanovllm.outputs import RequestOutput
 from nanovllm.progress import Progress, progress
 from nanovllm.sampling_params import RequestOutputKind, SamplingParams
@@ -22,12 +23,15 @@ class Stream:
         max_logprobs: int | None = None,
         output_kind: RequestOutputKind | None = None,
         priorities: Sequence[int] | None = None,
+        lora_requests: Sequence[LoRARequest | None] = (),
     ) -> None:
+        """lora_requests: the adapter of each request. () stands for no adapters."""
         self.request_ids: list[str] = []
         self._engine = engine
         self._open: set[str] = set()  # requests that have not brought their last output
         self._queue: deque[RequestOutput] = deque()
         try:
+            adapters = iter(lora_requests or [None] * len(requests))
             for prompt, params in progress(requests, use_tqdm, "Adding requests"):
                 priority = priorities[len(self.request_ids)] if priorities else 0
                 with engine.exclusive():
@@ -41,6 +45,7 @@ class Stream:
                         output_kind=output_kind,
                         queue=self._queue,
                         priority=priority,
+                        lora_request=next(adapters),
                     )
                 self.request_ids.append(request_id)
         except BaseException:

@@ -513,7 +513,7 @@ def test_adapters_and_priorities():
             expected(p) for p in PROMPTS
         ]
     for something in (adapter, [None, adapter, None]):
-        with pytest.raises(ValueError, match="lora_request is not supported"):
+        with pytest.raises(ValueError, match="lora_request needs an engine with enable_lora=True"):
             llm.generate(PROMPTS, GREEDY, lora_request=something)
     with pytest.raises(ValueError, match=r"priority.* needs LLM\(scheduling_policy='priority'\)"):
         llm.generate(PROMPTS, GREEDY, priority=[0, 1, 0])
@@ -626,7 +626,8 @@ def test_arguments_without_effect_and_neutral_values_are_accepted():
         ("pipeline_parallel_size", 2),
         ("quantization", "awq"),
         ("kv_cache_dtype", "int3"),
-        ("enable_lora", True),
+        ("max_lora_rank", 0),
+        ("lora_dtype", "int8"),
         ("speculative_config", {"method": "ngram"}),
         ("task", "embed"),
         ("scheduling_policy", "random"),

@@ -614,7 +614,7 @@ def test_prompts_share_blocks_only_under_the_same_salt():
         found = []
         for seq_id, salt in enumerate(salts):
             seq = Sequence(seq_id, SamplingParams(), np.array(plain(9), np.int32), end=10)
-            seq.hash_seed = hash_seed(salt)
+            seq.hash_seed = hash_seed(salt, None)
             scheduler.add(seq)
             step = scheduler.schedule()
             scheduler.update(step, np.array([7]))

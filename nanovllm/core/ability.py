@@ -58,8 +58,8 @@ class SamplingAbility(Ability):
         """
 
 
-class ReadoutAbility(Ability):
-    """An ability that reads the hidden states of other tokens than the sampled ones."""
+class StepAbility(Ability):
+    """An ability that concerns other tokens of a step than the sampled ones."""
 
     @abstractmethod
     def part(
@@ -70,3 +70,7 @@ class ReadoutAbility(Ability):
         query_start: [S + 1] where the tokens of each of the step's sequences begin.
         users: the indices into `step.rows` of the sequences that use this ability.
         """
+
+
+class ReadoutAbility(StepAbility):
+    """An ability that reads hidden states."""

@@ -6,6 +6,7 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from nanovllm.core.sequence import Sequence
+from nanovllm.lora.request import LoRARequest
 from nanovllm.outputs import Logprob, RequestMetrics, RequestOutput
 from nanovllm.sampling_params import SamplingParams
 
@@ -20,6 +21,7 @@ class Request:
     params: SamplingParams
     seqs: list[Sequence]
     metrics: RequestMetrics | None = None
+    lora_request: LoRARequest | None = None
     queue: deque[RequestOutput] | None = None  # where its outputs go; None: LLMEngine.step returns
     prompt_logprobs: list[dict[int, Logprob] | None] | None = field(default=None, init=False)
 

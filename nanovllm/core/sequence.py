@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from nanovllm.core.adapter import Adapter
 from nanovllm.core.batch import ceil_div
 from nanovllm.sampling_params import SamplingParams
 
@@ -31,6 +32,7 @@ class Prefix:
     tokens: bytes
     parent: Prefix | None
     block_id: int
+    hash_seed: int = 0  # where the chain began
 
 
 @dataclass(eq=False)
@@ -52,8 +54,9 @@ class Sequence:
     reads_cache: bool = True  # False: the request needs logits for its whole prompt
     abilities: int = 0  # one bit for each optional ability that the request uses
     prepared: Mapping[str, object] = field(default_factory=dict)  # an ability's name -> its state
-    hash_seed: int = 0  # covers what changes K/V or separates caches: the cache salt
+    hash_seed: int = 0  # covers what changes K/V or separates caches: adapter, salt
     priority: int = 0  # lower runs first with scheduling_policy="priority"
+    adapter: Adapter | None = None
 
     prompt_len: int = field(init=False)
     row: int = field(default=-1, init=False)  # in the SequenceTable while the sequence runs

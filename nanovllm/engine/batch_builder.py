@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from nanovllm.core.ability import Ability, ReadoutAbility, SamplingAbility
+from nanovllm.core.ability import Ability, SamplingAbility, StepAbility
 from nanovllm.core.batch import AttentionMetadata, Batch, Part, SampleRows, Tokens, ceil_div
 from nanovllm.core.sequence import Failure, SequenceTable
 from nanovllm.core.step import Step
@@ -91,7 +91,7 @@ def add_parts(
         if not used >> bit & 1:
             continue
         part: Part[np.ndarray] | None
-        if isinstance(ability, ReadoutAbility):
+        if isinstance(ability, StepAbility):
             users = np.flatnonzero(table.abilities[step.rows] >> bit & 1)
             part = ability.part(table, step, batch.attention.query_start, users)
         else:

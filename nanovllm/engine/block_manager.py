@@ -53,6 +53,8 @@ class BlockManager:
             found = self.cached.get(digest)
             if found is None or found.tokens != tokens or found.parent is not parent:
                 break
+            if found.hash_seed != hash_seed:
+                break
             chain.append(found)
             parent = found
         return chain
@@ -89,9 +91,15 @@ class BlockManager:
         contents = tokens.tobytes()
         digest = xxh64_intdigest(contents, hash_seed if parent is None else parent.hash)
         found = self.cached.get(digest)
-        if found is not None and found.tokens == contents and found.parent is parent:
+        is_equal = (
+            found is not None
+            and found.tokens == contents
+            and found.parent is parent
+            and found.hash_seed == hash_seed
+        )
+        if found is not None and is_equal:
             return found
-        prefix = Prefix(digest, contents, parent, block_id)
+        prefix = Prefix(digest, contents, parent, block_id, hash_seed)
         self.cached[digest] = prefix
         self.prefixes[block_id] = prefix
         return prefix

@@ -17,11 +17,14 @@ from typing import cast
 import numpy as np
 
 from nanovllm.core.ability import Ability, ModelFacts
+from nanovllm.core.adapter import Adapter
+from nanovllm.core.lora import COLUMN, LoRA
 from nanovllm.core.request import Request
-from nanovllm.core.sequence import Sequence
+from nanovllm.core.sequence import Columns, Sequence
 from nanovllm.engine.detokenizer import Tokenizer
 from nanovllm.errors import ValidationError
 from nanovllm.inputs import Tokenization, check_unicode
+from nanovllm.lora.request import LoRARequest
 from nanovllm.outputs import RequestMetrics, RequestOutput
 from nanovllm.sampling_params import RequestOutputKind, SamplingParams
 
@@ -65,6 +68,8 @@ class InputProcessor:
         log_stats: bool = False,
         queue: deque[RequestOutput] | None = None,
         priority: int = 0,
+        lora_request: LoRARequest | None = None,
+        adapter: Adapter | None = None,
     ) -> Request:
         """The checked request. Raises TypeError or ValueError.
 
@@ -73,6 +78,7 @@ class InputProcessor:
         output_kind: replaces the one of `params`.
         log_stats: whether the request has `RequestMetrics`.
         priority: lower runs first, with scheduling_policy="priority".
+        adapter: the adapter of `lora_request`, in the form that the engine knows.
         """
         if not isinstance(request_id, str):
             raise TypeError(f"request_id={request_id!r} must be a str")
@@ -81,13 +87,13 @@ class InputProcessor:
         params = params.clone()
         params.output_kind = output_kind or params.output_kind
         params.verify()
-        seed_of_hashes = hash_seed(cache_salt_of(prompt))
+        seed_of_hashes = hash_seed(cache_salt_of(prompt), adapter)
         how = Tokenization(truncate_prompt_tokens=params.truncate_prompt_tokens)
         text, tokens = self.tokenize(prompt, how)
         params.verify_for_model(
             self.vocab_size, max_logprobs, self.tokenizer is not None, self._tokenizer_knows
         )
-        seqs = self._sequences(params, tokens, self._prepared(params))
+        seqs = self._sequences(params, tokens, self._prepared(params, adapter), adapter)
         for seq in seqs:
             seq.hash_seed = seed_of_hashes
             seq.priority = priority
@@ -97,13 +103,14 @@ class InputProcessor:
             prompt_token_ids=tokens.tolist(),
             params=params,
             seqs=seqs,
+            lora_request=lora_request,
             metrics=RequestMetrics(arrival_time=time.monotonic()) if log_stats else None,
             queue=queue,
         )
 
-    def _prepared(self, params: SamplingParams) -> dict[str, object]:
+    def _prepared(self, params: SamplingParams, adapter: Adapter | None) -> dict[str, object]:
         """What the abilities that a request uses keep of it, by their names."""
-        prepared = {}
+        prepared = {} if adapter is None else adapter_columns(adapter)
         for ability in self.abilities:
             state = ability.prepare(params, self.facts)
             if state is not None:
@@ -112,7 +119,11 @@ class InputProcessor:
         return prepared
 
     def _sequences(
-        self, params: SamplingParams, tokens: np.ndarray, prepared: Mapping[str, object]
+        self,
+        params: SamplingParams,
+        tokens: np.ndarray,
+        prepared: Mapping[str, object],
+        adapter: Adapter | None,
     ) -> list[Sequence]:
         number = next(self._request_numbers)
         longest = self.max_model_len - len(tokens)
@@ -140,6 +151,7 @@ class InputProcessor:
                 reads_cache=params.reads_prefix_cache or index > 0,
                 abilities=abilities,
                 prepared=used,
+                adapter=adapter,
             )
             seqs.append(seq)
         return seqs
@@ -221,6 +233,11 @@ class InputProcessor:
             return False
 
 
+def adapter_columns(adapter: Adapter) -> dict[str, object]:
+    """What a sequence keeps for its LoRA adapter."""
+    return {LoRA.name: Columns({COLUMN: adapter.number})}
+
+
 def check_candidates(
     params: SamplingParams, vocab_size: int, prepared: Mapping[str, object]
 ) -> None:
@@ -278,11 +295,17 @@ def cache_salt_of(prompt: object) -> str | None:
     return salt
 
 
-def hash_seed(salt: str | None) -> int:
-    """Where the hash chain of a prompt's blocks starts: 64 bits of the salt, 0 without one."""
+def hash_seed(salt: str | None, adapter: Adapter | None) -> int:
+    """Where the hash chain of a prompt's blocks starts.
+
+    64 bits of the salt and the adapter. Without a salt it is the number of the adapter, and
+    without both it is 0.
+    """
+    number = 0 if adapter is None else adapter.number
     if salt is None:
-        return 0
-    return int.from_bytes(blake2b(salt.encode(), digest_size=8).digest(), "little")
+        return number
+    contents = f"{number} {salt}".encode()
+    return int.from_bytes(blake2b(contents, digest_size=8).digest(), "little")
 
 
 def as_prompts(prompts: object, prompt_token_ids: object) -> list[object]:

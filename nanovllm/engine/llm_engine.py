@@ -22,10 +22,14 @@ from types import SimpleNamespace
 import numpy as np
 
 from nanovllm.config import EngineArgs
+from nanovllm.core.ability import Ability
+from nanovllm.core.adapter import Adapter
 from nanovllm.core.batch import Batch
+from nanovllm.core.lora import LoRA
 from nanovllm.core.request import Request
 from nanovllm.core.sequence import Failure
 from nanovllm.core.step import Step
+from nanovllm.engine.adapters import Adapters
 from nanovllm.engine.batch_builder import build_batch
 from nanovllm.engine.detokenizer import Detokenizer, Tokenizer
 from nanovllm.engine.fair_lock import FairLock
@@ -36,8 +40,10 @@ from nanovllm.engine.stats import EngineStats, Metric, metrics
 from nanovllm.errors import ValidationError
 from nanovllm.inputs import Tokenization
 from nanovllm.loader.gguf_tokenizer import GGUFTokenizer
+from nanovllm.lora.request import LoRARequest
 from nanovllm.outputs import RequestOutput
 from nanovllm.runner import client_views
+from nanovllm.runner.adapter_memory import RankMemory
 from nanovllm.runner.executor import PendingStep
 from nanovllm.runner.executors import make_executor
 from nanovllm.runner.readouts.registry import READOUTS
@@ -81,7 +87,16 @@ class LLMEngine:
         is_gpu = setup.device.type == "cuda"
         self.overlap = is_gpu if args.async_scheduling is None else args.async_scheduling
         self.readouts = [make() for make in READOUTS.values()]
-        self.abilities = [*sampling_abilities(), *self.readouts]
+        self.abilities: list[Ability] = [*sampling_abilities(), *self.readouts]
+        self.adapters: Adapters | None = None
+        if args.enable_lora:
+            self.abilities.append(LoRA())
+            self.adapters = Adapters(
+                RankMemory(self.executor, args),
+                self._adapters_in_use,
+                max_loras=args.max_loras,
+                max_cpu_loras=args.max_cpu_loras or args.max_loras,
+            )
         self.scheduler_config = client_views.scheduler_config(setup, self.overlap)
         self.model_executor = client_views.model_executor(self.executor.runner)
         self.stats = EngineStats()
@@ -135,6 +150,7 @@ class LLMEngine:
             columns=columns,
             stats=self.stats,
             policy=self.args.scheduling_policy,
+            adapters=self.adapters,
         )
         self.output_processor.clear()
         self._drop_in_flight()
@@ -158,6 +174,7 @@ class LLMEngine:
         output_kind: RequestOutputKind | None = None,
         queue: deque[RequestOutput] | None = None,
         priority: int = 0,
+        lora_request: LoRARequest | None = None,
     ) -> None:
         """Checks a request and queues it.
 
@@ -176,6 +193,9 @@ class LLMEngine:
             if request_id in self.output_processor.requests:
                 raise ValidationError(f"request_id={request_id!r} is in use by another request")
             as_priorities(priority, 1, self.args.scheduling_policy)
+            adapter = None
+            if lora_request is not None:
+                adapter = self._need_adapters("lora_request").get(lora_request)
             request = self.input_processor.process(
                 request_id,
                 prompt,
@@ -185,6 +205,8 @@ class LLMEngine:
                 log_stats=not self.args.disable_log_stats,
                 queue=queue,
                 priority=priority,
+                lora_request=lora_request,
+                adapter=adapter,
             )
             self.output_processor.add(request)
             for seq in request.seqs:
@@ -330,6 +352,55 @@ class LLMEngine:
             request = self.output_processor.find(table.seqs[row])
             if request and request.metrics and request.metrics.first_scheduled_time is None:
                 request.metrics.first_scheduled_time = time.monotonic()
+
+    # -- adapters ----------------------------------------------------------------------------------
+
+    def add_lora(self, lora_request: LoRARequest) -> bool:
+        """Loads an adapter before a request needs it. Returns True.
+
+        Raises ValueError for files that do not suit the model, or if max_cpu_loras
+        adapters are pinned or running.
+        """
+        with self.exclusive():
+            adapters = self._need_adapters("add_lora")
+            adapters.load(adapters.get(lora_request), self._running_adapters())
+        return True
+
+    def remove_lora(self, lora_id: int) -> bool:
+        """Forgets an adapter. Returns whether it was known.
+
+        Raises ValueError while an unfinished request uses the adapter.
+        """
+        with self.exclusive():
+            return self._need_adapters("remove_lora").remove(lora_id)
+
+    def list_loras(self) -> set[int]:
+        """The lora_int_id of every adapter in memory."""
+        loaded = self._need_adapters("list_loras").loaded()
+        return {adapter.request.lora_int_id for adapter in loaded}
+
+    def pin_lora(self, lora_id: int) -> bool:
+        """Keeps an adapter in memory until `remove_lora`. Returns True."""
+        with self.exclusive():
+            adapters = self._need_adapters("pin_lora")
+            adapter = adapters.known.get(lora_id)
+            if adapter is None:
+                known = sorted(adapters.known)
+                raise ValidationError(f"lora_id={lora_id!r} is not known; known are {known}")
+            adapters.load(adapter, self._running_adapters())
+            adapter.is_pinned = True
+        return True
+
+    def _need_adapters(self, name: str) -> Adapters:
+        if self.adapters is None:
+            raise ValidationError(f"{name} needs an engine with enable_lora=True")
+        return self.adapters
+
+    def _running_adapters(self) -> set[Adapter | None]:
+        return {seq.adapter for seq in self.scheduler.table.seqs.values()}
+
+    def _adapters_in_use(self) -> set[Adapter | None]:
+        return {seq.adapter for seq in self.scheduler.unfinished.values()}
 
     # -- for clients -------------------------------------------------------------------------------
 

@@ -243,5 +243,6 @@ def request_output(
         outputs=completions,
         finished=finished,
         metrics=metrics,
+        lora_request=request.lora_request,
         num_cached_tokens=max(request.seqs[0].num_cached_tokens, 0),
     )

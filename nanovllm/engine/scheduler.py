@@ -12,14 +12,27 @@ from __future__ import annotations
 from bisect import bisect
 from collections import deque
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 
 from nanovllm.core.batch import ceil_div
 from nanovllm.core.sequence import PENDING, Failure, Sequence, SequenceTable
 from nanovllm.core.step import Step
+from nanovllm.engine.adapters import Adapters
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.stats import EngineStats
+
+
+@dataclass
+class Passed:
+    """The head of the waiting queue while it waits for an adapter to end.
+
+    Sequences up to seq_id `newest` may run before it.
+    """
+
+    head: Sequence
+    newest: int
 
 
 class Scheduler:
@@ -45,6 +58,7 @@ class Scheduler:
         columns: Mapping[str, type] | None = None,
         stats: EngineStats | None = None,
         policy: str = "fcfs",
+        adapters: Adapters | None = None,
     ) -> None:
         self.block_size = block_size
         self.max_num_batched_tokens = max_num_batched_tokens
@@ -53,14 +67,18 @@ class Scheduler:
         self.enable_chunked_prefill = enable_chunked_prefill
         self.stats = stats or EngineStats()
         self.by_priority = policy == "priority"
+        self.adapters = adapters  # None: no sequence has an adapter
+        self.passed: Passed | None = None
         self.blocks = BlockManager(num_blocks, block_size)
         self.table = SequenceTable(max_num_seqs, max_model_len, block_size, columns)
         self.running = np.empty(0, np.int64)
         self.waiting: deque[Sequence] = deque()
         self.unfinished: dict[int, Sequence] = {}
+        self.newest = -1  # the seq_id of the sequence that arrived last
         self.failures: list[Failure] = []  # of admissions; the engine ends their requests
 
     def add(self, seq: Sequence) -> None:
+        self.newest = seq.seq_id
         self.unfinished[seq.seq_id] = seq
         self._wait(seq, len(self.waiting))
 
@@ -104,7 +122,8 @@ class Scheduler:
         while self.waiting and budget > 0 and table.free_rows:
             if self.stats.num_preemptions > preemptions:
                 break
-            row = self._try_to_admit(self.waiting[0], budget)
+            seq = self._next_waiting()
+            row = None if seq is None else self._try_to_admit(seq, budget)
             if row is None:
                 break
             new = np.array([row])
@@ -157,6 +176,26 @@ class Scheduler:
         has_work = counts > 0
         return rows[has_work], counts[has_work].astype(np.int32)
 
+    def _next_waiting(self) -> Sequence | None:
+        """The first waiting sequence whose adapter may run beside the adapters that run.
+
+        Sequences that arrive after the head of the queue was first passed over do not
+        pass it, so it does not starve.
+        """
+        head = self.waiting[0]
+        if self.adapters is None:
+            return head
+        running = {self.table.seqs[row].adapter for row in self.running.tolist()}
+        for seq in self.waiting:
+            is_late = self.passed is not None and seq.seq_id > self.passed.newest
+            if seq is not head and is_late:
+                continue
+            if self.adapters.may_join(seq.adapter, running):
+                return seq
+            if seq is head and (self.passed is None or self.passed.head is not head):
+                self.passed = Passed(head, self.newest)
+        return None
+
     def _try_to_admit(self, seq: Sequence, budget: int) -> int | None:
         try:
             return self._admit(seq, budget)
@@ -190,8 +229,10 @@ class Scheduler:
             return None
         if not self.enable_chunked_prefill and length - num_cached > budget:
             return None
+        if seq.adapter is not None and self.adapters is not None:
+            self.adapters.load(seq.adapter, {each.adapter for each in table.seqs.values()})
         row = table.admit(seq)
-        self.waiting.popleft()
+        self.waiting.remove(seq)
         table.block_table[row, : len(hit)] = blocks.acquire(hit)
         table.num_blocks[row] = len(hit)
         table.num_registered[row] = len(hit)

@@ -307,7 +307,7 @@ constexpr int PANEL = 2 * W, PANEL_ROWS = W == 16 ? 11 : 6;
 // the registers.
 template <class T, class B, int M>
 __attribute__((noinline)) void times_panel(const Element<B>* x, int64_t stride, const B* panel, int64_t depth, const T* bias,
-                                           T* out, int64_t out_stride) {
+                                           int64_t bias_stride, T* out, int64_t out_stride) {
   using D = Dot<B>;
   Vec sums[M][2] = {};
   for (int64_t d = 0; d < depth; d += D::P)
@@ -319,13 +319,16 @@ __attribute__((noinline)) void times_panel(const Element<B>* x, int64_t stride, 
           return D::load_in(at);
         });
   for (int i = 0; i < M; i++)
-    for (int j = 0; j < 2; j++) store(out + i * out_stride + j * W, bias ? sums[i][j] + load(bias + j * W) : sums[i][j]);
+    for (int j = 0; j < 2; j++)
+      store(out + i * out_stride + j * W, bias ? sums[i][j] + load(bias + i * bias_stride + j * W) : sums[i][j]);
 }
 
-// The first `panels` * PANEL columns of w lie in panels.
+// The first `panels` * PANEL columns of w lie in panels. The biases of a row lie
+// `bias_stride` after those of the row before: 0 is one bias for all rows, and a bias at
+// `out` is added to.
 template <class T>
-void product(const T* x, int64_t x_stride, const T* w, int64_t panels, const T* bias, T* out, int64_t rows, int64_t cols,
-             int64_t depth) {
+void product(const T* x, int64_t x_stride, const T* w, int64_t panels, const T* bias, int64_t bias_stride, T* out,
+             int64_t out_stride, int64_t rows, int64_t cols, int64_t depth) {
   using D = Dot<T>;
   // Each span is summed on its own, because shorter sums have smaller rounding errors.
   constexpr int STEP = W * D::P, SPAN = 1024;
@@ -357,10 +360,13 @@ void product(const T* x, int64_t x_stride, const T* w, int64_t panels, const T* 
         for (int64_t i = 0; i < PANEL * depth; i += W) store(&wide[i], load(from + i));
       wide_panel = panel;
       for_block<PANEL_ROWS>(rows, unit % blocks, [&](int64_t first, auto m) {
-        T* to = out + first * cols + col;
+        T* to = out + first * out_stride + col;
+        const T* row_bias = panel_bias ? panel_bias + first * bias_stride : nullptr;
+        const Element<T>* of = all + first * stride;
         if constexpr (!same)
-          if (widened) return times_panel<T, float, m()>(all + first * stride, stride, wide.get(), depth, panel_bias, to, cols);
-        times_panel<T, T, m()>(all + first * stride, stride, from, depth, panel_bias, to, cols);
+          if (widened)
+            return times_panel<T, float, m()>(of, stride, wide.get(), depth, row_bias, bias_stride, to, out_stride);
+        times_panel<T, T, m()>(of, stride, from, depth, row_bias, bias_stride, to, out_stride);
       });
     }
 #pragma omp for schedule(static) nowait
@@ -385,19 +391,27 @@ void product(const T* x, int64_t x_stride, const T* w, int64_t panels, const T* 
           }
           for (int i = 0; i < m; i++) total[i] += sum(sums[i][0]);
         }
-        for (int i = 0; i < m; i++)
-          store(out + (first + i) * cols + col, Vec{} + (total[i] + (bias ? load(bias + col, 1)[0] : 0)), 1);
+        for (int i = 0; i < m; i++) {
+          const float start = bias ? load(bias + (first + i) * bias_stride + col, 1)[0] : 0;
+          store(out + (first + i) * out_stride + col, Vec{} + (total[i] + start), 1);
+        }
       });
   }
 }
 
 template <class T>
 void linear(const T* x, int64_t x_stride, const T* w, const T* bias, T* out, int64_t rows, int64_t cols, int64_t depth) {
-  product(x, x_stride, w, 0, bias, out, rows, cols, depth);
+  product(x, x_stride, w, 0, bias, 0, out, cols, rows, cols, depth);
 }
 template <class T>
 void linear_panels(const T* x, int64_t x_stride, const T* w, const T* bias, T* out, int64_t rows, int64_t cols, int64_t depth) {
-  product(x, x_stride, w, cols / PANEL, bias, out, rows, cols, depth);
+  product(x, x_stride, w, cols / PANEL, bias, 0, out, cols, rows, cols, depth);
+}
+// out += x @ w.T
+template <class T>
+void add_linear_panels(const T* x, int64_t x_stride, const T* w, T* out, int64_t out_stride, int64_t rows, int64_t cols,
+                       int64_t depth) {
+  product(x, x_stride, w, cols / PANEL, (const T*)out, out_stride, out, out_stride, rows, cols, depth);
 }
 
 // Rows `ids` of w [rows, depth]. An id outside w gives zeros, so the kernel reads only w.
@@ -542,17 +556,18 @@ void sample(const T* logits, int64_t stride, const float* temperature, const flo
 
 }  // namespace
 
-#define EXPORT(T)                                                                          \
-  extern "C" int64_t panel_depth_##T() { return Dot<T>::P; }                               \
-  extern "C" void embed_##T(const Arg* args) { apply(embed<T>, args); }                    \
-  extern "C" void embed_panels_##T(const Arg* args) { apply(embed_panels<T>, args); }      \
-  extern "C" void write_##T(const Arg* args) { apply(write<T>, args); }                    \
-  extern "C" void attend_##T(const Arg* args) { apply(attend<T>, args); }                  \
-  extern "C" void linear_##T(const Arg* args) { apply(linear<T>, args); }                  \
-  extern "C" void linear_panels_##T(const Arg* args) { apply(linear_panels<T>, args); }    \
-  extern "C" void rms_norm_##T(const Arg* args) { apply(rms_norm<T>, args); }              \
-  extern "C" void add_rms_norm_##T(const Arg* args) { apply(add_rms_norm<T>, args); }      \
-  extern "C" void silu_and_mul_##T(const Arg* args) { apply(silu_and_mul<T>, args); }      \
+#define EXPORT(T)                                                                               \
+  extern "C" int64_t panel_depth_##T() { return Dot<T>::P; }                                    \
+  extern "C" void embed_##T(const Arg* args) { apply(embed<T>, args); }                         \
+  extern "C" void embed_panels_##T(const Arg* args) { apply(embed_panels<T>, args); }           \
+  extern "C" void write_##T(const Arg* args) { apply(write<T>, args); }                         \
+  extern "C" void attend_##T(const Arg* args) { apply(attend<T>, args); }                       \
+  extern "C" void linear_##T(const Arg* args) { apply(linear<T>, args); }                       \
+  extern "C" void linear_panels_##T(const Arg* args) { apply(linear_panels<T>, args); }         \
+  extern "C" void add_linear_panels_##T(const Arg* args) { apply(add_linear_panels<T>, args); } \
+  extern "C" void rms_norm_##T(const Arg* args) { apply(rms_norm<T>, args); }                   \
+  extern "C" void add_rms_norm_##T(const Arg* args) { apply(add_rms_norm<T>, args); }           \
+  extern "C" void silu_and_mul_##T(const Arg* args) { apply(silu_and_mul<T>, args); }           \
   extern "C" void sample_##T(const Arg* args) { apply(sample<T>, args); }
 EXPORT(bf16)
 EXPORT(fp16)

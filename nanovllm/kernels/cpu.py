@@ -189,6 +189,22 @@ def product(name: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor
     return out
 
 
+def add_linear_panels(out: Tensor, x: Tensor, weight: Tensor) -> bool:
+    """out [T, N] += x [T, K] @ weight [N, K].T, of a weight that `to_panels` has transposed.
+
+    Returns False, and changes nothing, where the kernel cannot run.
+    """
+    run = kernel("add_linear_panels", x.dtype)
+    if run is None or weight.dtype is not x.dtype or out.dtype is not x.dtype:
+        return False
+    if not (x.stride(1) == 1 and out.stride(1) == 1 and weight.is_contiguous()):
+        return False
+    rows, depth = x.shape
+    places = (x.data_ptr(), x.stride(0), weight.data_ptr(), out.data_ptr(), out.stride(0))
+    call(run, *places, rows, weight.shape[0], depth)
+    return True
+
+
 def embedding(ids: Tensor, weight: Tensor) -> Tensor | None:
     """Rows ids [T] int64 of a weight [N, K] in rows -> [T, K].
 

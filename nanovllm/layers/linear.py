@@ -39,6 +39,10 @@ class Matrix(nn.Module):
         if bias:
             self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False)
 
+    def sources(self, prefix: str) -> list[Source]:
+        """What fills the parameters from a checkpoint. prefix: the name of this module."""
+        raise NotImplementedError
+
     def begin_loading(self) -> None:
         """Puts the weights into the form of checkpoints, so that they can be read or written."""
         self.storage.begin_loading(self)

@@ -183,6 +183,27 @@ def fetch(
     return found[0]
 
 
+def fetch_adapter(
+    path: str, patterns: list[str], cache: str | None, token: str | bool | None
+) -> Path:
+    """Downloads these files of an adapter on the hub. Returns their folder.
+
+    Raises ValueError if the hub does not give them.
+    """
+    from huggingface_hub import snapshot_download
+
+    try:
+        snapshot = snapshot_download(
+            path, cache_dir=expanded(cache), token=token, allow_patterns=patterns
+        )
+    except Exception as err:  # the hub raises errors of many types
+        raise ValueError(
+            f"lora_path={path!r} is no folder here, and the Hugging Face hub did not give it "
+            f"({cause(err)}); check the name and the network, or give a local folder"
+        ) from err
+    return Path(snapshot)
+
+
 def parse_hub_name(model: str) -> tuple[str, list[str]]:
     """(repository, patterns of its one GGUF file). A whole repository has no patterns.
 

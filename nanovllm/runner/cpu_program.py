@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping
 from math import prod
 from operator import getitem
 from types import FrameType, FunctionType, ModuleType
-from typing import cast
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
@@ -37,7 +37,7 @@ logger = logging.getLogger("nanovllm")
 # Larger steps are not recorded, because Python takes a small share of their time
 # (docs/experiments.md).
 MAX_TOKENS = 256
-MAX_PROGRAMS = 64  # one a number of tokens; the least recently used is dropped first
+MAX_PROGRAMS = 64  # one a kind of step; the least recently used is dropped first
 OURS = ("nanovllm.", "contextlib")  # modules whose functions may stand in our classes
 BACKEND_METHODS = ("write", "attend", "store")
 MODULE_ATTRIBUTES = set(vars(nn.Module()))  # torch's own
@@ -302,8 +302,15 @@ def is_foreign(value: object) -> bool:
 # -- running -----------------------------------------------------------------------------
 
 
+class Kind(NamedTuple):
+    """Steps that one program serves: `num_tokens` of one LoRA adapter (0 is none)."""
+
+    num_tokens: int
+    adapter: int
+
+
 class CpuPrograms:
-    """Runs the model, with a program where there is one for this number of tokens.
+    """Runs the model, with a program where there is one for this kind of step.
 
     Invariant: a program is replayed only if the model has not changed since its
     recording.
@@ -321,12 +328,22 @@ class CpuPrograms:
         """Drops all programs and frees their memory."""
         self.structure: Structure | None = None
         self.arena = Arena()
-        # Numbers of tokens that a step had. The second step of a number is recorded.
-        self.seen: set[int] = set()
-        self.programs: OrderedDict[int, Program] = OrderedDict()
+        # Kinds of steps that ran. The second step of a kind is recorded.
+        self.seen: set[Kind] = set()
+        self.programs: OrderedDict[Kind, Program] = OrderedDict()
 
-    def forward(self, input_ids: Tensor) -> Tensor:
-        """input_ids [T] int64 -> hidden states [T, hidden_size]. The next step overwrites them."""
+    def drop(self, adapter: int) -> None:
+        """Drops the programs of steps with this LoRA adapter."""
+        self.seen = {kind for kind in self.seen if kind.adapter != adapter}
+        for kind in list(self.programs):
+            if kind.adapter == adapter:
+                del self.programs[kind]
+
+    def forward(self, input_ids: Tensor, adapter: int = 0) -> Tensor:
+        """input_ids [T] int64 -> hidden states [T, hidden_size]. The next step overwrites them.
+
+        adapter: the LoRA adapter of every token; 0 is none. It never changes its memory.
+        """
         structure = self.structure
         if structure is None or not structure.is_unchanged():
             self.clear()
@@ -335,19 +352,20 @@ class CpuPrograms:
         count = len(input_ids)
         if structure.reason is not None or count > MAX_TOKENS:
             return self.model(input_ids, self.attention)
-        program = self.programs.get(count)
+        kind = Kind(count, adapter)
+        program = self.programs.get(kind)
         if program is not None:
-            self.programs.move_to_end(count)
+            self.programs.move_to_end(kind)
             self.input_ids[:count] = input_ids
             return program.replay()
-        if count not in self.seen:
-            self.seen.add(count)
+        if kind not in self.seen:
+            self.seen.add(kind)
             return self.model(input_ids, self.attention)
         self.input_ids[:count] = input_ids
-        return self.record(count, structure)
+        return self.record(kind, structure)
 
-    def record(self, count: int, structure: Structure) -> Tensor:
-        """Runs the model on the first `count` of `input_ids` and keeps its calls.
+    def record(self, kind: Kind, structure: Structure) -> Tensor:
+        """Runs the model on the first tokens of `input_ids` and keeps its calls.
 
         A model whose calls are not the whole step is not recorded again.
         """
@@ -356,7 +374,7 @@ class CpuPrograms:
         token = cpu.RECORDER.set(recorder)
         try:
             with recorder:
-                hidden: Tensor = self.model(self.input_ids[:count], self.attention)
+                hidden: Tensor = self.model(self.input_ids[: kind.num_tokens], self.attention)
         finally:
             cpu.RECORDER.reset(token)
         if recorder.reason is None and hidden.data_ptr() not in self.arena.blocks:
@@ -365,7 +383,7 @@ class CpuPrograms:
             structure.reason = recorder.reason
             self.report(recorder.reason)
             return hidden
-        self.programs[count] = Program(recorder, hidden)
+        self.programs[kind] = Program(recorder, hidden)
         if len(self.programs) > MAX_PROGRAMS:
             self.programs.popitem(last=False)
         return hidden

@@ -45,8 +45,11 @@ def graph_size(count: int, sizes: list[int]) -> int:
 
 
 def is_decode(batch: Batch[np.ndarray]) -> bool:
-    """Whether every sequence computes one token and samples the next."""
-    if "prompt_logprobs" in batch.parts:
+    """Whether every sequence computes one token and samples the next.
+
+    Graphs have no products of LoRA.
+    """
+    if "prompt_logprobs" in batch.parts or "lora" in batch.parts:
         return False
     num_seqs = len(batch.attention.context_lens)
     num_sampled = len(batch.sample.at)

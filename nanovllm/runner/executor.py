@@ -140,6 +140,12 @@ class Worker:
         """Loads the checkpoint again into the model."""
         self.model_runner.load()
 
+    def load_adapter(self, number: int, folder: str) -> None:
+        self.model_runner.load_adapter(number, folder)
+
+    def unload_adapter(self, number: int) -> None:
+        self.model_runner.unload_adapter(number)
+
     def sleep(self, level: int = 1) -> None:
         sleep.sleep(self.model_runner, level)
 

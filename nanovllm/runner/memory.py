@@ -83,7 +83,13 @@ def free_gpu_bytes(runner: ModelRunner) -> int:
     graphs = graph_bytes(runner)
     runner.attention.allocate(0)
     free_gpu_memory(device)
-    return int(share - used - graphs)
+    return int(share - used - graphs - adapter_bytes(runner))
+
+
+def adapter_bytes(runner: ModelRunner) -> int:
+    """Bytes of as many LoRA adapters as may be loaded."""
+    args = runner.setup.args
+    return 0 if runner.lora is None else runner.lora.num_bytes() * (args.max_cpu_loras or 1)
 
 
 def graph_bytes(runner: ModelRunner) -> int:

@@ -22,6 +22,7 @@ from nanovllm.runner.cpu_program import CpuPrograms
 from nanovllm.runner.cuda_graphs import DecodeGraphs, is_decode
 from nanovllm.runner.device import current, free_gpu_memory, to_device, to_host
 from nanovllm.runner.load_model import load_weights, make_model
+from nanovllm.runner.lora import ModelAdapters
 from nanovllm.runner.readouts.base import Readout
 from nanovllm.runner.readouts.next_tokens import NextTokens, Sampled
 from nanovllm.runner.readouts.registry import READOUTS
@@ -75,6 +76,7 @@ class ModelRunner:
         self.device = setup.device
         self.free_at_start = free_gpu_memory(setup.device)
         self.model = make_model(setup, tp)
+        self.lora = ModelAdapters(self.model, setup, tp) if setup.args.enable_lora else None
         spec = AttentionSpec.of(
             self.model.cache_specs(),
             num_heads=len(tp.split(setup.config.num_heads)),
@@ -105,32 +107,51 @@ class ModelRunner:
     def launch(self, host_batch: Batch[np.ndarray]) -> PendingStep:
         """Queues one step: model, logits of the rows that sample, their tokens."""
         with current(self.device):
-            if self.graphs is not None and is_decode(host_batch):
-                if not host_batch.parts:
-                    return PendingStep(Sampled(self.graphs.next_tokens(host_batch)), {}, NO_ROWS)
-                hidden = self.graphs.hidden_states(host_batch)
-                batch = to_device(host_batch, self.device)
-            else:
-                batch = to_device(host_batch, self.device)
-                hidden = self.forward(batch)
-            readouts = {
-                name: readout.read(self.model, hidden, batch)
-                for name, readout in self.readouts.items()
-                if name in batch.parts
-            }
-            sampled = self.next_tokens.read(self.model, hidden, batch)
-            logprobs = host_batch.parts.get("logprobs")
-            rows = logprobs.at if isinstance(logprobs, LogprobsPart) else NO_ROWS
-            return PendingStep(sampled, readouts, rows)
+            if self.lora is None:
+                return self.run(host_batch)
+            with self.lora.rows_of(host_batch):
+                return self.run(host_batch)
+
+    def run(self, host_batch: Batch[np.ndarray]) -> PendingStep:
+        if self.graphs is not None and is_decode(host_batch):
+            if not host_batch.parts:
+                return PendingStep(Sampled(self.graphs.next_tokens(host_batch)), {}, NO_ROWS)
+            hidden = self.graphs.hidden_states(host_batch)
+            batch = to_device(host_batch, self.device)
+        else:
+            batch = to_device(host_batch, self.device)
+            hidden = self.forward(batch)
+        readouts = {
+            name: readout.read(self.model, hidden, batch)
+            for name, readout in self.readouts.items()
+            if name in batch.parts
+        }
+        sampled = self.next_tokens.read(self.model, hidden, batch)
+        logprobs = host_batch.parts.get("logprobs")
+        rows = logprobs.at if isinstance(logprobs, LogprobsPart) else NO_ROWS
+        return PendingStep(sampled, readouts, rows)
 
     def forward(self, batch: Batch[Tensor]) -> Tensor:
         """The last layer's output [T, hidden_size]."""
         newest = self.last_tokens[batch.tokens.rows]
         token_ids = torch.where(batch.tokens.ids < 0, newest, batch.tokens.ids)
         self.attention.begin(batch.attention)
-        if self.programs is not None:
-            return self.programs.forward(token_ids)
+        adapter = 0 if self.lora is None else self.lora.rows.only
+        if self.programs is not None and adapter is not None:
+            return self.programs.forward(token_ids, adapter)
         return self.model(token_ids, self.attention)
+
+    def load_adapter(self, number: int, folder: str) -> None:
+        """Reads a LoRA adapter, which batches then call `number`."""
+        assert self.lora is not None, "the engine has enable_lora=True"
+        self.lora.load(number, folder)
+
+    def unload_adapter(self, number: int) -> None:
+        """Frees a LoRA adapter. No batch names it any more."""
+        assert self.lora is not None, "the engine has enable_lora=True"
+        self.lora.unload(number)
+        if self.programs is not None:
+            self.programs.drop(number)
 
     def load(self) -> None:
         """Reads the checkpoint into the running model."""

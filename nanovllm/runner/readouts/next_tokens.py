@@ -13,6 +13,7 @@ from nanovllm.parallel import TensorParallel
 from nanovllm.runner.readouts.base import Readout
 from nanovllm.sampling.logprobs import LogprobsPart, logprobs, ranked
 from nanovllm.sampling.sampler import Processed, errors_of, process
+from nanovllm.weights.lora import LoRAWeight
 
 
 @dataclass
@@ -22,6 +23,15 @@ class Sampled:
     tokens: Tensor  # [K] int64
     logprobs: Logprobs[Tensor] | None = None
     errors: dict[int, Exception] = field(default_factory=dict)  # token -> its request's error
+
+
+def logits_at(model: CausalLM, hidden: Tensor, at: Tensor) -> Tensor:
+    """Logits [K, vocabulary] of the tokens `at` [K] of a step."""
+    head = model.lm_head.storage
+    if isinstance(head, LoRAWeight) and head.linear_changes:
+        with head.rows.picked(at):
+            return model.logits(hidden[at])
+    return model.logits(hidden[at])
 
 
 class NextTokens(Readout[Sampled]):
@@ -41,7 +51,7 @@ class NextTokens(Readout[Sampled]):
         self.is_log = logprobs_mode.endswith("logprobs")
 
     def read(self, model: CausalLM, hidden: Tensor, batch: Batch[Tensor]) -> Sampled:
-        logits = model.logits(hidden[batch.sample.at])
+        logits = logits_at(model, hidden, batch.sample.at)
         part = batch.parts.get("logprobs")
         if not isinstance(part, LogprobsPart):
             return Sampled(self.sample(logits, batch), errors=errors_of(batch))

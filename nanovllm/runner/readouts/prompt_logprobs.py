@@ -15,6 +15,7 @@ from nanovllm.core.sequence import Columns, Sequence, SequenceTable
 from nanovllm.core.step import Array, Logprobs, Step
 from nanovllm.models.decoder import CausalLM
 from nanovllm.runner.readouts.base import Readout, Requests
+from nanovllm.runner.readouts.next_tokens import logits_at
 from nanovllm.sampling.logprobs import logprobs
 from nanovllm.sampling_params import SamplingParams
 
@@ -79,7 +80,7 @@ class PromptLogprobs(ReadoutAbility, Readout[Logprobs[Tensor]]):
         part = batch.parts[self.name]
         assert isinstance(part, PromptLogprobsPart)
         found = [
-            logprobs(model.logits(hidden[at]), targets, part.k)
+            logprobs(logits_at(model, hidden, at), targets, part.k)
             for at, targets in zip(part.at.split(ROWS_AT_ONCE), part.targets.split(ROWS_AT_ONCE))
         ]
         return Logprobs(

@@ -1,0 +1,39 @@
+"""Where the weights of LoRA adapters lie: in the memory of every rank. No step runs this file."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+
+from nanovllm.config import EngineArgs
+from nanovllm.loader.peft import find_adapter
+from nanovllm.lora.request import LoRARequest
+from nanovllm.runner.executor import Executor
+
+
+class RankMemory:
+    """Checks adapters on rank 0, because all ranks read the same files."""
+
+    def __init__(self, executor: Executor, args: EngineArgs) -> None:
+        self.executor = executor
+        self.args = args
+
+    def find(self, request: LoRARequest) -> str:
+        """The folder of the adapter's files. Raises ValueError for files that do not suit."""
+        folder = find_adapter(request.lora_path, self.args.download_dir, self.args.hf_token)
+        adapters = self.executor.runner.lora
+        assert adapters is not None, "the engine has enable_lora=True"
+        adapters.read(str(folder))
+        return str(folder)
+
+    def load(self, number: int, folder: str) -> None:
+        """Reads the weights on every rank, or on none."""
+        try:
+            self.executor.collective_rpc("load_adapter", (number, folder))
+        except Exception:
+            with suppress(Exception):
+                self.unload(number)
+            raise
+
+    def unload(self, number: int) -> None:
+        """Frees the weights."""
+        self.executor.collective_rpc("unload_adapter", (number,))
