@@ -393,7 +393,7 @@ def test_hundreds_of_random_steps_leave_no_page_and_no_adapter():
     names: list[str | None] = [None, "all", "other", "third", "rslora"]
     wanted: dict[str, list[int]] = {}
     finished: dict[str, list[int]] = {}
-    for number in range(400):
+    for number in range(250):
         action = generator.random()
         name = generator.choice(names)
         if action < 0.25:
@@ -418,7 +418,7 @@ def test_hundreds_of_random_steps_leave_no_page_and_no_adapter():
         for out in core.step():
             if out.finished:
                 finished[out.request_id] = out.outputs[0].token_ids
-    assert len(finished) > 50
+    assert len(finished) > 30
     assert all(tokens == wanted[i] for i, tokens in finished.items())
     for number in core.list_loras():
         core.remove_lora(number)
