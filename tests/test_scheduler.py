@@ -593,7 +593,6 @@ def test_with_the_policy_priority_lower_values_are_admitted_first_and_preempted_
 
     scheduler = Config(max_model_len=8, spare_blocks=0, policy="priority").scheduler()
     scheduler.add(waiting_sequence(0, priority=7))
-    scheduler.schedule()
     scheduler.add(waiting_sequence(1, priority=2))
     for _ in range(3):  # both have 3 tokens, and grow into a second block
         step = scheduler.schedule()
