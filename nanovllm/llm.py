@@ -72,6 +72,7 @@ class LLM:
         disable_log_stats: bool = True,
         enable_sleep_mode: bool = False,
         tensor_parallel_size: int = 1,
+        data_parallel_size: int = 1,
         distributed_executor_backend: str | None = None,
         **others: object,
     ) -> None:
@@ -84,7 +85,7 @@ class LLM:
         given = dict(locals())  # the arguments, because no other local exists yet
         for name in ("self", "model", "others"):
             del given[name]
-        self.llm_engine = LLMEngine(EngineArgs(model, **given, **others))
+        self.llm_engine = make_engine(EngineArgs(model, **given, **others))
 
     @classmethod
     def from_engine_args(cls, engine_args: EngineArgs) -> LLM:
@@ -128,7 +129,7 @@ class LLM:
             is_alone = not engine.has_unfinished_requests()
             stream = Stream(engine, requests, use_tqdm, output_kind=RequestOutputKind.FINAL_ONLY)
             if is_alone:
-                engine.scheduler.sort_waiting_longest_first()
+                engine.sort_waiting_longest_first()
         with closing(stream), ProgressBar(len(requests), use_tqdm) as bar:
             for output in stream:
                 outputs[output.request_id] = output
@@ -238,9 +239,10 @@ class LLM:
     def get_world_size(self, include_dp: bool = True) -> int:
         """The number of ranks.
 
-        include_dp: no effect, because the engine has no data parallelism.
+        include_dp: whether to count the ranks of all engines of data parallelism, or of one.
         """
-        return self.llm_engine.args.tensor_parallel_size
+        args = self.llm_engine.args
+        return args.tensor_parallel_size * (args.data_parallel_size if include_dp else 1)
 
     def reset_prefix_cache(
         self, reset_running_requests: bool = False, reset_connector: bool = False
@@ -300,6 +302,15 @@ class LLM:
 
 for _name, _reason in REFUSED_METHODS.items():
     setattr(LLM, _name, refused(_name, _reason))
+
+
+def make_engine(args: EngineArgs) -> LLMEngine:
+    """One engine in this process, or several behind one queue."""
+    if args.data_parallel_size == 1:
+        return LLMEngine(args)
+    from nanovllm.data_parallel import DataParallelEngine  # one engine needs nothing of it
+
+    return DataParallelEngine(args)
 
 
 def refuse_options(

@@ -12,7 +12,6 @@ import itertools
 import logging
 import os
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ import numpy as np
 
 from nanovllm.config import EngineArgs
 from nanovllm.core.batch import Batch
-from nanovllm.core.request import Request
+from nanovllm.core.request import OutputQueue, Request
 from nanovllm.core.sequence import Failure
 from nanovllm.core.step import Step
 from nanovllm.engine.batch_builder import build_batch
@@ -73,7 +72,6 @@ class LLMEngine:
         check_process(LLMEngine.first_pid)
         self.args = args
         self.setup = setup = Setup(args)
-        self.executor = make_executor(setup)
         self.max_model_len = setup.max_model_len
         self.vocab_size = setup.config.vocab_size
         self.eos_token_ids = setup.eos_token_ids
@@ -82,7 +80,6 @@ class LLMEngine:
         self.readouts = [make() for make in READOUTS.values()]
         self.abilities = [*sampling_abilities(), *self.readouts]
         self.scheduler_config = client_views.scheduler_config(setup, self.overlap)
-        self.model_executor = client_views.model_executor(self.executor.runner)
         self.stats = EngineStats()
         self.request_ids = map(str, itertools.count())
         self.lock = FairLock()
@@ -100,6 +97,17 @@ class LLMEngine:
         )
         self.output_processor = OutputProcessor()
         self.set_tokenizer(setup.tokenizer)
+        self.load()
+
+    def load(self) -> None:
+        """Starts the ranks and loads the model. Raises ValueError for several engines."""
+        if self.args.data_parallel_size > 1:
+            raise ValueError(
+                f"data_parallel_size={self.args.data_parallel_size}: an LLMEngine is one engine; "
+                "use LLM or AsyncLLM"
+            )
+        self.executor = make_executor(self.setup)
+        self.model_executor = client_views.model_executor(self.executor.runner)
         self.reset()
 
     @classmethod
@@ -143,7 +151,7 @@ class LLMEngine:
         *,
         max_logprobs: int | None = None,
         output_kind: RequestOutputKind | None = None,
-        queue: deque[RequestOutput] | None = None,
+        queue: OutputQueue | None = None,
     ) -> None:
         """Checks a request and queues it.
 
@@ -169,9 +177,16 @@ class LLMEngine:
                 log_stats=not self.args.disable_log_stats,
                 queue=queue,
             )
-            self.output_processor.add(request)
-            for seq in request.seqs:
-                self.scheduler.add(seq)
+            self.enqueue(request)
+
+    def enqueue(self, request: Request) -> None:
+        """Queues a checked request."""
+        self.output_processor.add(request)
+        for seq in request.seqs:
+            self.scheduler.add(seq)
+
+    def sort_waiting_longest_first(self) -> None:
+        self.scheduler.sort_waiting_longest_first()
 
     def new_request_id(self) -> str:
         requests = self.output_processor.requests
@@ -194,6 +209,20 @@ class LLMEngine:
             if request is not None:
                 self._finish(request, "abort")
 
+    def end_request(self, request_id: str) -> RequestOutput | None:
+        """Ends a request. Returns its last output, with finish_reason "abort".
+
+        Returns None if no unfinished request has the id.
+        """
+        with self.exclusive():
+            request = self.output_processor.requests.get(request_id)
+            if request is None:
+                return None
+            self._finish(request, "abort")
+            output = self.output_processor.last_output(request)
+            self.output_processor.remove(request_id)
+            return output
+
     def _finish(self, request: Request, reason: str, message: str | None = None) -> None:
         for seq in request.seqs:
             if seq.finish_reason is None:
@@ -202,8 +231,16 @@ class LLMEngine:
     def has_unfinished_requests(self) -> bool:
         return bool(self.output_processor.requests)
 
+    def has_request(self, request_id: str) -> bool:
+        """Whether an unfinished request has the id."""
+        return request_id in self.output_processor.requests
+
     def get_num_unfinished_requests(self) -> int:
         return len(self.output_processor.requests)
+
+    def close(self) -> None:
+        """Ends the ranks. The engine cannot compute after that."""
+        self.executor.close()
 
     # -- running -----------------------------------------------------------------------------------
 
@@ -233,8 +270,10 @@ class LLMEngine:
             finally:
                 self.stepping = False
             for request, output in produced:
-                queue = self.undelivered if request.queue is None else request.queue
-                queue.append(output)
+                if request.queue is None:
+                    self.undelivered.append(output)
+                else:
+                    request.queue.append(output)
 
     def _step(self) -> NewOutputs:
         outputs: NewOutputs = []
