@@ -10,6 +10,7 @@ import ast
 import json
 from collections.abc import Iterable
 from dataclasses import MISSING, Field, fields
+from typing import Any
 
 SHORT_FORMS = {"tensor_parallel_size": "-tp", "data_parallel_size": "-dp"}
 
@@ -43,7 +44,7 @@ def option(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def reading(field: Field[object]) -> dict[str, object]:
+def reading(field: Field[object]) -> dict[str, Any]:
     """How argparse reads the values of a field, by its annotation."""
     annotation = str(field.type)
     words = annotation.replace("[", " ").replace("]", " ").split()

@@ -55,6 +55,8 @@ NAMES = {
     "destroy_distributed_environment",
     "vllm.distributed.parallel_state": "cleanup_dist_env_and_memory destroy_model_parallel "
     "destroy_distributed_environment",
+    "vllm.distributed.weight_transfer.nccl_engine": "NCCLWeightTransferEngine "
+    "NCCLTrainerSendWeightsArgs",
     "vllm.engine.arg_utils": "EngineArgs AsyncEngineArgs",
     "vllm.engine.async_llm_engine": "AsyncLLMEngine",
     "vllm.engine.llm_engine": "LLMEngine",
@@ -192,6 +194,13 @@ def test_the_tokenizer_and_its_chat_template(alias: None) -> None:
     assert resolve_chat_template(tokenizer) is None
 
 
+def test_weight_transfer_to_a_server_is_refused(alias: None) -> None:
+    from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine
+
+    with pytest.raises(ValueError, match="load_weights"):
+        NCCLWeightTransferEngine()
+
+
 def test_utilities(alias: None) -> None:
     import socket
 
@@ -202,9 +211,6 @@ def test_utilities(alias: None) -> None:
     socket.inet_aton(get_ip())
     socket.create_server(("", get_open_port())).close()
     assert random_uuid() != random_uuid()
-
-
-# -- the command line --------------------------------------------------------------------------------
 
 
 def test_both_spellings_of_an_option(alias: None) -> None:

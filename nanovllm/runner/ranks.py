@@ -309,9 +309,19 @@ class Workers:
 
     Invariant: they end when `close` is called, when one of them fails, and when this
     process ends. `failure` is the sentence for `EngineDeadError`.
+    start: the program of a process. noun: how sentences name a process.
     """
 
-    def __init__(self, size: int, slots: list[int], threads: int) -> None:
+    def __init__(
+        self,
+        size: int,
+        slots: list[int],
+        threads: int,
+        start: str = START,
+        noun: str = "rank",
+    ) -> None:
+        self.start = start
+        self.noun = noun
         self.pid = os.getpid()
         self.processes: list[subprocess.Popen[bytes]] = []
         self.connections: list[Connection] = []
@@ -323,12 +333,12 @@ class Workers:
         env = {**os.environ, "OMP_NUM_THREADS": str(threads)} if threads else None
         for rank in range(1, size):
             self._start(rank, slots, env)
-        self.listener = threading.Thread(target=self._listen, name="nanovllm ranks", daemon=True)
+        self.listener = threading.Thread(target=self._listen, name=f"nanovllm {noun}s", daemon=True)
         self.listener.start()
 
     def _start(self, rank: int, slots: list[int], env: dict[str, str] | None) -> None:
         ours, theirs = socket.socketpair()
-        code = START.format(path=sys.path, rank=rank, connection=theirs.fileno(), slots=slots)
+        code = self.start.format(path=sys.path, rank=rank, connection=theirs.fileno(), slots=slots)
         # Not multiprocessing, because its processes run the user's script again, which
         # then needs a guard for __main__.
         process = subprocess.Popen(
@@ -432,7 +442,7 @@ class Workers:
 
     def _describe_exit(self, rank: int) -> str:
         process = self.processes[rank - 1]
-        name = f"rank {rank} (process {process.pid})"
+        name = f"{self.noun} {rank} (process {process.pid})"
         try:
             code = process.wait(GRACE)
         except subprocess.TimeoutExpired:
