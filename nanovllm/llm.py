@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from nanovllm.models.decoder import CausalLM
 
 Result = TypeVar("Result")
+NO_OPTIONS = ("self", "model", "others")  # locals of LLM.__init__
 
 
 class LLM:
@@ -82,9 +83,8 @@ class LLM:
         others: further arguments of vLLM, without effect or neutral (compat.py).
         Raises TypeError for an unknown name and ValueError for a refused value.
         """
-        given = dict(locals())  # the arguments, because no other local exists yet
-        for name in ("self", "model", "others"):
-            del given[name]
+        # The arguments, because no other local exists yet.
+        given = {name: value for name, value in locals().items() if name not in NO_OPTIONS}
         self.llm_engine = make_engine(EngineArgs(model, **given, **others))
 
     @classmethod

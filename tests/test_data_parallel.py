@@ -201,7 +201,6 @@ def test_closing_a_stream_ends_its_requests(llm: LLM) -> None:
 
 def test_ctrl_c_ends_all_requests_and_the_engines_go_on(llm: LLM) -> None:
     stream = llm.stream(PROMPTS[:3], ENDLESS)
-    next(stream)
     receive = llm.llm_engine._receive
 
     def interrupted() -> None:
@@ -232,6 +231,7 @@ def test_a_dead_engine_is_named_and_nothing_hangs() -> None:
     llm = LLM(shared_model()[0], skip_tokenizer_init=True, **ARGS)
     pids = llm.collective_rpc(dp_functions.pid)
     assert len(set(pids)) == 2
+    os.kill(pids[1], signal.SIGSTOP)  # so that it cannot finish before it is killed
     stream = llm.stream(PROMPTS[:2], ENDLESS)
     next(stream)
     os.kill(pids[1], signal.SIGKILL)
@@ -300,7 +300,9 @@ def test_async_llm_over_several_engines() -> None:
         assert tokens(found) == [[greedy(shared_model()[1], prompt, 12)] for prompt in PROMPTS]
         await llm.abort("endless")
         rest = [output async for output in endless]
-        assert rest[-1].outputs[0].finish_reason == "abort"
+        # The engine may have run to the end, because its process waits for no reader.
+        assert [output.finished for output in rest] == [False] * (len(rest) - 1) + [True]
+        assert rest[-1].outputs[0].finish_reason in ("abort", "length")
         streamed = [t for output in [first, *rest] for t in output.outputs[0].token_ids]
         assert streamed == greedy(shared_model()[1], PROMPTS[0], len(streamed))
 
