@@ -205,7 +205,7 @@ class AsyncOutputs:
         self.request_id = request_id
         self.thread = thread
         self.loop = asyncio.get_running_loop()
-        self.newest_only = newest_only  # a new output replaces those that are not read yet
+        self.newest_only = newest_only  # a new output replaces the unread ones
         self.finished = False  # the last item was read
         self._items: deque[Item] = deque()
         self._ready = asyncio.Event()
