@@ -26,7 +26,7 @@ PACKAGE = ROOT / "nanovllm"
 # The folders and files at the top of the package, from the bottom up. A file imports files of its
 # own level and of levels below. Circles of files are found apart from this.
 LEVELS = (
-    ("errors", "outputs", "sampling_params", "inputs", "config", "compat", "lora"),
+    ("errors", "outputs", "sampling_params", "inputs", "config", "cli_args", "compat", "lora"),
     ("core",),
     ("kernels", "loader", "parallel"),
     ("weights", "cache", "attention"),
@@ -34,7 +34,18 @@ LEVELS = (
     ("models",),
     ("runner",),
     ("engine",),
-    ("llm", "control", "stream", "beam_search", "chat", "chat_format", "messages", "progress"),
+    (
+        "llm",
+        "async_llm",
+        "data_parallel",
+        "control",
+        "stream",
+        "beam_search",
+        "chat",
+        "chat_format",
+        "messages",
+        "progress",
+    ),
     ("__init__",),
 )
 # Imports that would go down, but are not allowed: (importing folder, imported folder, exception).

@@ -5,7 +5,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from nanovllm.config import EngineArgs
+    from nanovllm.async_llm import AsyncLLM, AsyncLLMEngine
+    from nanovllm.config import AsyncEngineArgs, EngineArgs
     from nanovllm.engine.llm_engine import LLMEngine
     from nanovllm.inputs import TextPrompt, TokensPrompt
     from nanovllm.llm import LLM
@@ -22,6 +23,9 @@ os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 # Imported when they are asked for, because the host half of the engine runs without torch.
 EXPORTS = {
     "LLM": "llm",
+    "AsyncEngineArgs": "config",
+    "AsyncLLM": "async_llm",
+    "AsyncLLMEngine": "async_llm",
     "BeamSearchParams": "sampling_params",
     "CompletionOutput": "outputs",
     "EngineArgs": "config",
@@ -36,6 +40,9 @@ EXPORTS = {
 
 __all__ = [
     "LLM",
+    "AsyncEngineArgs",
+    "AsyncLLM",
+    "AsyncLLMEngine",
     "BeamSearchParams",
     "CompletionOutput",
     "EngineArgs",

@@ -55,6 +55,8 @@ NO_EFFECT = frozenset(
         "profiler_config",
         "aggregate_engine_logging",
         "disable_log_requests",
+        "enable_log_requests",
+        "data_parallel_backend",
         "fully_sharded_loras",
         "mm_processor_cache_gb",
         "disable_mm_preprocessor_cache",
@@ -68,7 +70,6 @@ NO_EFFECT = frozenset(
 # ability. None is neutral for all arguments.
 NEUTRAL: dict[str, tuple[object, ...]] = {
     "pipeline_parallel_size": (1,),
-    "data_parallel_size": (1,),
     "decode_context_parallel_size": (1,),
     "enable_expert_parallel": (False,),
     "calculate_kv_scales": (False,),

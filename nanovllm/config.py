@@ -5,18 +5,21 @@ The engine refuses a value that would change results if the engine ignored it.
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from inspect import Parameter, Signature
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from nanovllm import cli_args
 from nanovllm.compat import NANO_VLLM_NAMES, NEUTRAL, NO_EFFECT
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
+    from typing_extensions import Self
 
 # vLLM's names of dtypes -> torch's.
 
@@ -29,6 +32,10 @@ DTYPES = {
     "float32": "float32",
 }
 LOGPROBS_MODES = ("raw_logprobs", "processed_logprobs", "raw_logits", "processed_logits")
+
+
+Parser = TypeVar("Parser", bound=argparse.ArgumentParser)
+DEFAULT_MODEL = "Qwen/Qwen3-0.6B"  # of the command line, as in vLLM
 
 
 @dataclass(init=False)
@@ -83,6 +90,7 @@ class EngineArgs:
     max_cpu_loras: int | None = None  # adapters in memory; None: max_loras
     lora_dtype: str = "auto"  # the precision of the adapters' numbers; "auto": the model's
     tensor_parallel_size: int = 1
+    data_parallel_size: int = 1  # engines over one queue, each in a process of its own
     distributed_executor_backend: str | None = None
     step_timeout: float | None = None  # seconds after which a rank that hangs ends the engine
 
@@ -104,6 +112,19 @@ class EngineArgs:
                 hint = f"; did you mean {close[0]!r}?" if close else ""
                 raise TypeError(f"LLM() got an unexpected keyword argument {name!r}{hint}")
         self._check()
+
+    @staticmethod
+    def add_cli_args(parser: Parser) -> Parser:
+        """Adds an option for each argument, such as --max-model-len. Returns the parser."""
+        others = NO_EFFECT | NEUTRAL.keys()
+        cli_args.add_options(parser, EngineArgs, others, DEFAULT_MODEL)
+        return parser
+
+    @classmethod
+    def from_cli_args(cls, args: argparse.Namespace) -> Self:
+        """The arguments in what a parser with `add_cli_args` has read."""
+        values: dict[str, Any] = cli_args.chosen(args, EngineArgs, NO_EFFECT | NEUTRAL.keys())
+        return cls(**values)
 
     def _check(self) -> None:
         if not isinstance(self.model, (str, os.PathLike)):
@@ -137,6 +158,7 @@ class EngineArgs:
         for name in (*limits, "block_size", "num_gpu_blocks_override", "kv_cache_memory_bytes"):
             positive(name, getattr(self, name), optional=True)
         positive("tensor_parallel_size", self.tensor_parallel_size)
+        positive("data_parallel_size", self.data_parallel_size)
         if not 0 < self.gpu_memory_utilization <= 1:
             raise ValueError(
                 f"gpu_memory_utilization={self.gpu_memory_utilization} must be above 0 and "
@@ -215,6 +237,10 @@ def check_no_media(limits: object) -> None:
             f"limit_mm_per_prompt={limits!r} is not supported; accepted are None and a dict whose "
             "counts are 0, because the model takes text only"
         )
+
+
+class AsyncEngineArgs(EngineArgs):
+    """vLLM's name for the arguments of an `AsyncLLM`."""
 
 
 def check_neutral(name: str, value: object) -> None:

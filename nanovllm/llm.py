@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 Result = TypeVar("Result")
 AdapterChoice = LoRARequest | Sequence[LoRARequest | None] | None
+NO_OPTIONS = ("self", "model", "others")  # locals of LLM.__init__
 
 
 class LLM:
@@ -83,6 +84,7 @@ class LLM:
         max_cpu_loras: int | None = None,
         lora_dtype: str | torch.dtype = "auto",
         tensor_parallel_size: int = 1,
+        data_parallel_size: int = 1,
         distributed_executor_backend: str | None = None,
         step_timeout: float | None = None,
         **others: object,
@@ -93,10 +95,9 @@ class LLM:
         others: further arguments of vLLM, without effect or neutral (compat.py).
         Raises TypeError for an unknown name and ValueError for a refused value.
         """
-        given = dict(locals())  # the arguments, because no other local exists yet
-        for name in ("self", "model", "others"):
-            del given[name]
-        self.llm_engine = LLMEngine(EngineArgs(model, **given, **others))
+        # The arguments, because no other local exists yet.
+        given = {name: value for name, value in locals().items() if name not in NO_OPTIONS}
+        self.llm_engine = make_engine(EngineArgs(model, **given, **others))
         self._enqueued: list[Stream] = []  # what `wait_for_completion` runs
 
     @classmethod
@@ -164,7 +165,7 @@ class LLM:
                 lora_requests=adapters,
             )
             if is_alone:
-                engine.scheduler.sort_waiting_longest_first()
+                engine.sort_waiting_longest_first()
         return stream
 
     def enqueue(
@@ -383,9 +384,10 @@ class LLM:
     def get_world_size(self, include_dp: bool = True) -> int:
         """The number of ranks.
 
-        include_dp: no effect, because the engine has no data parallelism.
+        include_dp: whether to count the ranks of all engines of data parallelism, or of one.
         """
-        return self.llm_engine.args.tensor_parallel_size
+        args = self.llm_engine.args
+        return args.tensor_parallel_size * (args.data_parallel_size if include_dp else 1)
 
     def reset_prefix_cache(
         self, reset_running_requests: bool = False, reset_connector: bool = False
@@ -459,6 +461,15 @@ def run(streams: Sequence[Stream], use_tqdm: Progress) -> list[RequestOutput]:
             outputs[output.request_id] = output
             bar.add(output)
     return [outputs[request_id] for request_id in request_ids]
+
+
+def make_engine(args: EngineArgs) -> LLMEngine:
+    """One engine in this process, or several behind one queue."""
+    if args.data_parallel_size == 1:
+        return LLMEngine(args)
+    from nanovllm.data_parallel import DataParallelEngine  # one engine needs nothing of it
+
+    return DataParallelEngine(args)
 
 
 def refuse_options(priority: object, mm_processor_kwargs: object = None) -> None:

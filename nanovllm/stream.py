@@ -74,7 +74,7 @@ class Stream:
         raise StopIteration
 
     def _check_none_is_lost(self) -> None:
-        lost = self._open - self._engine.output_processor.requests.keys()
+        lost = {each for each in self._open if not self._engine.has_request(each)}
         if lost:
             ids = ", ".join(sorted(lost))
             raise RuntimeError(f"requests {ids} were aborted, or dropped by a failed step")

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections import deque
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from nanovllm.core.sequence import Sequence
 from nanovllm.lora.request import LoRARequest
 from nanovllm.outputs import Logprob, RequestMetrics, RequestOutput
 from nanovllm.sampling_params import SamplingParams
+
+
+class OutputQueue(Protocol):
+    """Takes the outputs of a request, such as a deque."""
+
+    def append(self, output: RequestOutput, /) -> None: ...
 
 
 @dataclass(eq=False)
@@ -22,7 +28,7 @@ class Request:
     seqs: list[Sequence]
     metrics: RequestMetrics | None = None
     lora_request: LoRARequest | None = None
-    queue: deque[RequestOutput] | None = None  # where its outputs go; None: LLMEngine.step returns
+    queue: OutputQueue | None = None  # where its outputs go; None: LLMEngine.step returns
     prompt_logprobs: list[dict[int, Logprob] | None] | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:

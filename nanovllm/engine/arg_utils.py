@@ -1,5 +1,5 @@
-"""vLLM's address of `EngineArgs`."""
+"""vLLM's address of `EngineArgs` and `AsyncEngineArgs`."""
 
-from nanovllm.config import EngineArgs
+from nanovllm.config import AsyncEngineArgs, EngineArgs
 
-__all__ = ["EngineArgs"]
+__all__ = ["AsyncEngineArgs", "EngineArgs"]

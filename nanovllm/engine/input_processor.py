@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as SequenceABC
 from collections.abc import Set as SetABC
@@ -19,13 +18,13 @@ import numpy as np
 from nanovllm.core.ability import Ability, ModelFacts
 from nanovllm.core.adapter import Adapter
 from nanovllm.core.lora import COLUMN, LoRA
-from nanovllm.core.request import Request
+from nanovllm.core.request import OutputQueue, Request
 from nanovllm.core.sequence import Columns, Sequence
 from nanovllm.engine.detokenizer import Tokenizer
 from nanovllm.errors import ValidationError
 from nanovllm.inputs import Tokenization, check_unicode
 from nanovllm.lora.request import LoRARequest
-from nanovllm.outputs import RequestMetrics, RequestOutput
+from nanovllm.outputs import RequestMetrics
 from nanovllm.sampling_params import RequestOutputKind, SamplingParams
 
 BYTES = (bytes, bytearray, memoryview)  # iterables of integers that are no token ids
@@ -66,7 +65,7 @@ class InputProcessor:
         max_logprobs: int,
         output_kind: RequestOutputKind | None = None,
         log_stats: bool = False,
-        queue: deque[RequestOutput] | None = None,
+        queue: OutputQueue | None = None,
         priority: int = 0,
         lora_request: LoRARequest | None = None,
         adapter: Adapter | None = None,

@@ -12,7 +12,6 @@ import itertools
 import logging
 import os
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from nanovllm.core.ability import Ability
 from nanovllm.core.adapter import Adapter
 from nanovllm.core.batch import Batch
 from nanovllm.core.lora import LoRA
-from nanovllm.core.request import Request
+from nanovllm.core.request import OutputQueue, Request
 from nanovllm.core.sequence import Failure
 from nanovllm.core.step import Step
 from nanovllm.engine.adapters import Adapters
@@ -80,7 +79,6 @@ class LLMEngine:
         check_process(LLMEngine.first_pid)
         self.args = args
         self.setup = setup = Setup(args)
-        self.executor = make_executor(setup)
         self.max_model_len = setup.max_model_len
         self.vocab_size = setup.config.vocab_size
         self.eos_token_ids = setup.eos_token_ids
@@ -91,14 +89,7 @@ class LLMEngine:
         self.adapters: Adapters | None = None
         if args.enable_lora:
             self.abilities.append(LoRA())
-            self.adapters = Adapters(
-                RankMemory(self.executor, args),
-                self._adapters_in_use,
-                max_loras=args.max_loras,
-                max_cpu_loras=args.max_cpu_loras or args.max_loras,
-            )
         self.scheduler_config = client_views.scheduler_config(setup, self.overlap)
-        self.model_executor = client_views.model_executor(self.executor.runner)
         self.stats = EngineStats()
         self.request_ids = map(str, itertools.count())
         self.lock = FairLock()
@@ -117,6 +108,24 @@ class LLMEngine:
         )
         self.output_processor = OutputProcessor()
         self.set_tokenizer(setup.tokenizer)
+        self.load()
+
+    def load(self) -> None:
+        """Starts the ranks and loads the model. Raises ValueError for several engines."""
+        if self.args.data_parallel_size > 1:
+            raise ValueError(
+                f"data_parallel_size={self.args.data_parallel_size}: an LLMEngine is one engine; "
+                "use LLM or AsyncLLM"
+            )
+        self.executor = make_executor(self.setup)
+        self.model_executor = client_views.model_executor(self.executor.runner)
+        if self.args.enable_lora:
+            self.adapters = Adapters(
+                RankMemory(self.executor, self.args),
+                self._adapters_in_use,
+                max_loras=self.args.max_loras,
+                max_cpu_loras=self.args.max_cpu_loras or self.args.max_loras,
+            )
         self.reset()
 
     def _logits_processors(self) -> UserObjects | None:
@@ -172,7 +181,7 @@ class LLMEngine:
         *,
         max_logprobs: int | None = None,
         output_kind: RequestOutputKind | None = None,
-        queue: deque[RequestOutput] | None = None,
+        queue: OutputQueue | None = None,
         priority: int = 0,
         lora_request: LoRARequest | None = None,
     ) -> None:
@@ -208,9 +217,16 @@ class LLMEngine:
                 lora_request=lora_request,
                 adapter=adapter,
             )
-            self.output_processor.add(request)
-            for seq in request.seqs:
-                self.scheduler.add(seq)
+            self.enqueue(request)
+
+    def enqueue(self, request: Request) -> None:
+        """Queues a checked request."""
+        self.output_processor.add(request)
+        for seq in request.seqs:
+            self.scheduler.add(seq)
+
+    def sort_waiting_longest_first(self) -> None:
+        self.scheduler.sort_waiting_longest_first()
 
     def new_request_id(self) -> str:
         requests = self.output_processor.requests
@@ -233,6 +249,20 @@ class LLMEngine:
             if request is not None:
                 self._finish(request, "abort")
 
+    def end_request(self, request_id: str) -> RequestOutput | None:
+        """Ends a request. Returns its last output, with finish_reason "abort".
+
+        Returns None if no unfinished request has the id.
+        """
+        with self.exclusive():
+            request = self.output_processor.requests.get(request_id)
+            if request is None:
+                return None
+            self._finish(request, "abort")
+            output = self.output_processor.last_output(request)
+            self.output_processor.remove(request_id)
+            return output
+
     def _finish(self, request: Request, reason: str, message: str | None = None) -> None:
         for seq in request.seqs:
             if seq.finish_reason is None:
@@ -242,8 +272,16 @@ class LLMEngine:
         """Whether `step` has work to do, or outputs to return that other steps have made."""
         return bool(self.output_processor.requests or self.undelivered)
 
+    def has_request(self, request_id: str) -> bool:
+        """Whether an unfinished request has the id."""
+        return request_id in self.output_processor.requests
+
     def get_num_unfinished_requests(self) -> int:
         return len(self.output_processor.requests)
+
+    def close(self) -> None:
+        """Ends the ranks. The engine cannot compute after that."""
+        self.executor.close()
 
     # -- running -----------------------------------------------------------------------------------
 
@@ -273,8 +311,10 @@ class LLMEngine:
             finally:
                 self.stepping = False
             for request, output in produced:
-                queue = self.undelivered if request.queue is None else request.queue
-                queue.append(output)
+                if request.queue is None:
+                    self.undelivered.append(output)
+                else:
+                    request.queue.append(output)
 
     def _step(self) -> NewOutputs:
         outputs: NewOutputs = []

@@ -209,6 +209,16 @@ class OutputProcessor:
         hide_last = completion.seq.finish_reason == "stop"
         return self.detokenizer.text(params, prompt, token_ids, hide_last)
 
+    def last_output(self, request: Request) -> RequestOutput:
+        """The output of a request that was ended from outside."""
+        shown = []
+        for seq in request.seqs:
+            completion = self.completions[seq.seq_id]
+            if completion.text is not None:
+                completion.text.finish()
+            shown.append(self._completion_output(completion))
+        return request_output(request, shown)
+
     def error_output(self, request: Request, message: str) -> RequestOutput:
         """The last output of a request that ends with an error: its tokens and earlier text."""
         shown = []

@@ -356,9 +356,20 @@ class Workers:
 
     Invariant: they end when `close` is called, when one of them fails, and when this
     process ends. `failure` is the sentence for `EngineDeadError`.
+    start: the program of a process. noun: how sentences name a process.
     """
 
-    def __init__(self, size: int, slots: list[int], progress: int, threads: int) -> None:
+    def __init__(
+        self,
+        size: int,
+        slots: list[int],
+        progress: int,
+        threads: int,
+        start: str = START,
+        noun: str = "rank",
+    ) -> None:
+        self.start = start
+        self.noun = noun
         self.pid = os.getpid()
         self.processes: list[subprocess.Popen[bytes]] = []
         self.connections: list[Connection] = []
@@ -370,7 +381,7 @@ class Workers:
         env = {**os.environ, "OMP_NUM_THREADS": str(threads)} if threads else None
         for rank in range(1, size):
             self._start(rank, slots, progress, env)
-        self.listener = threading.Thread(target=self._listen, name="nanovllm ranks", daemon=True)
+        self.listener = threading.Thread(target=self._listen, name=f"nanovllm {noun}s", daemon=True)
         self.listener.start()
 
     def _start(
@@ -378,7 +389,7 @@ class Workers:
     ) -> None:
         ours, theirs = socket.socketpair()
         connection = theirs.fileno()
-        code = START.format(
+        code = self.start.format(
             path=sys.path, rank=rank, connection=connection, slots=slots, progress=progress
         )
         # Not multiprocessing, because its processes run the user's script again, which
@@ -387,7 +398,7 @@ class Workers:
             [sys.executable, "-c", code],
             stdin=subprocess.DEVNULL,
             env=env,
-            pass_fds=[connection, *slots, progress],
+            pass_fds=[fd for fd in (connection, *slots, progress) if fd >= 0],
         )
         theirs.close()
         self.processes.append(process)
@@ -487,7 +498,7 @@ class Workers:
 
     def _describe_exit(self, rank: int) -> str:
         process = self.processes[rank - 1]
-        name = f"rank {rank} (process {process.pid})"
+        name = f"{self.noun} {rank} (process {process.pid})"
         try:
             code = process.wait(GRACE)
         except subprocess.TimeoutExpired:

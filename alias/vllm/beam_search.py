@@ -1,0 +1,3 @@
+from nanovllm.outputs import BeamSearchOutput, BeamSearchSequence
+
+__all__ = ["BeamSearchOutput", "BeamSearchSequence"]

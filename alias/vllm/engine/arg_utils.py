@@ -1,0 +1,3 @@
+from nanovllm.config import AsyncEngineArgs, EngineArgs
+
+__all__ = ["AsyncEngineArgs", "EngineArgs"]

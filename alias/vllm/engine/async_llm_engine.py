@@ -1,0 +1,3 @@
+from nanovllm.async_llm import AsyncLLMEngine
+
+__all__ = ["AsyncLLMEngine"]

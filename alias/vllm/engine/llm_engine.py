@@ -1,0 +1,3 @@
+from nanovllm.engine.llm_engine import LLMEngine
+
+__all__ = ["LLMEngine"]

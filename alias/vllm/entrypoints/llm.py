@@ -1,0 +1,3 @@
+from nanovllm.llm import LLM
+
+__all__ = ["LLM"]

@@ -1,0 +1,3 @@
+from nanovllm.errors import VLLMValidationError
+
+__all__ = ["VLLMValidationError"]

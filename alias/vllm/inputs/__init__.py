@@ -1,0 +1,5 @@
+from nanovllm.inputs import TextPrompt, TokensPrompt
+
+PromptType = str | list[int] | TextPrompt | TokensPrompt
+
+__all__ = ["PromptType", "TextPrompt", "TokensPrompt"]

@@ -1,0 +1,3 @@
+from nanovllm.lora.request import LoRARequest
+
+__all__ = ["LoRARequest"]

@@ -1,0 +1,3 @@
+from nanovllm.outputs import CompletionOutput, RequestOutput
+
+__all__ = ["CompletionOutput", "RequestOutput"]

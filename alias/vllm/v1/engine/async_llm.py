@@ -1,0 +1,3 @@
+from nanovllm.async_llm import AsyncLLM
+
+__all__ = ["AsyncLLM"]

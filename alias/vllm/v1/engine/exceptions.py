@@ -1,0 +1,3 @@
+from nanovllm.runner.executor import EngineDeadError
+
+__all__ = ["EngineDeadError"]

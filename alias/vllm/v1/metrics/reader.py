@@ -1,0 +1,3 @@
+from nanovllm.engine.stats import Metric
+
+__all__ = ["Metric"]

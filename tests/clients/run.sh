@@ -1,0 +1,57 @@
+#!/bin/bash
+# Runs unchanged clients of vLLM on nanovllm, each in an environment of its own.
+#
+#   tests/clients/run.sh [FOLDER] [CLIENT...]     # clients: lm-eval trl outlines ray; none: all
+#
+# FOLDER (by default build/clients) keeps the environments. PYTHON names the interpreter.
+# SHARED names a site-packages folder that has torch, transformers and pytest already.
+# It is searched after the environment's own, and saves gigabytes. Needs PyPI.
+set -eu
+here=$(cd "$(dirname "$0")" && pwd)
+root=$(dirname "$(dirname "$here")")
+folder=${1:-$root/build/clients}
+shift || true
+clients=${*:-lm-eval trl outlines ray}
+
+requirements() { # the versions that docs/compatibility.md names
+  case $1 in
+    lm-eval) echo "lm-eval==0.4.13 accelerate" ;;
+    trl) echo "trl==1.16.0" ;;
+    outlines) echo "outlines==1.3.3" ;;
+    ray) echo "ray[data]==2.60.0" ;;
+    *) echo "unknown client $1; known are lm-eval, trl, outlines and ray" >&2; exit 2 ;;
+  esac
+}
+
+prepare() { # makes the environment once
+  local client=$1 env=$folder/$1
+  [ -e "$env/ready" ] && return
+  "${PYTHON:-python3}" -m venv "$env"
+  local site
+  site=$("$env/bin/python" -c "import sysconfig; print(sysconfig.get_path('purelib'))")
+  if [ -n "${SHARED:-}" ]; then
+    echo "$SHARED" > "$site/shared.pth"
+  else
+    "$env/bin/pip" install -q torch --index-url https://download.pytorch.org/whl/cpu
+    "$env/bin/pip" install -q -e "$root[test]"
+  fi
+  # shellcheck disable=SC2046  # the words are requirements
+  "$env/bin/pip" install -q $(requirements "$client")
+  touch "$env/ready"
+}
+
+failed=""
+for client in $clients; do
+  requirements "$client" > /dev/null
+  prepare "$client"
+  echo "== $client: $(requirements "$client")"
+  # vllm comes from alias/, nanovllm from this repository.
+  if ! PYTHONPATH=$root/alias:$root:$root/tests HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false \
+    "$folder/$client/bin/python" "$here/${client//-/_}_client.py"; then
+    failed="$failed $client"
+  fi
+done
+if [ -n "$failed" ]; then
+  echo "failed:$failed" >&2
+  exit 1
+fi
