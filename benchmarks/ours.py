@@ -24,7 +24,7 @@ from nanovllm.loader import gguf_tokenizer
 from nanovllm.models.config import ModelConfig
 from nanovllm.models.registry import read_config
 from nanovllm.runner.model_runner import PendingStep
-from nanovllm.runner.readouts import next_tokens
+from nanovllm.runner.readouts.next_tokens import NextTokens
 from nanovllm.runner.setup import pick_dtype
 from nanovllm.sampling_params import SamplingParams
 
@@ -154,7 +154,7 @@ def profile_targets(llm: Any) -> list[tuple[Any, str, str]]:
         (kernels, "rms_norm", "model: norms, SwiGLU"),
         (kernels, "add_rms_norm", "model: norms, SwiGLU"),
         (kernels, "silu_and_mul", "model: norms, SwiGLU"),
-        (next_tokens, "sample", "sample"),
+        (NextTokens, "sample", "sample"),
         (PendingStep, "collect", "wait for the device"),
         (engine.scheduler, "update", "update"),
         (engine.output_processor, "take", "make outputs"),

@@ -793,7 +793,8 @@ def test_a_batch_survives_its_journey_through_one_buffer():
         scheduler.table, scheduler.schedule(), config.block_size, abilities
     )
     assert not failures
-    assert set(batch.parts) == {ability.name for ability in abilities} - {"bad_words"}
+    unused = {"bad_words", "engine_processors", "request_processors"}
+    assert set(batch.parts) == {ability.name for ability in abilities} - unused
     buffer, layout = pack(batch)
     assert buffer.dtype == np.int32
     expected, found = leaves(batch), leaves(unpack(layout, buffer.copy(), np.float32))

@@ -15,7 +15,7 @@ TOLERANCE = 1e-3  # nats; both run in float32
 
 
 class Checked(GRPOTrainer):
-    """Compares the engine's logprobs of each batch with those of the model in training."""
+    """Compares the engine's logprobs of each batch with the logprobs of the model in training."""
 
     differences: list[float] = []
 
