@@ -592,18 +592,21 @@ def test_with_the_policy_priority_lower_values_are_admitted_first_and_preempted_
     assert scheduler.table.seqs[int(step.rows[0])].seq_id == 4
 
     scheduler = Config(max_model_len=8, spare_blocks=0, policy="priority").scheduler()
-    scheduler.add(waiting_sequence(0, priority=7))
-    scheduler.schedule()
-    scheduler.add(waiting_sequence(1, priority=2))
-    for _ in range(3):  # both have 3 tokens, and grow into a second block
+    running = []
+    for _ in range(5):  # both grow until one of them needs a second block
+        if len(running) < 2:
+            scheduler.add(waiting_sequence(len(running), priority=7 - len(running)))
         step = scheduler.schedule()
         scheduler.update(step, np.full(len(step.sampled), 5))
+        rows = scheduler.running.tolist()
+        running.append([scheduler.table.seqs[row].seq_id for row in rows])
+    assert running[:3] == [[0], [1, 0], [1, 0]]
     assert [scheduler.table.seqs[row].seq_id for row in scheduler.running.tolist()] == [1]
     assert [seq.seq_id for seq in scheduler.waiting] == [0]
 
 
 def waiting_sequence(seq_id: int, priority: int) -> Sequence:
-    tokens = np.array([7 + seq_id, 8, 9], np.int32)
+    tokens = np.array([7 + seq_id, 8], np.int32)
     params = SamplingParams(max_tokens=None, ignore_eos=True)
     return Sequence(seq_id, params, tokens, end=8, priority=priority)
 
@@ -794,7 +797,8 @@ def test_a_batch_survives_its_journey_through_one_buffer():
         scheduler.table, scheduler.schedule(), config.block_size, abilities
     )
     assert not failures
-    assert set(batch.parts) == {ability.name for ability in abilities} - {"bad_words"}
+    unused = {"bad_words", "engine_processors", "request_processors"}
+    assert set(batch.parts) == {ability.name for ability in abilities} - unused
     buffer, layout = pack(batch)
     assert buffer.dtype == np.int32
     expected, found = leaves(batch), leaves(unpack(layout, buffer.copy(), np.float32))
