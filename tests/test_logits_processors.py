@@ -344,7 +344,7 @@ class Broken(BanFirst):
 
 
 def test_an_error_in_a_class_ends_the_step_and_the_engine_goes_on():
-    """A class sees all rows at once, so nobody can tell whose fault an error is."""
+    """A class sees all rows at once, so an error does not tell whose it is."""
     llm = make_llm(logits_processors=[Broken])
     for _ in range(2):
         with pytest.raises(RuntimeError, match="broken processor"):

@@ -102,8 +102,8 @@ class UserObjects:
         chosen = [p for p in self.objects if p.is_argmax_invariant() == is_argmax_invariant]
         if not chosen:
             return logits
-        order = torch.tensor(at, device=logits.device)
-        seen = logits[order]
+        places = torch.tensor(at, device=logits.device)
+        seen = logits[places]
         for processor in chosen:
             seen = processor.apply(seen)
             if not isinstance(seen, Tensor) or seen.shape != logits.shape:
@@ -111,7 +111,7 @@ class UserObjects:
                     f"logits_processors: {type(processor).__name__}.apply must return a tensor "
                     f"of shape {tuple(logits.shape)}"
                 )
-        logits[order] = seen.to(logits.dtype)
+        logits[places] = seen.to(logits.dtype)
         return logits
 
 
