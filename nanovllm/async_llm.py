@@ -253,8 +253,7 @@ def add_request(
     lora_request: LoRARequest | None,
 ) -> None:
     if how is not None:
-        text, token_ids = engine.tokenize(prompt, how)
-        prompt = {"prompt": text, "prompt_token_ids": token_ids}
+        prompt = engine.tokenized(prompt, how)
     engine.add_request(
         outputs.request_id,
         prompt,

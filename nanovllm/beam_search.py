@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 
+from nanovllm.engine.input_processor import cache_salt_of
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.lora.request import LoRARequest
 from nanovllm.outputs import BeamSearchOutput, BeamSearchSequence, Logprob
@@ -38,14 +39,17 @@ def beam_search(
     for prompt, adapter in zip(prompts, lora_requests):
         tokens = engine.tokenize(prompt)[1].tolist()
         first = BeamSearchSequence(tokens, lora_request=adapter)
-        searches.append(Search(params, eos_token_ids, len(tokens), [first]))
+        salt = cache_salt_of(prompt)
+        searches.append(Search(params, eos_token_ids, len(tokens), salt, [first]))
     for _ in progress(range(params.max_tokens), use_tqdm, "Beam search"):
         for search in searches:
             search.end_at_length(engine.max_model_len)
-        beams = [beam for search in searches for beam in search.running]
+        beams = [(search, beam) for search in searches for beam in search.running]
         if not beams:
             break
-        candidates = iter(next_tokens(engine, beams, 2 * params.beam_width))
+        extended = [search.prompt(beam) for search, beam in beams]
+        adapters = [beam.lora_request for _, beam in beams]
+        candidates = iter(next_tokens(engine, extended, adapters, 2 * params.beam_width))
         for search in searches:
             search.extend([next(candidates) for _ in search.running])
     outputs = []
@@ -66,8 +70,13 @@ class Search:
     params: BeamSearchParams
     eos_token_ids: frozenset[int]
     prompt_len: int
+    cache_salt: str | None
     running: list[BeamSearchSequence]
     finished: list[BeamSearchSequence] = field(default_factory=list)
+
+    def prompt(self, beam: BeamSearchSequence) -> dict[str, object]:
+        """The beam as a prompt."""
+        return {"prompt_token_ids": beam.tokens, "cache_salt": self.cache_salt}
 
     def end_at_length(self, max_model_len: int) -> None:
         """Finishes the running beams if they have max_model_len tokens."""
@@ -123,9 +132,12 @@ class Search:
 
 
 def next_tokens(
-    engine: LLMEngine, beams: list[BeamSearchSequence], k: int
+    engine: LLMEngine,
+    prompts: Sequence[object],
+    lora_requests: Sequence[LoRARequest | None],
+    k: int,
 ) -> list[dict[int, Logprob]]:
-    """The k most likely next tokens of each beam, with their logprobs."""
+    """The k most likely next tokens of each prompt, with their logprobs."""
     params = SamplingParams(
         temperature=0,
         max_tokens=1,
@@ -133,10 +145,9 @@ def next_tokens(
         detokenize=False,
         output_kind=RequestOutputKind.FINAL_ONLY,
     )
-    requests: list[tuple[object, SamplingParams]] = [(beam.tokens, params) for beam in beams]
-    adapters = [beam.lora_request for beam in beams]
+    requests = [(prompt, params) for prompt in prompts]
     found: dict[str, list[dict[int, Logprob]]] = {}
-    with closing(Stream(engine, requests, max_logprobs=-1, lora_requests=adapters)) as stream:
+    with closing(Stream(engine, requests, max_logprobs=-1, lora_requests=lora_requests)) as stream:
         for output in stream:
             found[output.request_id] = output.outputs[0].logprobs or []
     return [found[request_id][0] for request_id in stream.request_ids]

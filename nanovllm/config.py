@@ -177,14 +177,18 @@ class EngineArgs:
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise TypeError(f"seed={self.seed!r} must be an int")
 
+    @property
+    def num_adapters(self) -> int:
+        """How many LoRA adapters may be in memory."""
+        return self.max_cpu_loras or self.max_loras
+
     def _check_lora(self) -> None:
         if not isinstance(self.enable_lora, bool):
             raise TypeError(f"enable_lora={self.enable_lora!r} must be True or False")
         positive("max_loras", self.max_loras)
         positive("max_lora_rank", self.max_lora_rank)
         positive("max_cpu_loras", self.max_cpu_loras, optional=True)
-        self.max_cpu_loras = self.max_cpu_loras or self.max_loras
-        if self.max_cpu_loras < self.max_loras:
+        if self.num_adapters < self.max_loras:
             raise ValueError(
                 f"max_cpu_loras={self.max_cpu_loras} must be at least max_loras={self.max_loras}"
             )

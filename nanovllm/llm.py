@@ -13,7 +13,7 @@ from nanovllm.beam_search import beam_search
 from nanovllm.chat import render
 from nanovllm.compat import REFUSED_METHODS, refused
 from nanovllm.config import EngineArgs, one_of, positive
-from nanovllm.engine.input_processor import as_priorities, as_prompts, cache_salt_of, pair
+from nanovllm.engine.input_processor import as_priorities, as_prompts, pair
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.stats import Metric
 from nanovllm.errors import ValidationError
@@ -350,17 +350,8 @@ class LLM:
         return beam_search(self.llm_engine, inputs, params, use_tqdm, adapters)
 
     def _tokenized(self, prompts: Sequence[object], how: Tokenization) -> list[object]:
-        """The prompts as dicts of text and token ids. Outputs echo the text."""
         with self.llm_engine.exclusive():
-            pairs = [self.llm_engine.tokenize(prompt, how) for prompt in prompts]
-        return [
-            {
-                "prompt": text,
-                "prompt_token_ids": token_ids,
-                "cache_salt": cache_salt_of(prompt),
-            }
-            for prompt, (text, token_ids) in zip(prompts, pairs)
-        ]
+            return [self.llm_engine.tokenized(prompt, how) for prompt in prompts]
 
     # -- the engine's state ------------------------------------------------------------------------
 

@@ -82,6 +82,8 @@ NAMES = {
     "vllm.utils.network_utils": "get_ip get_open_port",
     "vllm.v1.engine.async_llm": "AsyncLLM",
     "vllm.v1.engine.exceptions": "EngineDeadError",
+    "vllm.v1.sample.logits_processor": "LogitsProcessor AdapterLogitsProcessor BatchUpdate "
+    "MoveDirectionality",
     "vllm.version": "__version__",
 }
 

@@ -552,6 +552,9 @@ def test_a_cache_salt_separates_cached_prefixes():
     for salt, error in (("", ValueError), (7, TypeError)):
         with pytest.raises(error, match="cache_salt"):
             hits(salt)
+    params = BeamSearchParams(beam_width=2, max_tokens=2)
+    llm.beam_search([{"prompt_token_ids": tokens, "cache_salt": "beams"}], params)
+    assert [hits(salt) for salt in ("c", "beams")] == [0, 32]
 
 
 def test_override_generation_config_lies_over_the_file(tmp_path):

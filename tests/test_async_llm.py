@@ -231,3 +231,17 @@ def test_vllms_addresses() -> None:
 
     assert AsyncLLMEngine is AsyncLLM
     assert FromArgUtils is AsyncEngineArgs
+
+
+def test_a_cache_salt_counts_with_tokenization_kwargs_too() -> None:
+    async def test(llm: AsyncLLM) -> None:
+        async def hits(salt: str) -> int:
+            prompt = {"prompt_token_ids": list(range(40)), "cache_salt": salt}
+            how = {"truncate_prompt_tokens": 40}
+            found = llm.generate(prompt, params(FINAL_ONLY), salt, tokenization_kwargs=how)
+            (count,) = [output.num_cached_tokens async for output in found]
+            return count
+
+        assert [await hits(salt) for salt in ("a", "a", "b")] == [0, 32, 0]
+
+    run(test)

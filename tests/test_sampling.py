@@ -34,7 +34,7 @@ from nanovllm.core.sequence import Sequence, SequenceTable
 from nanovllm.core.step import Step
 from nanovllm.engine.batch_builder import build_batch, uniform
 from nanovllm.sampling.filters import NUCLEUS_CANDIDATES
-from nanovllm.sampling.sampler import sample, sampling_abilities
+from nanovllm.sampling.sampler import process, sampling_abilities
 
 # -- the rules, one function each: logits in float64, -inf for what cannot be drawn ----------------
 
@@ -183,7 +183,8 @@ def draw(logits: np.ndarray, c: Context, u: np.ndarray) -> np.ndarray:
     packed, layout = pack(batch)
     tensors = unpack(layout, torch.from_numpy(packed), torch.float32)
     repeated = torch.from_numpy(logits.astype(np.float32)).repeat(len(u), 1)
-    return sample(repeated, tensors, torch.zeros(1, dtype=torch.int64)).numpy()
+    processed = process(repeated, tensors, torch.zeros(1, dtype=torch.int64))
+    return processed.draw(tensors.sample.uniform).numpy()
 
 
 def assert_inverse_cdf(

@@ -70,7 +70,3 @@ class StepAbility(Ability):
         query_start: [S + 1] where the tokens of each of the step's sequences begin.
         users: the indices into `step.rows` of the sequences that use this ability.
         """
-
-
-class ReadoutAbility(StepAbility):
-    """An ability that reads hidden states."""

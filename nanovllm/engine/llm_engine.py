@@ -32,7 +32,7 @@ from nanovllm.engine.adapters import Adapters
 from nanovllm.engine.batch_builder import build_batch
 from nanovllm.engine.detokenizer import Detokenizer, Tokenizer
 from nanovllm.engine.fair_lock import FairLock
-from nanovllm.engine.input_processor import InputProcessor, as_priorities
+from nanovllm.engine.input_processor import InputProcessor, as_priorities, cache_salt_of
 from nanovllm.engine.output_processor import OutputProcessor
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.stats import EngineStats, Metric, metrics
@@ -124,7 +124,7 @@ class LLMEngine:
                 RankMemory(self.executor, self.args),
                 self._adapters_in_use,
                 max_loras=self.args.max_loras,
-                max_cpu_loras=self.args.max_cpu_loras or self.args.max_loras,
+                max_cpu_loras=self.args.num_adapters,
             )
         self.reset()
 
@@ -476,6 +476,12 @@ class LLMEngine:
     ) -> tuple[str | None, np.ndarray]:
         """A prompt of any form -> (text to echo, token ids as int32)."""
         return self.input_processor.tokenize(prompt, how)
+
+    def tokenized(self, prompt: object, how: Tokenization) -> dict[str, object]:
+        """A prompt of any form -> a prompt of token ids. Outputs echo the text."""
+        text, token_ids = self.tokenize(prompt, how)
+        salt = cache_salt_of(prompt)
+        return {"prompt": text, "prompt_token_ids": token_ids, "cache_salt": salt}
 
     @property
     def freed(self) -> set[str]:

@@ -153,26 +153,18 @@ def fetch(
     patterns = list(gguf_patterns or CONFIG_FILES)
     if not gguf_patterns and load_format != "dummy":
         patterns.append("*.safetensors")
-    from huggingface_hub import snapshot_download
-
-    try:
-        snapshot = snapshot_download(
-            repo,
-            revision=revision,
-            cache_dir=expanded(cache),
-            token=token,
-            allow_patterns=patterns,
-            ignore_patterns=None if gguf_patterns else OTHER_FORMATS,
-        )
-    except Exception as err:  # the hub raises errors of many types
-        raise ValueError(
-            f"model={model!r} is no folder or file here, and the Hugging Face hub did not give it "
-            f"({cause(err)}); check the name, revision and network, pass hf_token for a gated "
-            "model, or give a local folder"
-        ) from err
+    folder = download(
+        repo,
+        patterns,
+        cache,
+        token,
+        named=f"model={model!r} is no folder or file here",
+        advice="check the name, revision and network, pass hf_token for a gated model",
+        ignore_patterns=None if gguf_patterns else OTHER_FORMATS,
+        revision=revision,
+    )
     if not gguf_patterns:
-        return Path(snapshot)
-    folder = Path(snapshot)
+        return folder
     found = without_later_parts(path for part in gguf_patterns for path in folder.glob(part))
     if len(found) != 1:
         names = ", ".join(str(path.relative_to(folder)) for path in found)
@@ -190,16 +182,43 @@ def fetch_adapter(
 
     Raises ValueError if the hub does not give them.
     """
+    named = f"lora_path={path!r} is no folder here"
+    return download(
+        path, patterns, cache, token, named=named, advice="check the name and the network"
+    )
+
+
+def download(
+    repo: str,
+    patterns: list[str],
+    cache: str | None,
+    token: str | bool | None,
+    *,
+    named: str,
+    advice: str,
+    revision: str | None = None,
+    ignore_patterns: list[str] | None = None,
+) -> Path:
+    """Downloads the files of a repository that match `patterns`. Returns their folder.
+
+    Raises ValueError if the hub does not give them: its sentence begins with `named` and
+    ends with `advice`.
+    """
     from huggingface_hub import snapshot_download
 
     try:
         snapshot = snapshot_download(
-            path, cache_dir=expanded(cache), token=token, allow_patterns=patterns
+            repo,
+            revision=revision,
+            cache_dir=expanded(cache),
+            token=token,
+            allow_patterns=patterns,
+            ignore_patterns=ignore_patterns,
         )
     except Exception as err:  # the hub raises errors of many types
         raise ValueError(
-            f"lora_path={path!r} is no folder here, and the Hugging Face hub did not give it "
-            f"({cause(err)}); check the name and the network, or give a local folder"
+            f"{named}, and the Hugging Face hub did not give it ({cause(err)}); {advice}, or give "
+            "a local folder"
         ) from err
     return Path(snapshot)
 

@@ -88,8 +88,9 @@ def free_gpu_bytes(runner: ModelRunner) -> int:
 
 def adapter_bytes(runner: ModelRunner) -> int:
     """Bytes of as many LoRA adapters as may be loaded."""
-    args = runner.setup.args
-    return 0 if runner.lora is None else runner.lora.num_bytes() * (args.max_cpu_loras or 1)
+    if runner.lora is None:
+        return 0
+    return runner.lora.num_bytes() * runner.setup.args.num_adapters
 
 
 def graph_bytes(runner: ModelRunner) -> int:
@@ -109,8 +110,8 @@ def graph_bytes(runner: ModelRunner) -> int:
 def record_graphs(runner: ModelRunner, count: int | None = None) -> DecodeGraphs | None:
     """Decode graphs of the `count` largest sizes (None: of all sizes).
 
-    None where there are no graphs, or one cannot be recorded. Raises RuntimeError where a
-    step of several ranks fails by itself.
+    None where there are no graphs, or one cannot be recorded. Raises RuntimeError if the
+    step itself fails and there are other ranks.
     """
     if runner.capture_stream is None:
         return None

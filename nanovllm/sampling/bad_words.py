@@ -65,7 +65,7 @@ def ends_with(tokens: np.ndarray, suffix: Word) -> bool:
 
 
 def check_one_is_left(seq: Sequence, banned: list[int], num_generated: int) -> None:
-    """Raises ValidationError where words of several tokens now ban all that the request allows."""
+    """Raises ValidationError if the bad words now ban every token that the request allows."""
     biases = (seq.params.logit_bias or {}).items()
     all_banned = {*banned, *ends_banned_now(seq, num_generated)}
     all_banned |= {token for token, bias in biases if bias == -np.inf}

@@ -111,11 +111,6 @@ def process(logits: Tensor, batch: Batch[Tensor], last_tokens: Tensor) -> Proces
     return Processed(logits, temperature, threshold)
 
 
-def sample(logits: Tensor, batch: Batch[Tensor], last_tokens: Tensor) -> Tensor:
-    """logits [K, V] -> token ids [K] int64. The logits may be overwritten."""
-    return process(logits, batch, last_tokens).draw(batch.sample.uniform)
-
-
 def errors_of(batch: Batch[Tensor]) -> dict[int, Exception]:
     """Row of the logits -> the error that a function of its request raised."""
     part = batch.parts.get(REQUEST_PROCESSORS.name)

@@ -68,7 +68,7 @@ class BlockWeight(Weight):
         """Nothing to do: a piece is put into panels while it is read."""
 
     def finish_loading(self, layer: nn.Module) -> None:
-        """Nothing to do."""
+        """Nothing to do: products read panels."""
 
     def allocate(self, layer: nn.Module) -> None:
         """Makes room for the pieces of `types`. Pieces that keep their type keep their weights."""

@@ -63,12 +63,14 @@ class NextTokens(Readout[Sampled]):
         return Sampled(tokens, score(shown.float(), tokens[part.at], part.k), errors_of(batch))
 
     def sample(self, logits: Tensor, batch: Batch[Tensor]) -> Tensor:
-        """logits [K, V] -> tokens [K]."""
-        return self.draw(process(logits, batch, self.last_tokens), batch)
+        """logits [K, V] -> tokens [K]. Rank 0 alone samples, and tells the other ranks."""
+        is_first = self.tp.rank == 0
+        processed = process(logits, batch, self.last_tokens) if is_first else None
+        return self.draw(processed, batch)
 
-    def draw(self, processed: Processed, batch: Batch[Tensor]) -> Tensor:
-        """The tokens [K]. Rank 0 alone draws, and tells the other ranks."""
-        if self.tp.rank == 0:
+    def draw(self, processed: Processed | None, batch: Batch[Tensor]) -> Tensor:
+        """The tokens [K]. Other ranks get them from rank 0."""
+        if self.tp.rank == 0 and processed is not None:
             tokens = processed.draw(batch.sample.uniform)
         else:
             tokens = batch.sample.at.long()

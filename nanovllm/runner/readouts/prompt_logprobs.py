@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanovllm.core.ability import ModelFacts, ReadoutAbility
+from nanovllm.core.ability import ModelFacts, StepAbility
 from nanovllm.core.batch import Batch, Part
 from nanovllm.core.sequence import Columns, Sequence, SequenceTable
 from nanovllm.core.step import Array, Logprobs, Step
@@ -40,7 +40,7 @@ class Asked:
     count: int
 
 
-class PromptLogprobs(ReadoutAbility, Readout[Logprobs[Tensor]]):
+class PromptLogprobs(StepAbility, Readout[Logprobs[Tensor]]):
     name = "prompt_logprobs"
     columns = {"num_prompt_logprobs": np.int32}
     first_completion_only = True
