@@ -81,6 +81,7 @@ WALK = (
     "layers/norm.py",
     "weights/panels.py",
     "weights/dense.py",
+    "cache/spec.py",
     "attention/base.py",
     "attention/torch_backend.py",
     "runner/readouts/next_tokens.py",

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from nanovllm.attention.base import AttentionBackend, AttentionSpec
+from nanovllm.cache.spec import PagedKV
 from nanovllm.core.batch import AttentionMetadata, ceil_div
 
 
@@ -24,6 +25,7 @@ class Case:
     v: list[Tensor]
     block_tables: Tensor  # [S, max_blocks] int32
     num_blocks: int
+    sinks: Tensor | None = None  # [Hq]
 
     def metadata(self, begins: list[int], ends: list[int]) -> AttentionMetadata[Tensor]:
         """A step that computes positions begins[i]:ends[i] of sequence i."""
@@ -59,20 +61,27 @@ class Case:
         backend.store(
             layer, *(torch.cat([x[p:] for x, p in zip(xs, past)]) for xs in (self.k, self.v))
         )
-        return backend.attend(layer, torch.cat(self.q))
+        return backend.attend(layer, torch.cat(self.q), self.sinks)
 
     def expected(self, layer: int) -> Tensor:
         """softmax(q k^T * scale) v over the visible keys, in float32: [T, Hq * D]."""
-        group = self.spec.num_heads // self.spec.num_kv_heads
-        window = self.spec.sliding_windows[layer]
+        spec = self.spec.layers[layer]
+        group = spec.num_heads // spec.num_kv_heads
+        window = spec.window
         outs = []
         for q, k, v, context_len in zip(self.q, self.k, self.v, self.context_lens):
             k, v = (x.float().repeat_interleave(group, dim=1) for x in (k, v))
-            scores = torch.einsum("qhd,khd->hqk", q.float(), k) * self.spec.scale
+            scores = torch.einsum("qhd,khd->hqk", q.float(), k) * spec.score_scale
+            if spec.softcap is not None:
+                scores = spec.softcap * torch.tanh(scores / spec.softcap)
             at = torch.arange(context_len - len(q), context_len, device=q.device)[:, None]
             key = torch.arange(context_len, device=q.device)
             visible = (key <= at) & (key > at - (window or context_len))
-            weights = scores.masked_fill(~visible, float("-inf")).softmax(-1)
+            scores = scores.masked_fill(~visible, float("-inf"))
+            if self.sinks is not None:
+                sinks = self.sinks.float()[:, None, None].expand(-1, len(q), 1)
+                scores = torch.cat((scores, sinks), -1)
+            weights = scores.softmax(-1)[..., :context_len]
             outs.append(torch.einsum("hqk,khd->qhd", weights, v).flatten(1))
         return torch.cat(outs)
 
@@ -88,16 +97,21 @@ def make_case(
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
     seed: int = 0,
+    value_dim: int | None = None,
+    softcap: float | None = None,
+    sinks: bool = False,
 ) -> Case:
     """A case with random contents whose pages are scattered over the cache in random order."""
     generator, shuffle = torch.Generator().manual_seed(seed), random.Random(seed)
     where = torch.device(device)
-    spec = AttentionSpec(
-        len(windows), *heads, head_dim, head_dim**-0.5, windows, block_size, dtype, where
+    layers = tuple(
+        PagedKV(*heads, head_dim, window, value_dim, softcap=softcap, has_sinks=sinks)
+        for window in windows
     )
+    spec = AttentionSpec(layers, block_size, dtype, where)
 
-    def normal(tokens: int, num_heads: int) -> Tensor:
-        return torch.randn(tokens, num_heads, head_dim, generator=generator).to(where, dtype)
+    def normal(tokens: int, num_heads: int, size: int = head_dim) -> Tensor:
+        return torch.randn(tokens, num_heads, size, generator=generator).to(where, dtype)
 
     needed = [ceil_div(c, block_size) for c in context_lens]
     num_blocks = sum(needed) + 3
@@ -111,7 +125,8 @@ def make_case(
         context_lens,
         [normal(n, heads[0]) for n in query_lens],
         [normal(c, heads[1]) for c in context_lens],
-        [normal(c, heads[1]) for c in context_lens],
+        [normal(c, heads[1], layers[0].value_size) for c in context_lens],
         tables.to(where),
         num_blocks,
+        normal(1, heads[0], 1).flatten() if sinks else None,
     )

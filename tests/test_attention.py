@@ -24,6 +24,17 @@ def test_torch_backend_equals_the_reference(query_lens, context_lens, heads, win
     )
 
 
+@pytest.mark.parametrize(
+    "words", [{"softcap": 2.0}, {"sinks": True}, {"value_dim": 24}, {"softcap": 2.0, "sinks": True}]
+)
+def test_softcap_sinks_and_value_size(words):
+    case = make_case([5, 1, 16], [5, 40, 16], head_dim=32, windows=(None, 7), **words)
+    for layer in range(2):
+        torch.testing.assert_close(
+            case.run(TorchAttention(case.spec), layer), case.expected(layer), atol=2e-6, rtol=1e-5
+        )
+
+
 def test_slot_minus_one_writes_to_no_page_of_a_sequence():
     case = make_case([16, 1], [16, 20])
     backend = TorchAttention(case.spec)

@@ -12,10 +12,11 @@ from nanovllm.attention import select
 from nanovllm.attention.base import AttentionSpec
 from nanovllm.attention.select import BACKENDS, select_backend
 from nanovllm.attention.torch_backend import TorchAttention
+from nanovllm.cache.spec import PagedKV
 
 
 def spec(device: str = "cpu", dtype: torch.dtype = torch.float32) -> AttentionSpec:
-    return AttentionSpec(1, 4, 2, 32, 1.0, (None,), 16, dtype, torch.device(device))
+    return AttentionSpec((PagedKV(4, 2, 32),), 16, dtype, torch.device(device))
 
 
 def test_one_line_says_which_backend_runs_and_why_not_a_faster_one(caplog):

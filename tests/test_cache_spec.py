@@ -5,7 +5,6 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-import pytest
 import torch
 
 from nanovllm.attention.base import AttentionSpec
@@ -15,34 +14,30 @@ from nanovllm.runner import memory
 
 # A layer with pages, one with a state of 4 * 8 + 16 bfloat16 numbers a sequence, and one with pages and a window.
 MIXED: list[CacheSpec] = [
-    PagedKV(2, 32),
+    PagedKV(4, 2, 32),
     RowState(((4, 8), (16,)), torch.bfloat16),
-    PagedKV(2, 32, 7),
+    PagedKV(4, 2, 32, 7),
 ]
 
 
 def spec_of(layers: list[CacheSpec]) -> AttentionSpec:
     cpu = torch.device("cpu")
-    return AttentionSpec.of(layers, num_heads=4, block_size=16, dtype=torch.float32, device=cpu)
+    return AttentionSpec.of(layers, block_size=16, dtype=torch.float32, device=cpu)
 
 
 def test_a_page_holds_the_layers_that_have_pages() -> None:
     spec = spec_of(MIXED)
-    assert (spec.num_layers, spec.num_kv_heads, spec.head_dim, spec.sliding_windows) == (
-        2,
-        2,
-        32,
-        (None, 7),
-    )
-    assert spec.scale == 32**-0.5
+    assert spec.layers == (PagedKV(4, 2, 32), PagedKV(4, 2, 32, 7))
+    assert spec.layers[0].score_scale == 32**-0.5
     assert (
         TorchAttention(spec).page_bytes() == 2 * 2 * 16 * 2 * 32 * 4
     )  # K and V, layers, tokens, heads, dim, bytes
 
 
-def test_layers_with_pages_of_several_shapes_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"\[\(2, 32\), \(4, 32\)\]; accepted is one shape"):
-        spec_of([PagedKV(2, 32), PagedKV(4, 32)])
+def test_a_page_holds_layers_of_several_shapes() -> None:
+    spec = spec_of([PagedKV(4, 2, 32), PagedKV(4, 4, 32, value_dim=16)])
+    numbers = 2 * (32 + 32) + 4 * (32 + 16)  # of one token
+    assert TorchAttention(spec).page_bytes() == 16 * numbers * 4
 
 
 def test_states_of_fixed_size_take_memory_from_pages() -> None:

@@ -110,7 +110,7 @@ class TestAttention:
         case = make_case([1, 3], [77, 19], dtype=torch.bfloat16)
         backend = CpuAttention(case.spec)
         before = case.run(backend, 0)
-        dirty = backend.cache.view(-1)
+        dirty = backend.cache[0].view(-1)
         stale = dirty == 0  # what nothing was written to
         dirty[stale] = float("inf")
         assert stale.any()
@@ -120,10 +120,10 @@ class TestAttention:
         case = make_case([16, 1], [16, 20])
         backend = CpuAttention(case.spec)
         case.run(backend, 0)
-        before = backend.cache.clone()
+        before = backend.cache[0].clone()
         backend.meta.slot_mapping.fill_(-1)
         backend.store(0, torch.full((17, 2, 64), 9.0), torch.full((17, 2, 64), 9.0))
-        assert torch.equal(backend.cache, before)
+        assert torch.equal(backend.cache[0], before)
 
     def test_offsets_beyond_31_bits(self):
         case = make_case([1], [40], heads=(1, 1), head_dim=256, block_size=32, dtype=torch.float16)
@@ -158,7 +158,7 @@ class TestAttention:
         q, k, v = kernels.qk_norm_rope(qkv.double(), meta.positions, wide)
         plain.store(0, k.to(dtype), v.to(dtype))
         assert_close(fused.write(0, qkv, rope), q, dtype, scale=4)
-        assert_close(fused.cache, plain.cache, dtype, scale=4)
+        assert_close(fused.cache[0], plain.cache[0], dtype, scale=4)
 
     @pytest.mark.parametrize(
         ("change", "word"), [({"head_dim": 72}, "head_dim=72"), ({"block_size": 5}, "block_size=5")]

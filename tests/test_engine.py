@@ -187,6 +187,11 @@ def resident_mib() -> float:
     return pages * 4096 / 2**20
 
 
+def fill_pages(llm: LLM) -> None:
+    for pages in llm.llm_engine.executor.runner.attention.cache:
+        pages.fill_(1)
+
+
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads Linux's /proc")
 def test_a_deleted_engine_gives_its_memory_back(tmp_path):
     folder, _ = tiny_model(
@@ -195,7 +200,7 @@ def test_a_deleted_engine_gives_its_memory_back(tmp_path):
     gc.collect()
     before = resident_mib()
     llm = make_llm(folder, num_gpu_blocks_override=4096, max_model_len=512)
-    llm.llm_engine.executor.runner.attention.cache.fill_(1)
+    fill_pages(llm)
     tokens_of(llm, random_prompts([20]))
     assert resident_mib() > before + 400, "the model has 200 MB of weights, and as much cache"
     reference = weakref.ref(llm.llm_engine.executor.runner.model)

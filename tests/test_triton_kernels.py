@@ -76,7 +76,7 @@ def attend(query_lens, context_lens, programs=7, cache="auto", **shape):
     case = make_case(query_lens, context_lens, device=DEVICE, **shape)
     backend = TritonAttention(case.spec, cache)
     backend.programs = programs
-    layer = case.spec.num_layers - 1
+    layer = len(case.spec.layers) - 1
     return backend, case.run(backend, layer).float(), case.expected(layer)
 
 

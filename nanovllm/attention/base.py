@@ -17,26 +17,20 @@ import torch
 from torch import Tensor
 
 from nanovllm import kernels
-from nanovllm.cache.spec import CacheSpec, paged_layers
+from nanovllm.cache.spec import CacheSpec, PagedKV, paged_layers
 from nanovllm.core.batch import AttentionMetadata
 from nanovllm.kernels.rope import Rope
 
 
 @dataclass(frozen=True)
 class AttentionSpec:
-    """The shape of a model's attention and of its pages.
+    """The attention of each layer that has pages, and the form of the pages.
 
-    Heads are counted on this rank. Only layers with pages count as layers.
+    Backends number layers by `layers`.
     """
 
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    scale: float
-    # One a layer: the query at p sees keys p - window + 1 .. p. None: it sees all.
-    sliding_windows: tuple[int | None, ...]
-    block_size: int
+    layers: tuple[PagedKV, ...]
+    block_size: int  # tokens of one page
     dtype: torch.dtype
     device: torch.device
 
@@ -45,34 +39,31 @@ class AttentionSpec:
         cls,
         specs: Sequence[CacheSpec],
         *,
-        num_heads: int,
         block_size: int,
         dtype: torch.dtype,
         device: torch.device,
     ) -> AttentionSpec:
-        """The spec for layers that remember `specs`.
+        """The spec for layers that remember `specs`."""
+        return cls(tuple(paged_layers(specs)), block_size, dtype, device)
 
-        Raises ValueError where layers with pages differ in heads or head size.
-        """
-        layers = paged_layers(specs)
-        shapes = {(layer.num_kv_heads, layer.head_dim) for layer in layers}
-        if len(shapes) != 1:
-            raise ValueError(
-                "model: its layers have pages of the shapes (KV heads, head size) "
-                f"{sorted(shapes)}; accepted is one shape"
-            )
-        ((num_kv_heads, head_dim),) = shapes
-        return cls(
-            num_layers=len(layers),
-            num_heads=num_heads,
-            num_kv_heads=num_kv_heads,
-            head_dim=head_dim,
-            scale=head_dim**-0.5,
-            sliding_windows=tuple(layer.window for layer in layers),
-            block_size=block_size,
-            dtype=dtype,
-            device=device,
-        )
+    @property
+    def largest_head(self) -> int:
+        """The largest size of a head of any layer, of K or of V."""
+        return max(max(layer.head_dim, layer.value_size) for layer in self.layers)
+
+    def uncommon(self) -> str | None:
+        """What a layer asks for that plain attention lacks, or None."""
+        first = self.layers[0]._replace(window=None)
+        for layer in self.layers:
+            if layer._replace(window=None) != first:
+                return "layers of different shapes"
+            if layer.value_size != layer.head_dim:
+                return "value heads of another size than key heads"
+            if layer.softcap is not None:
+                return "softcap of the scores"
+            if layer.has_sinks:
+                return "sinks in the softmax"
+        return None
 
 
 class AttentionBackend(ABC):
@@ -95,10 +86,10 @@ class AttentionBackend(ABC):
 
     def page_bytes(self) -> int:
         """Bytes of one page: K and V of `block_size` tokens in all layers."""
-        spec = self.spec
-        head_bytes = spec.head_dim * spec.dtype.itemsize
-        token_bytes = 2 * spec.num_kv_heads * head_bytes
-        return spec.num_layers * spec.block_size * token_bytes
+        numbers = sum(
+            layer.num_kv_heads * (layer.head_dim + layer.value_size) for layer in self.spec.layers
+        )  # of one token
+        return self.spec.block_size * numbers * self.spec.dtype.itemsize
 
     @abstractmethod
     def allocate(self, num_blocks: int) -> None:
@@ -109,18 +100,25 @@ class AttentionBackend(ABC):
         self.meta = meta
 
     def write(self, layer: int, qkv: Tensor, rope: Rope) -> Tensor:
-        """QK-norm and RoPE, then K and V into their pages: [T, (Hq + 2 Hkv) D] -> q [T, Hq, D]."""
+        """QK-norm and RoPE, then K and V into their pages: [T, (Hq + 2 Hkv) D] -> q [T, Hq, D].
+
+        For layers whose values have the size of keys. Other layers call `store`.
+        """
         q, k, v = kernels.qk_norm_rope(qkv, self.meta.positions, rope)
         self.store(layer, k, v)
         return q
 
     @abstractmethod
     def store(self, layer: int, k: Tensor, v: Tensor) -> None:
-        """Writes k and v, [T, Hkv, D] each, to `slot_mapping`."""
+        """Writes k [T, Hkv, D] and v [T, Hkv, Dv] to `slot_mapping`."""
 
     @abstractmethod
-    def attend(self, layer: int, q: Tensor) -> Tensor:
-        """Causal attention of q [T, Hq, D] over the pages -> [T, Hq * D]."""
+    def attend(self, layer: int, q: Tensor, sinks: Tensor | None = None) -> Tensor:
+        """Causal attention of q [T, Hq, D] over the pages -> [T, Hq * Dv].
+
+        sinks [Hq]: one more score of each head, for layers with `has_sinks`. It takes part
+        in the softmax and has no value (gpt-oss).
+        """
 
 
 def zeroed(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -43,7 +43,7 @@ class _Step(ctypes.Structure):
 
 
 class CpuAttention(AttentionBackend):
-    """Pages are [num_layers, num_blocks, Hkv, 2 (K, V), block_size * head_dim].
+    """Pages of a layer are [num_blocks, Hkv, 2 (K, V), block_size * head_dim].
 
     Invariant: the structures that kernels read keep their addresses. So recorded calls
     see new pages and new steps.
@@ -56,8 +56,12 @@ class CpuAttention(AttentionBackend):
             return f"device={spec.device} is not the CPU"
         if cpu.kernel("attend", spec.dtype) is None:
             return f"there is no C++ kernel for {spec.dtype} here"
-        if spec.head_dim % 16 or spec.head_dim > 256:
-            return f"head_dim={spec.head_dim} is not a multiple of 16 up to 256"
+        for layer in spec.layers:
+            if layer.head_dim % 16 or layer.head_dim > 256:
+                return f"head_dim={layer.head_dim} is not a multiple of 16 up to 256"
+        uncommon = spec.uncommon()
+        if uncommon is not None:
+            return f"it has no {uncommon}"
         if spec.block_size % 2:
             return f"block_size={spec.block_size} is odd"
         return None
@@ -75,9 +79,17 @@ class CpuAttention(AttentionBackend):
         assert attend is not None
         self._write = write
         self._attend = attend
-        sizes = (spec.num_heads, spec.num_kv_heads, spec.head_dim, spec.block_size)
         self._layers = [
-            _Layer(None, *sizes, window or 0, spec.scale) for window in spec.sliding_windows
+            _Layer(
+                None,
+                layer.num_heads,
+                layer.num_kv_heads,
+                layer.head_dim,
+                spec.block_size,
+                layer.window or 0,
+                layer.score_scale,
+            )
+            for layer in spec.layers
         ]
         self._layer_addresses = [ctypes.addressof(layer) for layer in self._layers]
         self._step = _Step()
@@ -85,8 +97,14 @@ class CpuAttention(AttentionBackend):
 
     def allocate(self, num_blocks: int) -> None:
         spec = self.spec
-        shape = (spec.num_layers, num_blocks, spec.num_kv_heads, 2, spec.block_size * spec.head_dim)
-        self.cache = zeroed(shape, spec.dtype, spec.device)
+        self.cache = [
+            zeroed(
+                (num_blocks, layer.num_kv_heads, 2, spec.block_size * layer.head_dim),
+                spec.dtype,
+                spec.device,
+            )
+            for layer in spec.layers
+        ]
         for layer, pages in zip(self._layers, self.cache):
             layer.pages = pages.data_ptr()
 
@@ -105,13 +123,13 @@ class CpuAttention(AttentionBackend):
     def write(self, layer: int, qkv: Tensor, rope: Rope) -> Tensor:
         spec = self.spec
         qkv = qkv.contiguous()
-        q = cpu.empty((qkv.shape[0], spec.num_heads, spec.head_dim), spec.dtype)
+        q = cpu.empty((qkv.shape[0], rope.num_heads, rope.head_dim), spec.dtype)
         norms = (0, 0)
         if rope.q_norm is not None and rope.k_norm is not None:
             norms = (rope.q_norm.data_ptr(), rope.k_norm.data_ptr())
         arrays = (
             qkv.data_ptr(),
-            spec.num_heads,
+            rope.num_heads,
             rope.cos_sin.data_ptr(),
             *norms,
             cpu.float_bits(rope.eps),
@@ -126,7 +144,8 @@ class CpuAttention(AttentionBackend):
         layer_address = self._layer_addresses[layer]
         cpu.call(self._write, layer_address, self._step_address, kv.data_ptr(), *nothing)
 
-    def attend(self, layer: int, q: Tensor) -> Tensor:
+    def attend(self, layer: int, q: Tensor, sinks: Tensor | None = None) -> Tensor:
+        assert sinks is None
         q = q.contiguous()
         out = cpu.empty((q.shape[0], q.shape[1] * q.shape[2]), q.dtype)
         layer_address = self._layer_addresses[layer]

@@ -25,8 +25,11 @@ def flash_version(spec: AttentionSpec) -> tuple[int | None, str]:
     if spec.device.type != "cuda" or spec.dtype not in (torch.float16, torch.bfloat16):
         where = f"{spec.dtype} on {spec.device.type}"
         return None, f"flash-attn runs float16 and bfloat16 on CUDA, not {where}"
-    if spec.head_dim > 256 or spec.head_dim % 8:
-        return None, f"flash-attn runs head sizes up to 256 in steps of 8, not {spec.head_dim}"
+    if spec.largest_head > 256 or spec.largest_head % 8:
+        return None, f"flash-attn runs head sizes up to 256 in steps of 8, not {spec.largest_head}"
+    uncommon = spec.uncommon()
+    if uncommon is not None:
+        return None, f"nanovllm calls flash-attn without {uncommon}"
     capability = torch.cuda.get_device_capability(spec.device)
     shown = f"{capability[0]}.{capability[1]}"
     reasons = []
@@ -65,7 +68,9 @@ class FlashAttention(AttentionBackend):
 
     def allocate(self, num_blocks: int) -> None:
         spec = self.spec
-        shape = (spec.num_layers, 2, num_blocks, spec.block_size, spec.num_kv_heads, spec.head_dim)
+        first = spec.layers[0]
+        page = (spec.block_size, first.num_kv_heads, first.head_dim)
+        shape = (len(spec.layers), 2, num_blocks, *page)
         self.cache = torch.zeros(shape, dtype=spec.dtype, device=spec.device)
 
     def begin(self, meta: AttentionMetadata[Tensor]) -> None:
@@ -81,11 +86,13 @@ class FlashAttention(AttentionBackend):
     def store(self, layer: int, k: Tensor, v: Tensor) -> None:
         write_kv(k, v, self.meta.slot_mapping, *self.cache[layer].transpose(2, 3))
 
-    def attend(self, layer: int, q: Tensor) -> Tensor:
+    def attend(self, layer: int, q: Tensor, sinks: Tensor | None = None) -> Tensor:
+        assert sinks is None
         meta = self.meta
-        window = self.spec.sliding_windows[layer]
+        spec = self.spec.layers[layer]
+        window = spec.window
         common = {
-            "softmax_scale": self.spec.scale,
+            "softmax_scale": spec.score_scale,
             "causal": True,
             "window_size": (-1, -1) if window is None else (window - 1, 0),
         }

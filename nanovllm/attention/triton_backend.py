@@ -422,9 +422,10 @@ class TritonAttention(AttentionBackend):
         capability = device_properties(spec.device).capability
         if capability < (8, 0):
             return "it needs compute capability 8.0 or higher, not {}.{}".format(*capability)
-        if spec.head_dim > 256:
-            return f"its tiles hold head sizes up to 256, not {spec.head_dim}"
-        return None
+        if spec.largest_head > 256:
+            return f"its tiles hold head sizes up to 256, not {spec.largest_head}"
+        uncommon = spec.uncommon()
+        return None if uncommon is None else f"it has no {uncommon}"
 
     def __init__(self, spec: AttentionSpec, kv_cache_dtype: str = "auto") -> None:
         super().__init__(spec)
@@ -441,22 +442,24 @@ class TritonAttention(AttentionBackend):
             )
         self.cache_dtype = torch.float8_e4m3fn if fp8 else spec.dtype
         compute = torch.float16 if fp8 and spec.dtype == torch.bfloat16 else spec.dtype
-        group = spec.num_heads // spec.num_kv_heads
-        self.prefill = prefill_shape(spec.head_dim, spec.dtype, self.cache_dtype, gpu.capability)
-        self.decode = decode_shape(spec.head_dim, spec.dtype, self.cache_dtype, spec.block_size)
+        first = spec.layers[0]
+        group = first.num_heads // first.num_kv_heads
+        head_dim = first.head_dim
+        self.prefill = prefill_shape(head_dim, spec.dtype, self.cache_dtype, gpu.capability)
+        self.decode = decode_shape(head_dim, spec.dtype, self.cache_dtype, spec.block_size)
         for shape in (self.prefill, self.decode):
             shape["BLOCK_M"] = max(shape["BLOCK_M"], power_of_2(group))
             if torch.version.hip:  # an MI300 has 64 KB of shared memory
                 shape |= {"TILE": min(shape["TILE"], 32), "num_stages": 2}
         self.programs = decode_programs(
-            gpu.multiprocessors, gpu.shared_memory, self.decode, spec.head_dim, self.cache_dtype
+            gpu.multiprocessors, gpu.shared_memory, self.decode, head_dim, self.cache_dtype
         )
         self.constants = {
-            "SCALE": spec.scale * LOG2E,
-            "HKV": spec.num_kv_heads,
+            "SCALE": first.score_scale * LOG2E,
+            "HKV": first.num_kv_heads,
             "GROUP": group,
-            "D": spec.head_dim,
-            "DIM": max(power_of_2(spec.head_dim), 16),  # matrix instructions take at least 16
+            "D": head_dim,
+            "DIM": max(power_of_2(head_dim), 16),  # matrix instructions take at least 16
             "PAGE": spec.block_size,
             "COMPUTE": compute_type(compute),
         }
@@ -466,14 +469,15 @@ class TritonAttention(AttentionBackend):
 
     def allocate(self, num_blocks: int) -> None:
         spec = self.spec
-        shape = (spec.num_layers, 2, num_blocks, spec.num_kv_heads, spec.block_size, spec.head_dim)
+        first = spec.layers[0]
+        page = (first.num_kv_heads, spec.block_size, first.head_dim)
+        shape = (len(spec.layers), 2, num_blocks, *page)
         self.cache = torch.zeros(shape, dtype=self.cache_dtype, device=spec.device)
         # (K, V) of each layer. Made once, because each new view costs the host time.
         self.pages = [tuple(layer) for layer in self.cache]
-        group = spec.num_heads // spec.num_kv_heads
-        self.partial = torch.empty(
-            2 * self.programs, group * (spec.head_dim + 2), device=spec.device
-        )
+        group = first.num_heads // first.num_kv_heads
+        partial_size = group * (first.head_dim + 2)
+        self.partial = torch.empty(2 * self.programs, partial_size, device=spec.device)
         self.arrived = torch.zeros(self.programs, dtype=torch.int32, device=spec.device)
 
     def begin(self, meta: AttentionMetadata[Tensor]) -> None:
@@ -483,11 +487,11 @@ class TritonAttention(AttentionBackend):
         layers.
         """
         super().begin(meta)
-        kv_heads = self.spec.num_kv_heads
+        kv_heads = self.spec.layers[0].num_kv_heads
         tile = self.decode["TILE"]
         self.plans = {
             window: decode_plan(meta, kv_heads, tile, window, self.programs)
-            for window in set(self.spec.sliding_windows)
+            for window in {layer.window for layer in self.spec.layers}
         }
 
     def write(self, layer: int, qkv: Tensor, rope: Rope) -> Tensor:
@@ -496,10 +500,11 @@ class TritonAttention(AttentionBackend):
     def store(self, layer: int, k: Tensor, v: Tensor) -> None:
         write_kv(k, v, self.meta.slot_mapping, *self.pages[layer])
 
-    def attend(self, layer: int, q: Tensor) -> Tensor:
-        spec, meta = self.spec, self.meta
+    def attend(self, layer: int, q: Tensor, sinks: Tensor | None = None) -> Tensor:
+        assert sinks is None
+        spec, meta = self.spec.layers[layer], self.meta
         out = torch.empty_like(q)
-        window = spec.sliding_windows[layer]
+        window = spec.window
         tables = (
             meta.block_tables,
             meta.block_tables.stride(0),

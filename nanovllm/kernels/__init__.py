@@ -43,34 +43,40 @@ def triton_for(x: Tensor) -> ModuleType | None:
     return gpu() if x.is_cuda else None
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """weight * x / sqrt(mean(x^2) + eps) over the last dimension.
+def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
+    """(weight + offset) * x / sqrt(mean(x^2) + eps) over the last dimension.
 
     The quotient is computed in float32 and rounded to the type of x before the product.
+    Gemma stores weights that lack an offset of 1.
     """
-    if x.is_cpu:
+    if x.is_cpu and not offset:
         out = cpu.rms_norm(x, weight, eps)
         if out is not None:
             return out
-    triton = triton_for(x)
+    triton = None if offset else triton_for(x)
     if triton is not None:
         return triton.rms_norm(x, weight, eps)
     x32 = x.float()
     scale = torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
-    return weight * (x32 * scale).to(x.dtype)
+    normed = (x32 * scale).to(x.dtype)
+    if offset:
+        return ((weight.float() + offset) * normed.float()).to(x.dtype)
+    return weight * normed
 
 
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset: float = 0.0
+) -> tuple[Tensor, Tensor]:
     """(rms_norm(residual + x), residual + x). May overwrite both inputs."""
-    if x.is_cpu:
+    if x.is_cpu and not offset:
         both = cpu.add_rms_norm(x, residual, weight, eps)
         if both is not None:
             return both
-    triton = triton_for(x)
+    triton = None if offset else triton_for(x)
     if triton is not None:
         return triton.add_rms_norm(x, residual, weight, eps)
     residual = residual + x
-    return rms_norm(residual, weight, eps), residual
+    return rms_norm(residual, weight, eps, offset), residual
 
 
 def silu_and_mul(x: Tensor) -> Tensor:
@@ -84,6 +90,22 @@ def silu_and_mul(x: Tensor) -> Tensor:
         return triton.silu_and_mul(x)
     gate, up = x.chunk(2, dim=-1)
     return F.silu(gate) * up
+
+
+def gelu_and_mul(x: Tensor) -> Tensor:
+    """[T, 2I] -> [T, I]: gelu of the first half, by its tanh formula, times the second half."""
+    gate, up = x.chunk(2, dim=-1)
+    return F.gelu(gate, approximate="tanh") * up
+
+
+def add(x: Tensor, y: Tensor) -> Tensor:
+    """x + y, both [T, size]. May overwrite x."""
+    return x + y
+
+
+def scale(x: Tensor, factor: float) -> Tensor:
+    """x * factor, [T, size]. May overwrite x."""
+    return x * factor
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -108,28 +130,30 @@ def qk_norm_rope(qkv: Tensor, positions: Tensor, rope: Rope) -> tuple[Tensor, Te
     """RMSNorm of each head of Q and K where the model has one, then rotary embedding.
 
     qkv [T, (Hq + 2 Hkv) D], positions [T] -> q [T, Hq, D], k [T, Hkv, D], v [T, Hkv, D].
-    The embedding (Su et al., 2021) has the half-split form that checkpoints use.
+    The embedding (Su et al., 2021) has the half-split form that checkpoints use. It turns
+    the first R numbers of a head, where R is the width of the table of angles.
     """
     heads = qkv.view(qkv.shape[0], -1, rope.head_dim)  # [T, Hq + 2 Hkv, D]
     counts = [rope.num_heads, rope.num_kv_heads, rope.num_kv_heads]
     q, k, v = heads.split(counts, dim=1)
     if rope.q_norm is not None and rope.k_norm is not None:
-        q = rms_norm(q, rope.q_norm, rope.eps)
-        k = rms_norm(k, rope.k_norm, rope.eps)
-    cos_sin = rope.cos_sin[positions.long()].to(qkv.dtype)  # [T, D]
+        q = rms_norm(q, rope.q_norm, rope.eps, rope.norm_offset)
+        k = rms_norm(k, rope.k_norm, rope.eps, rope.norm_offset)
+    cos_sin = rope.cos_sin[positions.long()].to(qkv.dtype)  # [T, R]
     cos, sin = cos_sin.unsqueeze(1).chunk(2, dim=-1)
     return rotate(q, cos, sin), rotate(k, cos, sin), v
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates the pair (x[i], x[i + D/2]) by the i-th angle.
+    """Rotates the pair (x[i], x[i + R/2]) by the i-th angle. Numbers from R on stay.
 
-    x [T, heads, D], cos and sin [T, 1, D/2] -> [T, heads, D].
+    x [T, heads, D], cos and sin [T, 1, R/2] -> [T, heads, D].
     """
-    x1, x2 = x.chunk(2, dim=-1)
+    half = cos.shape[-1]
+    x1, x2, rest = x.split([half, half, x.shape[-1] - 2 * half], dim=-1)
     rotated1 = x1 * cos - x2 * sin
     rotated2 = x2 * cos + x1 * sin
-    return torch.cat((rotated1, rotated2), dim=-1)
+    return torch.cat((rotated1, rotated2, rest), dim=-1)
 
 
 def draw(logits: Tensor, temperature: Tensor, u: Tensor, threshold: Tensor | None = None) -> Tensor:

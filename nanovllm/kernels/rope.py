@@ -13,8 +13,10 @@ class Rope(NamedTuple):
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    # float32 [positions, head_dim]: cosines of the head_dim / 2 angles, then their sines
+    # float32 [positions, R]: cosines of the R / 2 angles, then their sines. R is head_dim,
+    # or less where the model turns only the first R numbers of a head.
     cos_sin: Tensor
     q_norm: Tensor | None = None  # [head_dim]
     k_norm: Tensor | None = None  # [head_dim]
     eps: float = 0.0  # of both norms
+    norm_offset: float = 0.0  # of both norms, added to their weights

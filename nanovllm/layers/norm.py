@@ -10,11 +10,15 @@ from nanovllm.loader.source import Source
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square normalisation over the last dimension (Zhang and Sennrich, 2019)."""
+    """Root-mean-square normalisation over the last dimension (Zhang and Sennrich, 2019).
 
-    def __init__(self, size: int, eps: float) -> None:
+    offset: what the factors have more than the weights of the checkpoint.
+    """
+
+    def __init__(self, size: int, eps: float, offset: float = 0.0) -> None:
         super().__init__()
         self.eps = eps
+        self.offset = offset
         self.weight = nn.Parameter(torch.ones(size), requires_grad=False)
 
     def sources(self, prefix: str) -> list[Source]:
@@ -26,11 +30,11 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[T, size] -> [T, size]."""
-        return kernels.rms_norm(x, self.weight, self.eps)
+        return kernels.rms_norm(x, self.weight, self.eps, self.offset)
 
     def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """(normalised sum, sum), both [T, size]. The sum is the new residual.
 
         May overwrite both arguments.
         """
-        return kernels.add_rms_norm(x, residual, self.weight, self.eps)
+        return kernels.add_rms_norm(x, residual, self.weight, self.eps, self.offset)

@@ -75,10 +75,11 @@ class Attention(nn.Module):
         cos_sin = self.rotary_emb.cos_sin
         if self.q_norm is None or self.k_norm is None:
             return Rope(*sizes, cos_sin)
-        return Rope(*sizes, cos_sin, self.q_norm.weight, self.k_norm.weight, self.q_norm.eps)
+        norms = (self.q_norm.weight, self.k_norm.weight)
+        return Rope(*sizes, cos_sin, *norms, self.q_norm.eps, self.q_norm.offset)
 
     def cache_spec(self) -> CacheSpec:
-        return PagedKV(self.num_kv_heads, self.head_dim, self.window)
+        return PagedKV(self.num_heads, self.num_kv_heads, self.head_dim, self.window)
 
 
 class MLP(nn.Module):
@@ -151,11 +152,9 @@ class CausalLM(nn.Module, ABC):
         super().__init__()
         self.config = config
         self.tp = tp
-        rotary_emb = RotaryEmbedding(
-            config.rope, config.head_dim, config.max_position, max_model_len
-        )
+        rotary_embs = self.rotary_embeddings(max_model_len)
         layers = [
-            DecoderLayer(config, self.attention(layer, rotary_emb), MLP(config, tp))
+            self.decoder_layer(self.attention(layer, rotary_embs[layer]), self.mlp(layer))
             for layer in range(config.num_layers)
         ]
         self.model = Decoder(config, layers, tp)
@@ -172,6 +171,20 @@ class CausalLM(nn.Module, ABC):
     @abstractmethod
     def attention(self, layer: int, rotary_emb: RotaryEmbedding) -> Attention:
         """The attention of one layer."""
+
+    def mlp(self, layer: int) -> nn.Module:
+        """The feed-forward part of one layer."""
+        return MLP(self.config, self.tp)
+
+    def decoder_layer(self, self_attn: nn.Module, mlp: nn.Module) -> DecoderLayer:
+        """One layer of these two parts."""
+        return DecoderLayer(self.config, self_attn, mlp)
+
+    def rotary_embeddings(self, max_model_len: int) -> list[RotaryEmbedding]:
+        """The rotary embedding of each layer: one that all layers share."""
+        config = self.config
+        table = RotaryEmbedding(config.rope, config.head_dim, config.max_position, max_model_len)
+        return [table] * config.num_layers
 
     def cache_specs(self) -> list[CacheSpec]:
         """What each layer remembers of a sequence."""

@@ -79,7 +79,6 @@ class ModelRunner:
         self.lora = ModelAdapters(self.model, setup, tp) if setup.args.enable_lora else None
         spec = AttentionSpec.of(
             self.model.cache_specs(),
-            num_heads=len(tp.split(setup.config.num_heads)),
             block_size=setup.block_size,
             dtype=setup.dtype,
             device=setup.device,

@@ -17,6 +17,7 @@ import torch
 
 from nanovllm.attention.base import AttentionSpec
 from nanovllm.attention.triton_backend import TritonAttention, decode_programs
+from nanovllm.cache.spec import PagedKV
 from nanovllm.core.batch import AttentionMetadata, ceil_div
 from nanovllm.kernels.triton_ops import device_properties
 
@@ -78,9 +79,7 @@ def decode_bandwidth(
     itemsize = 1 if kv_cache_dtype == "fp8" else dtype.itemsize
     layer_bytes = 2 * batch * context * heads[1] * head_dim * itemsize
     layers = max(1, min(64, total // layer_bytes))
-    spec = AttentionSpec(
-        layers, *heads, head_dim, head_dim**-0.5, (None,) * layers, page, dtype, where
-    )
+    spec = AttentionSpec((PagedKV(*heads, head_dim),) * layers, page, dtype, where)
     backend = TritonAttention(spec, kv_cache_dtype)
     if shape:
         backend.decode |= shape

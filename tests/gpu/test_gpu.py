@@ -18,6 +18,7 @@ from tiny import greedy, random_prompts, shared_model, tiny_model
 from nanovllm import LLM, SamplingParams
 from nanovllm.attention.base import AttentionSpec
 from nanovllm.attention.select import BACKENDS, make
+from nanovllm.cache.spec import PagedKV
 from nanovllm.runner.cuda_graphs import is_decode
 from nanovllm.runner.model_runner import ModelRunner
 from nanovllm.runner.readouts.next_tokens import NextTokens
@@ -68,7 +69,7 @@ def backends(dtype: torch.dtype, block_size: int) -> list[str]:
     """The attention backends that this machine can run."""
     if not torch.cuda.is_available():
         return []
-    spec = AttentionSpec(1, 4, 2, 32, 1.0, (None,), block_size, dtype, torch.device("cuda", 0))
+    spec = AttentionSpec((PagedKV(4, 2, 32),), block_size, dtype, torch.device("cuda", 0))
     return [name for name in BACKENDS if not isinstance(make(name, spec, "auto"), str)]
 
 
