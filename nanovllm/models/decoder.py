@@ -7,9 +7,7 @@ knows tokens and an attention backend. It knows neither sequences nor ranks nor 
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from abc import abstractmethod
 
 from torch import Tensor, nn
 
@@ -19,14 +17,13 @@ from nanovllm.cache.spec import CacheSpec, PagedKV
 from nanovllm.kernels.rope import Rope
 from nanovllm.layers.linear import (
     ColumnParallelLinear,
-    Matrix,
     RowParallelLinear,
     VocabParallelEmbedding,
 )
 from nanovllm.layers.norm import RMSNorm
 from nanovllm.layers.rotary import RotaryEmbedding
 from nanovllm.loader.fields import Fields
-from nanovllm.loader.source import LazyTensor, fill
+from nanovllm.models.base import LanguageModel
 from nanovllm.models.config import ModelConfig, read_sizes
 from nanovllm.parallel import TensorParallel
 
@@ -145,13 +142,13 @@ class Decoder(nn.Module):
         return hidden
 
 
-class CausalLM(nn.Module, ABC):
+class CausalLM(LanguageModel):
     """A decoder with its output head. A family's class says what its attention is."""
 
+    lm_head: VocabParallelEmbedding
+
     def __init__(self, config: ModelConfig, max_model_len: int, tp: TensorParallel) -> None:
-        super().__init__()
-        self.config = config
-        self.tp = tp
+        super().__init__(config, tp)
         rotary_embs = self.rotary_embeddings(max_model_len)
         layers = [
             self.decoder_layer(self.attention(layer, rotary_embs[layer]), self.mlp(layer))
@@ -197,26 +194,3 @@ class CausalLM(nn.Module, ABC):
     def logits(self, hidden: Tensor) -> Tensor:
         """[K, hidden] -> [K, vocabulary]."""
         return self.lm_head.logits(hidden)
-
-    # -- weights -------------------------------------------------------------------------
-
-    def load_weights(self, weights: Iterable[tuple[str, LazyTensor]]) -> set[str]:
-        """Writes new weights, under checkpoint names, into the running model.
-
-        Returns the names that were used. Reset the prefix cache after it. Raises
-        ValueError for a name or a shape that the model does not have.
-        """
-        with self.unpacked():
-            return fill(self, weights)
-
-    @contextmanager
-    def unpacked(self) -> Iterator[None]:
-        """Weights have the form of checkpoints inside the `with`, to be read or written."""
-        matrices = [module for module in self.modules() if isinstance(module, Matrix)]
-        for matrix in matrices:
-            matrix.begin_loading()
-        try:
-            yield
-        finally:
-            for matrix in matrices:
-                matrix.finish_loading()

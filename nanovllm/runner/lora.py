@@ -17,7 +17,7 @@ from nanovllm.core.lora import LoRAPart
 from nanovllm.layers.linear import Matrix
 from nanovllm.loader.peft import LowRank, read_adapter
 from nanovllm.loader.source import Source
-from nanovllm.models.decoder import CausalLM
+from nanovllm.models.base import LanguageModel
 from nanovllm.parallel import TensorParallel
 from nanovllm.runner.setup import Setup
 from nanovllm.weights.lora import Factors, Group, LoRARows, LoRAWeight, change
@@ -37,7 +37,7 @@ class Place:
 class ModelAdapters:
     """Wraps every matrix of a model, and fills the wrappers with adapters."""
 
-    def __init__(self, model: CausalLM, setup: Setup, tp: TensorParallel) -> None:
+    def __init__(self, model: LanguageModel, setup: Setup, tp: TensorParallel) -> None:
         self.setup = setup
         self.tp = tp
         self.rows = LoRARows()
