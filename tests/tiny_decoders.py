@@ -74,13 +74,21 @@ SIZES: dict[str, Any] = {
     "initializer_range": 0.2,
     "hidden_size_per_layer_input": 8,
     "vocab_size_per_layer_input": VOCAB_SIZE,
+    "unpadded_vocab_size": VOCAB_SIZE,
     "laurel_rank": 4,
     "bos_token_id": 1,
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
 # What the rules above do not find out.
-EXCEPTIONS: dict[str, dict[str, Any]] = {}
+EXCEPTIONS: dict[str, dict[str, Any]] = {
+    "BambaForCausalLM": {"mamba_n_heads": 4, "attn_layer_indices": [1]},
+    "GPTNeoForCausalLM": {"attention_types": [[["global", "local"], 1]], "window_size": 24},
+    "Dots1ForCausalLM": {"n_shared_experts": 1},
+    "GraniteMoeHybridForCausalLM": {"mamba_n_heads": 4},
+    "Llama4ForCausalLM": {"attention_chunk_size": 128},  # no shorter than the sequences
+    "ZayaForCausalLM": {"num_experts_per_tok": 1},
+}
 
 
 def all_architectures() -> list[str]:
@@ -89,15 +97,42 @@ def all_architectures() -> list[str]:
     return [*(name for name in names if not name.startswith("Auto")), "GPT2LMHeadModel"]
 
 
+# Fields that are None by default, and cannot stay so.
+UNSET = (
+    "head_dim",
+    "num_key_value_heads",
+    "n_routed_experts",
+    "num_experts_per_tok",
+    "n_group",
+    "topk_group",
+)
+
+
 def smaller(config: Any, overrides: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a config that `SIZES` makes smaller, and those of the configs inside it."""
+    """The fields of a config that `SIZES` makes smaller, and the same of the configs inside it.
+
+    There is a layer of each type, and there are two layers at least.
+    """
     fields = config.to_dict()
-    found = {name: value for name, value in SIZES.items() if is_size(fields.get(name))}
+    found: dict[str, Any] = {}
+    for name, value in SIZES.items():
+        if is_size(fields.get(name)) or (name in UNSET and name in fields):
+            found[name] = value
+    types = fields.get("layer_types")
+    if types:
+        layers = sorted({types.index(each) for each in types})
+        layers = layers if len(layers) > 1 else [0, len(types) - 1]
+        for name, value in fields.items():
+            if isinstance(value, (list, tuple)) and len(value) == len(types):
+                found[name] = [value[layer] for layer in layers]
+        found["num_hidden_layers"] = len(layers)
+    if "kv_lora_rank" in fields and "num_key_value_heads" in found:
+        found["num_key_value_heads"] = SIZES["num_attention_heads"]  # latent attention
+    if "is_decoder" in fields and not fields.get("is_encoder_decoder"):
+        found["is_decoder"] = True
     for name, value in vars(config).items():
         if isinstance(value, transformers.PretrainedConfig):
             found[name] = smaller(value, {})
-    if "kv_lora_rank" in fields and "num_key_value_heads" in found:
-        found["num_key_value_heads"] = SIZES["num_attention_heads"]  # latent attention
     return {**found, **overrides}
 
 

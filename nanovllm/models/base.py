@@ -1,4 +1,4 @@
-"""What the runner knows of a model, whoever wrote its layers."""
+"""What the runner knows of a model, of ours or of transformers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ class LanguageModel(nn.Module, ABC):
     """A decoder with its output head, or one rank's shard of it."""
 
     can_record = True  # as a program on a CPU: the model may call nothing but our kernels
-    lm_head: Matrix  # the output head, or the embedding that is the head too
 
     def __init__(self, config: ModelConfig, tp: TensorParallel) -> None:
         super().__init__()
@@ -30,6 +29,11 @@ class LanguageModel(nn.Module, ABC):
     @abstractmethod
     def cache_specs(self) -> list[CacheSpec]:
         """What each layer remembers of a sequence."""
+
+    @property
+    @abstractmethod
+    def head(self) -> Matrix:
+        """The output head, or the embedding that is the head too."""
 
     @abstractmethod
     def forward(self, input_ids: Tensor, attention: AttentionBackend) -> Tensor:

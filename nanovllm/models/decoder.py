@@ -145,8 +145,6 @@ class Decoder(nn.Module):
 class CausalLM(LanguageModel):
     """A decoder with its output head. A family's class says what its attention is."""
 
-    lm_head: VocabParallelEmbedding
-
     def __init__(self, config: ModelConfig, max_model_len: int, tp: TensorParallel) -> None:
         super().__init__(config, tp)
         rotary_embs = self.rotary_embeddings(max_model_len)
@@ -182,6 +180,10 @@ class CausalLM(LanguageModel):
         config = self.config
         table = RotaryEmbedding(config.rope, config.head_dim, config.max_position, max_model_len)
         return [table] * config.num_layers
+
+    @property
+    def head(self) -> VocabParallelEmbedding:
+        return self.lm_head
 
     def cache_specs(self) -> list[CacheSpec]:
         """What each layer remembers of a sequence."""

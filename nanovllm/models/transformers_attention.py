@@ -108,24 +108,40 @@ class Step:
 
 @dataclass
 class LayerPages:
-    """The pages of one module."""
+    """The pages of one module.
+
+    A module that attends several times in a step has several layers, in the order of its
+    calls.
+    """
 
     step: Step
-    layer: int  # index among the layers that have pages
-    spec: PagedKV
+    layers: list[int] = field(default_factory=list)  # indices among the layers that have pages
+    calls: int = 0  # of all steps
 
     def attend(
         self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, words: Words
     ) -> Tensor:
         if mask is not None:
             raise RuntimeError("model: a layer has a mask in this step, and pages know none")
+        layer = self.layers[self.calls % len(self.layers)]
+        if len(self.layers) > 1:
+            self.calls += 1
         backend = self.step.backend
-        dtype = backend.spec.dtype
-        sinks = words["s_aux"] if self.spec.has_sinks else None
+        dtype, spec = backend.spec.dtype, backend.spec.layers[layer]
+        sinks = words["s_aux"] if spec.has_sinks else None
         assert sinks is None or isinstance(sinks, Tensor)
-        backend.store(self.layer, rows_of(k, dtype), rows_of(v, dtype))
-        out = backend.attend(self.layer, rows_of(q, dtype), sinks)  # [T, H * Dv]
-        return out.view(1, -1, self.spec.num_heads, self.spec.value_size).to(q.dtype)
+        backend.store(layer, rows_of(k, dtype), rows_of(v, dtype))
+        out = backend.attend(layer, rows_of(q, dtype), sinks)  # [T, H * Dv]
+        return out.view(1, -1, spec.num_heads, spec.value_size).to(q.dtype)
+
+
+def give_pages(modules: list[nn.Module], step: Step) -> None:
+    """Layer i has the pages of the i-th call of a step. modules: the callers."""
+    pages: dict[nn.Module, LayerPages] = {}
+    for layer, module in enumerate(modules):
+        pages.setdefault(module, LayerPages(step)).layers.append(layer)
+    for module, each in pages.items():
+        setattr(module, ATTRIBUTE, each)
 
 
 def rows_of(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -150,7 +166,8 @@ class Notes:
     specs: list[PagedKV] = field(default_factory=list)
     modules: list[nn.Module] = field(default_factory=list)
     masks: list[Tensor] = field(default_factory=list)  # kept, because addresses name them
-    windows: dict[int, int | None] = field(default_factory=dict)  # address of a mask -> window
+    # Address of a mask -> its window, or why it is refused where a layer uses it.
+    windows: dict[int, int | Unsupported | None] = field(default_factory=dict)
 
     @contextmanager
     def learning(self, model: nn.Module) -> Iterator[None]:
@@ -168,13 +185,16 @@ class Notes:
         """Notes the call. The result is zeros."""
         name = type(module).__name__
         if q.shape[2] != k.shape[2]:
-            raise Unsupported(f"{name} attends to other tokens than those of the step")
+            raise Unsupported(f"{name} attends to more tokens than the step has")
         unknown = [word for word, value in words.items() if value is not None]
         unknown = [word for word in unknown if word not in WITHOUT_EFFECT]
         if unknown:
             raise Unsupported(f"{name} passes {', '.join(unknown)} to its attention")
-        if any(module is other for other in self.modules):
-            raise Unsupported(f"{name} attends twice in one step")
+        if k.shape[1] != v.shape[1] or q.shape[1] % k.shape[1]:
+            raise Unsupported(
+                f"{name} has {q.shape[1]} query heads, {k.shape[1]} key heads and {v.shape[1]} "
+                "value heads"
+            )
         spec = PagedKV(
             num_heads=q.shape[1],
             num_kv_heads=k.shape[1],
@@ -195,14 +215,17 @@ class Notes:
         if mask is not None:
             if not isinstance(mask, Tensor) or mask.data_ptr() not in self.windows:
                 raise Unsupported(f"{name} has a mask that its own code makes or changes")
-            return self.windows[mask.data_ptr()]
+            window = self.windows[mask.data_ptr()]
+            if isinstance(window, Unsupported):
+                raise window
+            return window
         is_causal = words.get("is_causal")
         if is_causal is None:
             is_causal = getattr(module, "is_causal", True)
         if not is_causal:
             raise Unsupported(f"{name} is not causal")
-        window = words.get("sliding_window")
-        if isinstance(window, int) and window < self.length:
+        size = words.get("sliding_window")
+        if isinstance(size, int) and size < self.length:
             raise Unsupported(f"{name} has a sliding window and no mask")
         return None
 
@@ -227,7 +250,10 @@ def noted_mask(**words: object) -> Tensor | None:
     if notes is not None:
         function: MaskFunction = words["mask_function"]  # type: ignore[assignment]
         notes.masks.append(mask)
-        notes.windows[mask.data_ptr()] = window_of(function, notes.length)
+        try:
+            notes.windows[mask.data_ptr()] = window_of(function, notes.length)
+        except Unsupported as err:
+            notes.windows[mask.data_ptr()] = err
     return mask
 
 
@@ -274,7 +300,7 @@ class OwnToken:
         factor = factor + (k.float() @ ramp).repeat_interleave(group, dim=1)
         factor = 1 + torch.tanh(factor / math.sqrt(q.shape[3]))
         values = v.float().repeat_interleave(group, dim=1) * factor[..., None]
-        return values.transpose(1, 2).to(q.dtype)  # [1, T, H, Dv]
+        return values.transpose(1, 2).to(q.dtype).contiguous()  # [1, T, H, Dv]
 
 
 @contextmanager

@@ -7,42 +7,46 @@ not made. What each layer remembers is learnt from one forward pass.
 
 from __future__ import annotations
 
-import copy
 import inspect
-import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from nanovllm.attention.base import AttentionBackend
 from nanovllm.cache.spec import CacheSpec
-from nanovllm.layers.foreign import ColumnLinear, OutputHead, RowLinear, TiedHead, TokenEmbedding
+from nanovllm.layers.foreign import OutputHead, TiedHead
 from nanovllm.layers.linear import Matrix
-from nanovllm.loader.fields import cause
+from nanovllm.loader.fields import cause, is_integer
 from nanovllm.loader.source import FLOATS, LazyTensor, Source, all_sources, fill
 from nanovllm.models.base import LanguageModel
 from nanovllm.models.config import ModelConfig
 from nanovllm.models.transformers_attention import (
-    ATTRIBUTE,
     LEARN,
     PAGED,
-    LayerPages,
     Notes,
     OwnToken,
     Step,
     Unsupported,
     attending,
+    give_pages,
     register,
 )
-from nanovllm.models.transformers_config import TransformersConfig, model_class
+from nanovllm.models.transformers_config import TransformersConfig
+from nanovllm.models.transformers_modules import (
+    DirectUse,
+    head_of,
+    make_on_meta,
+    materialise,
+    replace_matrices,
+    set_attention,
+    unread,
+)
 from nanovllm.models.transformers_weights import renamed
 from nanovllm.parallel import TensorParallel
-from nanovllm.weights.base import Weight
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -65,19 +69,32 @@ class TransformersForCausalLM(LanguageModel):
         self.name = config.hf_architecture
         self.max_model_len = max_model_len
         register()
+        self.is_checked = False
+        left: set[str] = set()  # linear layers that must stay as they are
         try:
-            hf = make_on_meta(config)
-            replace_matrices(hf, tp)
-            materialise(hf)
-            self.outside = {"hf": hf}
-            for name, child in hf.named_children():
-                if not isinstance(child, TiedHead):
-                    self.add_module(name, child)
-            self.lm_head = head_of(hf)
-            self.learn()
+            while True:
+                hf = make_on_meta(config)
+                replace_matrices(hf, tp, left)
+                materialise(hf)
+                self.outside = {"hf": hf}
+                found = self.learn()
+                if not found:
+                    break
+                left |= found
         except Unsupported as err:
             raise ValueError(self.refusal(str(err))) from err
-        self.is_checked = False
+        self.adopt(hf)
+
+    def adopt(self, hf: nn.Module) -> None:
+        """Makes the modules and tensors of transformers' model parts of this one."""
+        for name, child in hf.named_children():
+            if not isinstance(child, TiedHead):
+                self.add_module(name, child)
+        for name, parameter in hf._parameters.items():
+            self.register_parameter(name, parameter)
+        for name, buffer in hf._buffers.items():
+            persistent = name not in hf._non_persistent_buffers_set
+            self.register_buffer(name, buffer, persistent)
 
     @property
     def hf(self) -> PreTrainedModel:
@@ -92,38 +109,43 @@ class TransformersForCausalLM(LanguageModel):
 
     # -- learning ------------------------------------------------------------------------
 
-    def learn(self) -> None:
+    def learn(self) -> set[str]:
         """Runs the model once, and notes what its layers ask of attention.
 
+        Returns the linear layers that must stay as they are, because the model's code reads
+        their weights by itself, or does not call them with all tokens of a step (experts).
         Raises Unsupported for a model that cannot run over pages.
         """
         hf = self.hf
         notes = Notes(self.max_model_len)
-        device = torch.get_default_device()
         ids = torch.zeros(1, PROBE_TOKENS, dtype=torch.int64)
         positions = torch.arange(PROBE_TOKENS)[None]
         calls = TopCalls(hf)
         set_attention(hf, LEARN)
         try:
-            with torch.inference_mode(), device, notes.learning(hf), calls.noted(), unread(hf):
+            with notes.learning(hf), calls.noted(), unread(hf) as used, torch.inference_mode():
                 out = hf(input_ids=ids, position_ids=positions, use_cache=False)
+        except DirectUse as err:
+            return {err.name}
         except Unsupported:
             raise
         except Exception as err:  # the code of a model may raise any type
-            raise Unsupported(f"its code fails without a cache ({cause(err)})") from err
+            raise Unsupported(f"its code fails in a step of packed tokens ({cause(err)})") from err
         set_attention(hf, PAGED)
         if not notes.modules:
             raise Unsupported("its attention does not pass through the attention interface")
-        vocab_size = out.logits.shape[-1]
-        if vocab_size != self.config.vocab_size:
-            raise Unsupported(
-                f"it has {vocab_size} logits, and vocab_size is {self.config.vocab_size}"
-            )
+        expected = (1, PROBE_TOKENS, self.config.vocab_size)
+        if tuple(out.logits.shape) != expected:
+            raise Unsupported(f"its logits are {list(out.logits.shape)}, not {list(expected)}")
+        partly = {name for name, weight in used.items() if weight.rows != {PROBE_TOKENS}}
+        if partly:
+            return partly
         self.body = BodyCall(calls.body(notes.modules), ids, positions)
         self.specs = notes.specs
+        check_windows(hf, notes)
         self.step = Step()
-        for layer, (module, spec) in enumerate(zip(notes.modules, notes.specs)):
-            setattr(module, ATTRIBUTE, LayerPages(self.step, layer, spec))
+        give_pages(notes.modules, self.step)
+        return set()
 
     def check_tokens(self) -> None:
         """Raises ValueError for a model that mixes tokens outside of attention.
@@ -141,8 +163,9 @@ class TransformersForCausalLM(LanguageModel):
             with torch.inference_mode(), attending(self.hf, OwnToken()):
                 whole = self.body(ids.to(device), positions.to(device))
                 part = self.body(ids[some].to(device), positions[some].to(device))
-        except Unsupported as err:
-            raise ValueError(self.refusal(str(err))) from err
+        except Exception as err:  # the code of a model may raise any type
+            reason = str(err) if isinstance(err, Unsupported) else cause(err)
+            raise ValueError(self.refusal(reason)) from err
         expected = whole[some.to(device)].float()
         error = (part.float() - expected).abs().max()
         tolerance = 1e-3 if whole.dtype == torch.float32 else 0.05
@@ -156,6 +179,10 @@ class TransformersForCausalLM(LanguageModel):
             )
 
     # -- running -------------------------------------------------------------------------
+
+    @property
+    def head(self) -> Matrix:
+        return head_of(self.hf)
 
     def cache_specs(self) -> list[CacheSpec]:
         return list(self.specs)
@@ -210,6 +237,25 @@ class TransformersForCausalLM(LanguageModel):
         return given | (buffers & wanted.keys())
 
 
+def check_windows(hf: Any, notes: Notes) -> None:
+    """Raises Unsupported where masks lack a window that transformers' cache has.
+
+    transformers then gives other results with its cache than without it.
+    """
+    config = hf.config.get_text_config()
+    window = getattr(config, "sliding_window", None)
+    if not is_integer(window) or window >= notes.length:
+        return
+    is_used = getattr(config, "use_sliding_window", True)
+    types = getattr(config, "layer_types", None)
+    for layer, spec in enumerate(notes.specs):
+        is_sliding = is_used
+        if types is not None:
+            is_sliding = layer < len(types) and types[layer] == "sliding_attention"
+        if is_sliding and spec.window is None:
+            raise Unsupported("its config has a sliding window, and its masks have none")
+
+
 def first_of_each(
     weights: Iterable[tuple[str, LazyTensor]],
 ) -> Iterator[tuple[str, LazyTensor]]:
@@ -255,266 +301,6 @@ class Scalar:
 
     def take(self, tensor: LazyTensor, part: tuple[slice, ...]) -> None:
         self.into.data.copy_(tensor[...])
-
-
-# -- making ------------------------------------------------------------------------------
-
-
-class Unread(Weight):
-    """A matrix that is not loaded yet. Its products are zeros."""
-
-    def __init__(self, out_features: int, in_features: int) -> None:
-        self.out_features = out_features
-        self.in_features = in_features
-
-    def sources(
-        self,
-        layer: nn.Module,
-        name: str,
-        shape: tuple[int, int],
-        part: tuple[slice, slice],
-        rows: slice,
-    ) -> list[Source]:
-        return []
-
-    def linear(self, layer: nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:
-        return x.new_zeros(len(x), self.out_features)
-
-    def embedding(self, layer: nn.Module, ids: Tensor) -> Tensor:
-        return torch.zeros(len(ids), self.in_features)
-
-    def begin_loading(self, layer: nn.Module) -> None:
-        """Nothing to do: there is no tensor."""
-
-    def finish_loading(self, layer: nn.Module) -> None:
-        """Nothing to do: there is no tensor."""
-
-
-class NoDirectUse(TorchFunctionMode):
-    """Raises Unsupported where a model computes with a matrix, not through its layer.
-
-    Our layers may store the numbers of a matrix in another order.
-    """
-
-    def __init__(self, matrices: list[Matrix]) -> None:
-        super().__init__()
-        self.ids = {id(parameter) for matrix in matrices for parameter in matrix.parameters()}
-
-    def __torch_function__(
-        self,
-        func: Callable[..., object],
-        types: object,
-        args: tuple[object, ...] = (),
-        kwargs: dict[str, object] | None = None,
-    ) -> object:
-        kwargs = kwargs or {}
-        is_property = getattr(func, "__name__", "") == "__get__"
-        if not is_property and any(id(each) in self.ids for each in (*args, *kwargs.values())):
-            raise Unsupported("its code computes with the weight of a linear layer by itself")
-        return func(*args, **kwargs)
-
-
-@contextmanager
-def unread(hf: nn.Module) -> Iterator[None]:
-    """Inside the `with` no matrix is read."""
-    matrices = [module for module in hf.modules() if isinstance(module, Matrix)]
-    before = [matrix.storage for matrix in matrices]
-    for matrix in matrices:
-        out_features, in_features = matrix.weight.shape
-        matrix.storage = Unread(out_features, in_features)
-    try:
-        with NoDirectUse(matrices):
-            yield
-    finally:
-        for matrix, storage in zip(matrices, before):
-            matrix.storage = storage
-
-
-class EmptyOnMeta(TorchFunctionMode):
-    """`torch.empty` gives tensors on the meta device, which take no memory."""
-
-    def __torch_function__(
-        self,
-        func: Callable[..., object],
-        types: object,
-        args: tuple[object, ...] = (),
-        kwargs: dict[str, object] | None = None,
-    ) -> object:
-        kwargs = dict(kwargs or {})
-        if func is torch.empty:
-            kwargs["device"] = "meta"
-        return func(*args, **kwargs)
-
-
-def make_on_meta(config: TransformersConfig) -> PreTrainedModel:
-    """transformers' model. Large parameters lie on the meta device; buffers are computed."""
-    hf_config = copy.deepcopy(config.hf)
-    hf_config.tie_word_embeddings = config.tie_embeddings
-    dtype = torch.get_default_dtype()
-    for name in ("dtype", "torch_dtype"):
-        if name in vars(hf_config):
-            setattr(hf_config, name, dtype)
-    try:
-        cls = model_class(config)
-        with torch.device("cpu"), EmptyOnMeta():
-            hf = cls._from_config(hf_config, attn_implementation=PAGED)
-    except Unsupported:
-        raise
-    except Exception as err:  # the code of a model may raise any type
-        raise Unsupported(f"its code fails while the model is made ({cause(err)})") from err
-    return hf.eval().requires_grad_(False)
-
-
-def set_attention(hf: Any, name: str) -> None:
-    """Makes all parts of a model attend by this name of the attention interface."""
-    for module in hf.modules():
-        config = getattr(module, "config", None)
-        if hasattr(config, "_attn_implementation"):
-            config._attn_implementation = name
-
-
-def replace_matrices(hf: Any, tp: TensorParallel) -> None:
-    """Puts our layers in the place of linear layers, token embedding and output head.
-
-    Subclasses of these, and layers that stay in float32, are left as they are.
-    """
-    plan = tensor_parallel_plan(hf) if tp.size > 1 else {}
-    replace_ends(hf, tp)
-    single = TensorParallel()
-    for parent_name, parent in list(hf.named_modules()):
-        if isinstance(parent, Matrix):
-            continue
-        for name, child in list(parent.named_children()):
-            full_name = f"{parent_name}.{name}".lstrip(".")
-            if type(child) is not nn.Linear or keeps_float32(hf, full_name):
-                continue
-            style = plan.get(re.sub(r"\.\d+(?=\.)", ".*", full_name), "replicated")
-            shard = single if style == "replicated" else tp
-            setattr(parent, name, linear_of(child, style, shard))
-
-
-def linear_of(linear: nn.Linear, style: str, tp: TensorParallel) -> Matrix:
-    """Our layer for a linear one. style: of transformers' plan for tensor parallelism."""
-    sizes = (linear.in_features, linear.out_features, linear.bias is not None)
-    if style in ("rowwise", "rowwise_rep", "rowwise_split_input"):
-        check_divides(linear.in_features, tp)
-        return RowLinear(*sizes, tp, split_input=style != "rowwise")
-    chunks = 2 if style == "packed_colwise" else 1
-    check_divides(linear.out_features // chunks, tp)
-    gather = style in ("colwise_rep", "colwise_gather_output")
-    return ColumnLinear(*sizes, tp, chunks=chunks, gather=gather)
-
-
-def check_divides(size: int, tp: TensorParallel) -> None:
-    if size % tp.size:
-        raise Unsupported(
-            f"tensor_parallel_size={tp.size} does not divide a layer of {size} features"
-        )
-
-
-STYLES = (
-    "colwise",
-    "rowwise",
-    "packed_colwise",
-    "colwise_rep",
-    "colwise_gather_output",
-    "rowwise_rep",
-    "rowwise_split_input",
-)
-REPLICATED = ("replicated", "replicated_with_grad_allreduce")
-
-
-def tensor_parallel_plan(hf: Any) -> dict[str, str]:
-    """Module name with * for numbers -> its style. Raises Unsupported for other styles."""
-    plan = getattr(hf.config.get_text_config(), "base_model_tp_plan", None)
-    if not plan:
-        raise Unsupported(
-            "it has no plan for tensor parallelism, so tensor_parallel_size must be 1"
-        )
-    prefix = hf.base_model_prefix
-    found = {f"{prefix}.{name}": style for name, style in plan.items() if style not in REPLICATED}
-    others = sorted(set(found.values()) - set(STYLES))
-    if others:
-        raise Unsupported(
-            f"its plan for tensor parallelism asks for {', '.join(others)}, so "
-            "tensor_parallel_size must be 1"
-        )
-    return found
-
-
-def replace_ends(hf: Any, tp: TensorParallel) -> None:
-    """Puts our layers in the place of the token embedding and the output head."""
-    embedding, head = hf.get_input_embeddings(), hf.get_output_embeddings()
-    if embedding is None:
-        raise Unsupported("it has no token embedding")
-    is_tied = head is not None and head.weight is embedding.weight
-    at = name_of(hf, embedding)
-    ours: TokenEmbedding | None = None
-    if type(embedding) is nn.Embedding:
-        ours = TokenEmbedding(embedding.num_embeddings, embedding.embedding_dim, tp)
-        put(hf, at, ours)
-    if type(head) is not nn.Linear:
-        return
-    sizes = (head.in_features, head.out_features)
-    if is_tied and ours is not None and head.bias is None:
-        put(hf, name_of(hf, head), TiedHead(ours))
-        return
-    has_bias = head.bias is not None
-    new = OutputHead(*sizes, has_bias, tp, tied_to=at if is_tied else None)
-    put(hf, name_of(hf, head), new)
-
-
-def head_of(hf: Any) -> Matrix:
-    """The output head, or the embedding that is the head too."""
-    for module in hf.modules():
-        if isinstance(module, TiedHead):
-            return module.embedding[0]
-        if isinstance(module, OutputHead):
-            return module
-    raise Unsupported("its output head is no linear layer")
-
-
-def name_of(hf: nn.Module, module: nn.Module) -> str:
-    return next(name for name, each in hf.named_modules() if each is module)
-
-
-def put(hf: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(hf.get_submodule(parent), child, module)
-
-
-def keeps_float32(hf: Any, name: str) -> bool:
-    """Whether transformers keeps the tensors of this module in float32."""
-    dtype = torch.get_default_dtype()
-    kept = list(getattr(hf, "_keep_in_fp32_modules_strict", None) or ())
-    if dtype == torch.float16:
-        kept += getattr(hf, "_keep_in_fp32_modules", None) or ()
-    return dtype != torch.float32 and any(re.search(rf"(^|\.){each}($|\.)", name) for each in kept)
-
-
-def materialise(hf: nn.Module) -> None:
-    """Gives every parameter and buffer memory on torch's default device."""
-    device = torch.get_default_device()
-    made: dict[int, nn.Parameter] = {}  # tied parameters stay tied
-    for prefix, module in hf.named_modules():
-        if isinstance(module, Matrix):
-            continue
-        for name, old in list(module._parameters.items()):
-            if old is None:
-                continue
-            if id(old) not in made:
-                full_name = f"{prefix}.{name}"
-                dtype = torch.float32 if keeps_float32(hf, full_name) else old.dtype
-                new = torch.zeros_like(old, device=device, dtype=dtype)
-                if not old.is_meta:
-                    new.copy_(old)
-                made[id(old)] = nn.Parameter(new, requires_grad=False)
-            module._parameters[name] = made[id(old)]
-        for name, buffer in list(module._buffers.items()):
-            if buffer is not None:
-                if buffer.is_meta:
-                    raise Unsupported(f"its buffer {prefix}.{name} is not computed when it is made")
-                module._buffers[name] = buffer.to(device)
 
 
 # -- the body ----------------------------------------------------------------------------
@@ -577,7 +363,7 @@ class BodyCall:
     """Calls the body of a model as the model's own forward calls it."""
 
     def __init__(self, call: TopCall, ids: Tensor, positions: Tensor) -> None:
-        """ids and positions: those that the model's forward got in `call`."""
+        """ids and positions: the tensors that the model's forward got in `call`."""
         self.module = call.module
         self.constants: dict[str, Any] = {}
         self.ids_name = self.positions_name = ""

@@ -5,6 +5,7 @@ transformers reads its config itself. The engine needs a few sizes of it.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,17 @@ from nanovllm.models.config import ModelConfig, rope_parameters
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "n_ctx")
+logger = logging.getLogger("nanovllm")
+
+LENGTHS = (
+    "max_position_embeddings",
+    "n_positions",
+    "max_seq_len",
+    "seq_length",
+    "n_ctx",
+    "max_target_positions",
+)
+UNKNOWN_LENGTH = 2048  # tokens
 UNSCALED: RopeParameters = {"rope_type": "default", "rope_theta": 10000.0}
 
 
@@ -36,11 +47,11 @@ def read_transformers_config(
 ) -> TransformersConfig:
     """Raises ValueError, naming the field, for a config without a size that the engine needs."""
     text = hf.get_text_config()
-    inner = Fields(fields.source, lambda name: getattr(text, name, None))
-    hidden_size = size(inner, "hidden_size")
-    num_heads = size(inner, "num_attention_heads")
+    inner = Fields(fields.source, lambda name: attribute(text, name))
+    hidden_size = size(inner, "hidden_size", 1)
+    num_heads = size(inner, "num_attention_heads", 1)
     head_dim = max(hidden_size // num_heads, 1)
-    num_layers = size(inner, "num_hidden_layers")
+    num_layers = size(inner, "num_hidden_layers", 1)
     if hf.is_encoder_decoder:
         raise ValueError(
             f"{fields.source}: architectures: {architecture!r} is an encoder-decoder; accepted are "
@@ -56,7 +67,7 @@ def read_transformers_config(
         head_dim=size(inner, "head_dim", head_dim),
         rms_norm_eps=0.0,
         max_position=longest(inner),
-        tie_embeddings=bool(getattr(text, "tie_word_embeddings", hf.tie_word_embeddings)),
+        tie_embeddings=bool(attribute(text, "tie_word_embeddings")),
         rope=rope_of(inner),
         attention_bias=False,
         mlp_bias=False,
@@ -67,14 +78,24 @@ def read_transformers_config(
     )
 
 
-def size(fields: Fields, name: str, default: int | None = None) -> int:
-    """A size, or the first of one size a layer."""
+def attribute(config: PretrainedConfig, name: str) -> Any:
+    """A field, or None. Some fields raise if they differ between layers."""
+    try:
+        return getattr(config, name, None)
+    except Exception:  # transformers has a type of its own for it
+        return None
+
+
+def size(fields: Fields, name: str, default: int) -> int:
+    """A size, or the first of one size a layer. Without such a field the default.
+
+    The sizes of attention are learnt from the model; these serve for checks before it is
+    made.
+    """
     value = fields.get(name)
     if isinstance(value, (list, tuple)) and value:
         value = value[0]
-    if default is not None and not (is_integer(value) and value > 0):
-        return default
-    return Fields(fields.source, lambda _: value).integer(name)
+    return value if is_integer(value) and value > 0 else default
 
 
 def longest(fields: Fields) -> int:
@@ -83,7 +104,14 @@ def longest(fields: Fields) -> int:
         value = fields.get(name)
         if is_integer(value) and value > 0:
             return value
-    raise fields.refuse(LENGTHS[0], "an integer of at least 1 (pass hf_overrides to set it)")
+    logger.warning(
+        "%s: no field states the longest sequence; max_model_len is at most %d (pass hf_overrides "
+        "with %s to raise it)",
+        fields.source,
+        UNKNOWN_LENGTH,
+        LENGTHS[0],
+    )
+    return UNKNOWN_LENGTH
 
 
 def rope_of(fields: Fields) -> RopeParameters:

@@ -47,7 +47,7 @@ class ModelAdapters:
                 sources = module.sources(prefix)
                 module.storage = LoRAWeight(module.storage, self.rows)
                 self.places.update(places(module.storage, sources))
-        head = model.lm_head.storage
+        head = model.head.storage
         assert isinstance(head, LoRAWeight)
         tied = [place for place in self.places.values() if place.weight is head]
         self.places.setdefault("lm_head", tied[0])
