@@ -16,7 +16,7 @@ clients=${*:-lm-eval trl outlines ray}
 requirements() { # the versions that docs/compatibility.md names
   case $1 in
     lm-eval) echo "lm-eval==0.4.13 accelerate" ;;
-    trl) echo "trl==1.16.0" ;;
+    trl) echo "trl==1.16.0 peft" ;;
     outlines) echo "outlines==1.3.3" ;;
     ray) echo "ray[data]==2.60.0" ;;
     *) echo "unknown client $1; known are lm-eval, trl, outlines and ray" >&2; exit 2 ;;
