@@ -6,7 +6,8 @@
 # Clients: lm-eval, lighteval, trl, outlines, ray.
 # FOLDER (by default build/clients) keeps the environments. PYTHON names the interpreter.
 # SHARED names a site-packages folder that has torch, transformers and pytest already.
-# It is searched after the environment's own, and saves gigabytes. Needs PyPI.
+# It is searched after the environment's own, and saves gigabytes. Without it TORCH has pip's
+# arguments for torch; by default these take the CPU's wheel. Needs PyPI.
 set -eu
 here=$(cd "$(dirname "$0")" && pwd)
 root=$(dirname "$(dirname "$here")")
@@ -35,7 +36,8 @@ prepare() { # makes the environment once
   if [ -n "${SHARED:-}" ]; then
     echo "$SHARED" > "$site/shared.pth"
   else
-    "$env/bin/pip" install -q torch --index-url https://download.pytorch.org/whl/cpu
+    # shellcheck disable=SC2086  # the words are arguments
+    "$env/bin/pip" install -q ${TORCH:-torch --index-url https://download.pytorch.org/whl/cpu}
     "$env/bin/pip" install -q -e "$root[test]"
   fi
   # A client must not bring another torch or transformers.
