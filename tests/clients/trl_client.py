@@ -6,6 +6,9 @@ distribution, and trains on their ratio to its own.
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import tempfile
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +20,7 @@ from tiny import session_folder, shared_model, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import GRPOConfig, GRPOTrainer
 
+TWO = "--one-of-two-processes"  # an argument of this script
 STEPS = 3
 TOLERANCE = 1e-3  # nats; both run in float32
 STALE = 1e-2  # nats; the initial weights are at least this wrong after a step
@@ -96,14 +100,17 @@ def train(folder: str, peft_config: LoraConfig | None = None, **options: Any) ->
 
 
 def check(name: str, found: Differences) -> None:
-    print(f"{name}: largest difference {max(found.trained):.1e} nats over {STEPS} steps")
-    print(f"    of the initial weights: {', '.join(f'{d:.1e}' for d in found.initial)}")
+    initial = ", ".join(f"{difference:.1e}" for difference in found.initial)
+    print(
+        f"{name}: largest difference {max(found.trained):.1e} nats over {STEPS} steps; "
+        f"initial weights: {initial}"
+    )
     assert len(found.trained) == STEPS
     assert max(found.trained) < TOLERANCE, found
     assert min(found.initial[1:]) > STALE, found
 
 
-def main() -> None:
+def one_process() -> None:
     folder = shared_model()[0]
     tied = tiny_model(session_folder() / "tied", "Llama", tie_word_embeddings=True)[0]
     tiny_tokenizer().save_pretrained(tied)
@@ -113,6 +120,25 @@ def main() -> None:
     check("tied embeddings", train(tied, temperature=0.6))
     check("sleep mode", train(folder, temperature=0.6, vllm_enable_sleep_mode=True))
     check("PEFT", train(folder, lora, temperature=0.6))
+
+
+def one_of_two_processes() -> None:
+    """Each process trains on its own prompts. The two hold halves of the engine's weights."""
+    options = {"temperature": 0.6, "vllm_tensor_parallel_size": 2, "ddp_backend": "gloo"}
+    folder = shared_model()[0]
+    rank = os.environ["RANK"]
+    check(f"rank {rank} of 2", train(folder, **options))
+    asleep = train(folder, **options, vllm_enable_sleep_mode=True)
+    check(f"rank {rank} of 2, sleep mode", asleep)
+
+
+def main() -> None:
+    if sys.argv[1:] == [TWO]:
+        one_of_two_processes()
+        return
+    launch = "torch.distributed.run", "--standalone", "--nproc_per_node", "2"
+    subprocess.run([sys.executable, "-m", *launch, __file__, TWO], check=True)
+    one_process()
 
 
 if __name__ == "__main__":
