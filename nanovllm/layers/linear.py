@@ -32,9 +32,12 @@ class Matrix(nn.Module):
     module.
     """
 
-    def __init__(self, out_features: int, in_features: int, bias: bool = False) -> None:
+    def __init__(
+        self, out_features: int, in_features: int, bias: bool = False, num_groups: int = 1
+    ) -> None:
+        """num_groups: the matrix is so many matrices, one below the other."""
         super().__init__()
-        self.storage = new_weight(self, out_features, in_features)
+        self.storage = new_weight(self, out_features, in_features, num_groups)
         self.bias = None
         if bias:
             self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False)

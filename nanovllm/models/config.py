@@ -38,6 +38,16 @@ class ModelConfig:
     # One a layer, in tokens. None: the layer sees the whole context.
     sliding_windows: tuple[int | None, ...]
     architecture: str = ""  # one of registry.MODELS
+    expert_parallel: bool = False  # ranks share experts, if there are any, instead of their sizes
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether some layer is a mixture of experts."""
+        return False
+
+    def sharded_sizes(self) -> dict[str, int]:
+        """What the ranks share besides attention heads: what it is -> its number."""
+        return {"intermediate size": self.intermediate_size}
 
 
 def read_sizes(
@@ -141,19 +151,22 @@ def check_shards(config: ModelConfig, size: int) -> None:
     The error lists the numbers that can.
     """
 
+    sizes = {name: number for name, number in config.sharded_sizes().items() if number}
+
     def is_even(ranks: int) -> bool:
         kv_heads = config.num_kv_heads
         # With more ranks than KV heads, several ranks share one.
         kv_fits = kv_heads % ranks == 0 or ranks % kv_heads == 0
         heads_fit = config.num_heads % ranks == 0
-        return heads_fit and kv_fits and config.intermediate_size % ranks == 0
+        return heads_fit and kv_fits and all(number % ranks == 0 for number in sizes.values())
 
     if not is_even(size):
+        shared = " and ".join(f"{name} {number}" for name, number in sizes.items())
         works = ", ".join(str(n) for n in range(1, config.num_heads + 1) if is_even(n))
         raise ValueError(
             f"tensor_parallel_size={size} does not divide the model's {config.num_heads} attention "
             f"heads, {config.num_kv_heads} key/value heads (or is a multiple of these) and "
-            f"intermediate size {config.intermediate_size} evenly; accepted are {works}"
+            f"{shared} evenly; accepted are {works}"
         )
 
 

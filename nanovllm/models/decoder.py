@@ -85,9 +85,10 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """SwiGLU feed-forward."""
 
-    def __init__(self, config: ModelConfig, tp: TensorParallel) -> None:
+    def __init__(self, config: ModelConfig, tp: TensorParallel, size: int | None = None) -> None:
+        """size: the intermediate size, if it is not that of the config."""
         super().__init__()
-        size = config.intermediate_size
+        size = config.intermediate_size if size is None else size
         pieces = {"gate_proj": size, "up_proj": size}
         self.gate_up_proj = ColumnParallelLinear(config.hidden_size, pieces, config.mlp_bias, tp)
         self.down_proj = RowParallelLinear(size, config.hidden_size, config.mlp_bias, tp)
@@ -207,7 +208,13 @@ class CausalLM(nn.Module, ABC):
         ValueError for a name or a shape that the model does not have.
         """
         with self.unpacked():
-            return fill(self, weights)
+            return fill(self, self.checkpoint_tensors(weights))
+
+    def checkpoint_tensors(
+        self, weights: Iterable[tuple[str, LazyTensor]]
+    ) -> Iterable[tuple[str, LazyTensor]]:
+        """The tensors under the names that the layers read, for checkpoints with other names."""
+        return weights
 
     @contextmanager
     def unpacked(self) -> Iterator[None]:

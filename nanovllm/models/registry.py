@@ -21,6 +21,7 @@ MODELS = {
     "MistralForCausalLM": "nanovllm.models.mistral",
     "Qwen2ForCausalLM": "nanovllm.models.qwen2",
     "Qwen3ForCausalLM": "nanovllm.models.qwen3",
+    "Qwen3MoeForCausalLM": "nanovllm.models.qwen3_moe",
 }
 # For a config without architectures. transformers 5 calls a Mistral with layer_types
 # "ministral".
@@ -30,6 +31,7 @@ MODEL_TYPES = {
     "ministral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
 }
 
 

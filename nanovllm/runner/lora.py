@@ -15,6 +15,7 @@ from torch.nn.functional import pad
 from nanovllm.core.batch import Batch, ceil_div
 from nanovllm.core.lora import LoRAPart
 from nanovllm.layers.linear import Matrix
+from nanovllm.layers.moe import ExpertMatrices
 from nanovllm.loader.peft import LowRank, read_adapter
 from nanovllm.loader.source import Source
 from nanovllm.models.decoder import CausalLM
@@ -43,7 +44,7 @@ class ModelAdapters:
         self.rows = LoRARows()
         self.places: dict[str, Place] = {}  # module name in checkpoints -> its place
         for prefix, module in model.named_modules():
-            if isinstance(module, Matrix):
+            if isinstance(module, Matrix) and not isinstance(module, ExpertMatrices):
                 sources = module.sources(prefix)
                 module.storage = LoRAWeight(module.storage, self.rows)
                 self.places.update(places(module.storage, sources))

@@ -81,7 +81,14 @@ class Setup:
                 "of its model.embed_tokens.weight: both are used, as transformers does",
                 self.config_path,
             )
-            return replace(config, tie_embeddings=False)
+            config = replace(config, tie_embeddings=False)
+        if self.args.enable_expert_parallel:
+            if not config.has_experts:
+                raise ValueError(
+                    f"enable_expert_parallel=True: {self.config_path} describes a model without "
+                    "experts; accepted is False"
+                )
+            config = replace(config, expert_parallel=True)
         return config
 
     @property

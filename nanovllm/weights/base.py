@@ -41,6 +41,23 @@ class Weight(ABC):
         """x [T, in_features] @ matrix.T + bias [out_features] -> [T, out_features]."""
 
     @abstractmethod
+    def grouped(
+        self,
+        layer: nn.Module,
+        x: Tensor,
+        offsets: Tensor,
+        num_groups: int,
+        bias: Tensor | None,
+    ) -> Tensor:
+        """The product of a matrix that is num_groups matrices, one below the other.
+
+        x [n, in_features] has the rows of each group side by side: those of group g begin
+        at offsets[g]. offsets: int32 [num_groups + 1], on the device of x. bias:
+        [out_features]. Returns [n, out_features / num_groups], with zeros in the rows
+        from offsets[num_groups] on. Does not wait for the device.
+        """
+
+    @abstractmethod
     def embedding(self, layer: nn.Module, ids: Tensor) -> Tensor:
         """Rows ids [T] int64 of the matrix -> [T, in_features]."""
 

@@ -41,7 +41,9 @@ class BlockWeight(Weight):
     inputs to 16 bits (`kernels/blocks.cpp`).
     """
 
-    def __init__(self, layer: nn.Module, out_features: int, in_features: int) -> None:
+    def __init__(
+        self, layer: nn.Module, out_features: int, in_features: int, num_groups: int = 1
+    ) -> None:
         self.out_features = out_features
         self.in_features = in_features
         self.dtype = torch.get_default_dtype()
@@ -102,6 +104,17 @@ class BlockWeight(Weight):
 
     def linear(self, layer: nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:
         return blocks.linear(x, matrix(layer), self.segments, bias, self.out_features)
+
+    def grouped(
+        self,
+        layer: nn.Module,
+        x: Tensor,
+        offsets: Tensor,
+        num_groups: int,
+        bias: Tensor | None,
+    ) -> Tensor:
+        weight = matrix(layer)
+        return blocks.grouped(x, weight, self.segments, offsets, bias, self.out_features)
 
     def embedding(self, layer: nn.Module, ids: Tensor) -> Tensor:
         return blocks.embedding(ids, matrix(layer), self.segments, self.in_features, self.dtype)
