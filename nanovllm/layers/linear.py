@@ -35,7 +35,7 @@ class Matrix(nn.Module):
     def __init__(
         self, out_features: int, in_features: int, bias: bool = False, num_groups: int = 1
     ) -> None:
-        """num_groups: the matrix is so many matrices, one below the other."""
+        """num_groups: of matrices that lie one below the other, 1 for a plain matrix."""
         super().__init__()
         self.storage = new_weight(self, out_features, in_features, num_groups)
         self.bias = None

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 MODELS = {
     "LlamaForCausalLM": "nanovllm.models.llama",
     "MistralForCausalLM": "nanovllm.models.mistral",
+    "MixtralForCausalLM": "nanovllm.models.mixtral",
     "Qwen2ForCausalLM": "nanovllm.models.qwen2",
+    "Qwen2MoeForCausalLM": "nanovllm.models.qwen2_moe",
     "Qwen3ForCausalLM": "nanovllm.models.qwen3",
     "Qwen3MoeForCausalLM": "nanovllm.models.qwen3_moe",
 }
@@ -29,7 +31,9 @@ MODEL_TYPES = {
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
     "ministral": "MistralForCausalLM",
+    "mixtral": "MixtralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
+    "qwen2_moe": "Qwen2MoeForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
     "qwen3_moe": "Qwen3MoeForCausalLM",
 }
