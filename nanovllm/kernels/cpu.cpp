@@ -469,6 +469,12 @@ void rms_norm(const T* x, int64_t x_stride, const T* weight, float eps, T* out, 
   for (int64_t r = 0; r < rows; r++) norm_row(out + r * size, x + r * x_stride, weight, eps, size);
 }
 
+// Rows of x may be parts of longer rows.
+template <class T> void rms_norm_in_place(T* x, int64_t x_stride, const T* weight, float eps, int64_t rows, int64_t size) {
+#pragma omp parallel for schedule(static) if (rows * size > PARALLEL)
+  for (int64_t r = 0; r < rows; r++) norm_row(x + r * x_stride, x + r * x_stride, weight, eps, size);
+}
+
 // residual += x, then x = norm(residual).
 template <class T> void add_rms_norm(T* x, T* residual, const T* weight, float eps, int64_t rows, int64_t size) {
 #pragma omp parallel for schedule(static) if (rows * size > PARALLEL)
@@ -566,6 +572,7 @@ void sample(const T* logits, int64_t stride, const float* temperature, const flo
   extern "C" void linear_panels_##T(const Arg* args) { apply(linear_panels<T>, args); }         \
   extern "C" void add_linear_panels_##T(const Arg* args) { apply(add_linear_panels<T>, args); } \
   extern "C" void rms_norm_##T(const Arg* args) { apply(rms_norm<T>, args); }                   \
+  extern "C" void rms_norm_in_place_##T(const Arg* args) { apply(rms_norm_in_place<T>, args); } \
   extern "C" void add_rms_norm_##T(const Arg* args) { apply(add_rms_norm<T>, args); }           \
   extern "C" void silu_and_mul_##T(const Arg* args) { apply(silu_and_mul<T>, args); }           \
   extern "C" void sample_##T(const Arg* args) { apply(sample<T>, args); }

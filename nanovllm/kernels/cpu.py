@@ -241,6 +241,18 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor | None:
     return out
 
 
+def rms_norm_in_place(x: Tensor, weight: Tensor, eps: float) -> bool:
+    """Overwrites x [T, size] with its norm; weight [size].
+
+    Returns False, and changes nothing, where the kernel cannot run.
+    """
+    run = kernel("rms_norm_in_place", x.dtype)
+    if run is None or weight.dtype is not x.dtype or x.ndim != 2 or x.stride(1) != 1:
+        return False
+    call(run, x.data_ptr(), x.stride(0), weight.data_ptr(), float_bits(eps), *x.shape)
+    return True
+
+
 def add_rms_norm(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor] | None:

@@ -21,6 +21,11 @@ MODELS = {
     "MistralForCausalLM": "nanovllm.models.mistral",
     "Qwen2ForCausalLM": "nanovllm.models.qwen2",
     "Qwen3ForCausalLM": "nanovllm.models.qwen3",
+    "Gemma2ForCausalLM": "nanovllm.models.gemma2",
+    "Gemma3ForCausalLM": "nanovllm.models.gemma3",
+    "Olmo2ForCausalLM": "nanovllm.models.olmo2",
+    "Olmo3ForCausalLM": "nanovllm.models.olmo2",
+    "Phi3ForCausalLM": "nanovllm.models.phi3",
 }
 # For a config without architectures. transformers 5 calls a Mistral with layer_types
 # "ministral".
@@ -30,6 +35,11 @@ MODEL_TYPES = {
     "ministral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    "gemma2": "Gemma2ForCausalLM",
+    "gemma3_text": "Gemma3ForCausalLM",
+    "olmo2": "Olmo2ForCausalLM",
+    "olmo3": "Olmo3ForCausalLM",
+    "phi3": "Phi3ForCausalLM",
 }
 
 
