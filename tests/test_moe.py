@@ -32,6 +32,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "decoder_sparse_step": 2,
     },
     "Mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "Olmoe": {"num_experts": 6, "num_experts_per_tok": 2},
 }
 GREEDY = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True)
 PROMPTS = random_prompts([1, 15, 16, 17, 60, 33, 5, 40], seed=3)
@@ -125,7 +126,7 @@ def test_a_checkpoint_may_hold_the_experts_of_a_layer_in_one_tensor(
 
 @pytest.mark.parametrize(
     ("family", "kwargs"),
-    [("Qwen2Moe", {}), ("Qwen3Moe", {"enable_expert_parallel": True}), ("Mixtral", {})],
+    [("Qwen2Moe", {}), ("Qwen3Moe", {"enable_expert_parallel": True}), ("Mixtral", {}), ("Olmoe", {})],
 )
 def test_two_ranks_share_the_experts(family: str, kwargs: dict[str, Any]) -> None:
     llm = engine(family, tensor_parallel_size=2, **kwargs)
@@ -144,7 +145,7 @@ def test_expert_parallelism_with_one_rank_changes_nothing() -> None:
 
 def test_expert_parallelism_without_experts(tmp_path: Path) -> None:
     folder, _ = tiny_model(tmp_path, "Llama")
-    with pytest.raises(ValueError, match="enable_expert_parallel=True: .* a model without experts"):
+    with pytest.raises(ValueError, match=r"enable_expert_parallel=True: .* a model without experts"):
         make_llm(folder, skip_tokenizer_init=True, enable_expert_parallel=True)
 
 

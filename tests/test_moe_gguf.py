@@ -26,11 +26,12 @@ pytestmark = pytest.mark.skipif(
 )
 SIZES = {"vocab_size": 96, "hidden_size": 64, "bos_token_id": 1, "eos_token_id": 2}
 QWEN = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
-# architecture of the file -> (family, overrides, further metadata)
+# architecture of the file -> (family, overrides)
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3moe": ("Qwen3Moe", {**QWEN, "head_dim": 32, "norm_topk_prob": True}),
     "qwen2moe": ("Qwen2Moe", {**QWEN, "shared_expert_intermediate_size": 96}),
     "llama": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "olmoe": ("Olmoe", {"num_experts": 6, "num_experts_per_tok": 2}),
 }
 # A type for each kind of matrix; others are Q8_0.
 TYPES = {"ffn_gate_exps": Q.Q4_0, "ffn_up_exps": Q.Q5_1, "ffn_down_exps": Q.Q8_0}
@@ -108,7 +109,7 @@ def write(path: Path, arch: str, model: Any) -> Path:
     count = getattr(config, "num_experts", None) or config.num_local_experts
     writer.add_expert_count(count)
     writer.add_expert_used_count(config.num_experts_per_tok)
-    if arch != "llama":
+    if arch.startswith("qwen"):
         writer.add_expert_feed_forward_length(config.moe_intermediate_size)
     if arch == "qwen2moe":
         writer.add_expert_shared_feed_forward_length(config.shared_expert_intermediate_size)
