@@ -50,7 +50,13 @@ class LanguageModel(nn.Module, ABC):
         ValueError for a name or a shape that the model does not have.
         """
         with self.unpacked():
-            return fill(self, weights)
+            return fill(self, self.checkpoint_tensors(weights))
+
+    def checkpoint_tensors(
+        self, weights: Iterable[tuple[str, LazyTensor]]
+    ) -> Iterable[tuple[str, LazyTensor]]:
+        """The tensors under the names that the layers read, for checkpoints with other names."""
+        return weights
 
     @contextmanager
     def unpacked(self) -> Iterator[None]:
