@@ -65,10 +65,9 @@ class TransformersForCausalLM(LanguageModel):
     can_record = False
 
     def __init__(self, config: ModelConfig, max_model_len: int, tp: TensorParallel) -> None:
-        super().__init__(config, tp)
+        super().__init__(config, max_model_len, tp)
         assert isinstance(config, TransformersConfig)
         self.name = config.hf_architecture
-        self.max_model_len = max_model_len
         register()
         self.is_checked = False
         left: set[str] = set()  # linear layers that must stay as they are
