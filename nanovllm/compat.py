@@ -94,7 +94,6 @@ NEUTRAL: dict[str, tuple[object, ...]] = {
     "reasoning_parser": ("",),
     "preemption_mode": ("recompute",),
     "prefix_caching_hash_algo": ("xxhash", "builtin", "sha256"),
-    "model_impl": ("auto", "vllm"),
     "config_format": ("auto", "hf"),
     "additional_config": ({},),
     "code_revision": (),

@@ -73,7 +73,10 @@ class Setup:
 
     def _model_config(self) -> ModelConfig:
         """The config of the model. Its `tie_embeddings` follows the checkpoint."""
-        config = read_config(self.hf_config, self.config_path)
+        args = self.args
+        config = read_config(
+            self.hf_config, self.config_path, args.model_impl, args.trust_remote_code
+        )
         says_tied = config.tie_embeddings and self.args.load_format != "dummy"
         if says_tied and loader.head_differs(self.files):
             logger.warning(
