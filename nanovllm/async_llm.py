@@ -162,9 +162,7 @@ class AsyncLLM:
         mode: "abort" ends unfinished requests; "wait" and "keep" refuse to sleep then.
         """
         one_of("mode", mode, ("abort", "wait", "keep"))
-        if mode == "abort":
-            await self._call(abort_requests, None)
-        await self._call(control.sleep, level)
+        await self._call(sleep, level, mode)
 
     async def wake_up(self, tags: list[str] | None = None) -> None:
         """Undoes `sleep`. tags: "weights", "kv_cache" or both. None stands for both."""
@@ -198,9 +196,9 @@ AsyncLLMEngine = AsyncLLM
 
 
 class AsyncOutputs:
-    """The outputs of one request. Invariant: only the event loop changes it.
+    """The outputs of one request.
 
-    The engine's thread calls `append`, and the loop calls `put`.
+    The engine's thread calls `append`, and the event loop calls all other methods.
     """
 
     def __init__(self, request_id: str, thread: EngineThread, newest_only: bool) -> None:
@@ -208,12 +206,16 @@ class AsyncOutputs:
         self.thread = thread
         self.loop = asyncio.get_running_loop()
         self.newest_only = newest_only  # a new output replaces the unread ones
+        self.is_complete = False  # the engine's thread has sent the last item
         self.finished = False  # the last item was read
         self._items: deque[Item] = deque()
         self._ready = asyncio.Event()
 
     def append(self, item: Item, /) -> None:
-        """Sends the item to the event loop after the step."""
+        """Sends the item to the event loop after the step. Nothing follows the last item."""
+        if self.is_complete:  # an error of a step that already ended the request
+            return
+        self.is_complete = isinstance(item, Exception) or item.finished
         self.thread.undelivered.setdefault(self.loop, []).append((self, item))
 
     def put(self, item: Item) -> None:
@@ -279,6 +281,13 @@ def abort_requests(engine: LLMEngine, request_ids: list[str] | None) -> None:
         output = engine.end_request(request_id)
         if request is not None and request.queue is not None and output is not None:
             request.queue.append(output)
+
+
+def sleep(engine: LLMEngine, level: int, mode: str) -> None:
+    """One function, so that no request comes between the aborts and the sleep."""
+    if mode == "abort":
+        abort_requests(engine, None)
+    control.sleep(engine, level)
 
 
 def fail(requests: Iterable[Request], error: Exception) -> None:

@@ -184,7 +184,8 @@ class LLM:
         if tokenization_kwargs:
             inputs = self._tokenized(inputs, Tokenization.of(tokenization_kwargs))
         stream = self._add(inputs, sampling_params, use_tqdm, priority, lora_request)
-        self._enqueued.append(stream)
+        with self.llm_engine.exclusive():
+            self._enqueued.append(stream)
         return list(stream.request_ids)
 
     def wait_for_completion(
@@ -202,8 +203,9 @@ class LLM:
             raise ValidationError(
                 f"output_type={output_type!r} is not supported; accepted are RequestOutput and None"
             )
-        streams = self._enqueued
-        self._enqueued = []
+        with self.llm_engine.exclusive():
+            streams = self._enqueued
+            self._enqueued = []
         return run(streams, use_tqdm)
 
     def stream(
