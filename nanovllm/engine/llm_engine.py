@@ -204,7 +204,7 @@ class LLMEngine:
             as_priorities(priority, 1, self.args.scheduling_policy)
             adapter = None
             if lora_request is not None:
-                adapter = self._need_adapters("lora_request").get(lora_request)
+                adapter = self._need_adapters("lora_request").find(lora_request)
             request = self.input_processor.process(
                 request_id,
                 prompt,
@@ -217,6 +217,8 @@ class LLMEngine:
                 lora_request=lora_request,
                 adapter=adapter,
             )
+            if adapter is not None:
+                self._need_adapters("lora_request").keep(adapter)
             self.enqueue(request)
 
     def enqueue(self, request: Request) -> None:
@@ -403,7 +405,7 @@ class LLMEngine:
         """
         with self.exclusive():
             adapters = self._need_adapters("add_lora")
-            adapters.load(adapters.get(lora_request), self._running_adapters())
+            adapters.load(adapters.get(lora_request), self.running_adapters())
         return True
 
     def remove_lora(self, lora_id: int) -> bool:
@@ -416,19 +418,14 @@ class LLMEngine:
 
     def list_loras(self) -> set[int]:
         """The lora_int_id of every adapter in memory."""
-        loaded = self._need_adapters("list_loras").loaded()
-        return {adapter.request.lora_int_id for adapter in loaded}
+        with self.exclusive():
+            loaded = self._need_adapters("list_loras").loaded()
+            return {adapter.request.lora_int_id for adapter in loaded}
 
     def pin_lora(self, lora_id: int) -> bool:
         """Keeps an adapter in memory until `remove_lora`. Returns True."""
         with self.exclusive():
-            adapters = self._need_adapters("pin_lora")
-            adapter = adapters.known.get(lora_id)
-            if adapter is None:
-                known = sorted(adapters.known)
-                raise ValidationError(f"lora_id={lora_id!r} is not known; known are {known}")
-            adapters.load(adapter, self._running_adapters())
-            adapter.is_pinned = True
+            self._need_adapters("pin_lora").pin(lora_id, self.running_adapters())
         return True
 
     def _need_adapters(self, name: str) -> Adapters:
@@ -436,7 +433,7 @@ class LLMEngine:
             raise ValidationError(f"{name} needs an engine with enable_lora=True")
         return self.adapters
 
-    def _running_adapters(self) -> set[Adapter | None]:
+    def running_adapters(self) -> set[Adapter | None]:
         return {seq.adapter for seq in self.scheduler.table.seqs.values()}
 
     def _adapters_in_use(self) -> set[Adapter | None]:
