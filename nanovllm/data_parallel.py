@@ -478,12 +478,13 @@ class DataParallelEngine(LLMEngine):
     def collective_rpc(
         self,
         method: str | Callable[..., object],
+        timeout: float | None = None,
         args: tuple[object, ...] = (),
         kwargs: dict[str, object] | None = None,
     ) -> list[object]:
         """One result for each rank of the first engine, then of the second, and so on."""
         with self.exclusive():
-            results = self._call(LLMEngine.collective_rpc, method, args, kwargs)
+            results = self._call(LLMEngine.collective_rpc, method, timeout, args, kwargs)
             self.freed_tags = set().union(*self._call(freed))
         return [result for of_engine in results for result in of_engine]
 
@@ -503,8 +504,11 @@ class DataParallelEngine(LLMEngine):
         if self.workers is not None:
             self._call(LLMEngine.set_tokenizer, tokenizer)
 
-    def reset_prefix_cache(self) -> bool:
+    def reset_prefix_cache(
+        self, reset_running_requests: bool = False, reset_connector: bool = False
+    ) -> bool:
         with self.exclusive():
+            self._check_reset(reset_running_requests)
             self.placement.clear()
             return all(self._call(LLMEngine.reset_prefix_cache))
 

@@ -390,11 +390,7 @@ class LLM:
         reset_connector: no effect, because all KV cache is inside the engine.
         Raises ValueError for reset_running_requests while requests are unfinished.
         """
-        if reset_running_requests and self.llm_engine.get_num_unfinished_requests():
-            raise ValidationError(
-                "reset_running_requests=True is not supported while requests are unfinished"
-            )
-        return self.llm_engine.reset_prefix_cache()
+        return self.llm_engine.reset_prefix_cache(reset_running_requests)
 
     def reset_mm_cache(self) -> None:
         """No effect, because the engine takes text only."""
@@ -427,7 +423,7 @@ class LLM:
 
         Returns one result for each rank. timeout: no effect.
         """
-        return self.llm_engine.collective_rpc(method, args, dict(kwargs or {}))
+        return self.llm_engine.collective_rpc(method, timeout, args, dict(kwargs or {}))
 
     def apply_model(self, func: Callable[[CausalLM], Result]) -> list[Result]:
         """Calls `func(model)` on each rank. Returns one result for each rank."""

@@ -403,6 +403,11 @@ def test_async_llm_over_several_engines() -> None:
         assert rest[-1].outputs[0].finish_reason in ("abort", "length")
         streamed = [t for output in [first, *rest] for t in output.outputs[0].token_ids]
         assert streamed == greedy(shared_model()[1], PROMPTS[0], len(streamed))
+        assert await llm.collective_rpc(operator.attrgetter("rank")) == [0, 0]
+        assert await llm.reset_prefix_cache()
+        await llm.sleep(level=1)
+        await llm.wake_up()
+        assert tokens([await last(PROMPTS[1], "awake")]) == tokens(found[1:2])
 
     args = AsyncEngineArgs(shared_model()[0], skip_tokenizer_init=True, **ARGS)
     llm = AsyncLLM.from_engine_args(args)

@@ -12,7 +12,7 @@ import itertools
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -178,12 +178,15 @@ class LLMEngine:
         request_id: str,
         prompt: object,
         params: SamplingParams,
+        arrival_time: float | None = None,
+        lora_request: LoRARequest | None = None,
+        tokenization_kwargs: Mapping[str, object] | None = None,
+        trace_headers: Mapping[str, str] | None = None,
+        priority: int = 0,
         *,
         max_logprobs: int | None = None,
         output_kind: RequestOutputKind | None = None,
         queue: OutputQueue | None = None,
-        priority: int = 0,
-        lora_request: LoRARequest | None = None,
     ) -> None:
         """Checks a request and queues it.
 
@@ -192,8 +195,11 @@ class LLMEngine:
         max_logprobs: replaces the engine's limit. output_kind: replaces the params' kind.
         queue: gets the request's outputs. Without a queue `step` returns them.
         priority: lower runs first. Not 0 only with scheduling_policy="priority".
+        arrival_time, trace_headers: no effect.
         """
         with self.exclusive():
+            if tokenization_kwargs:
+                prompt = self.tokenized(prompt, Tokenization.of(tokenization_kwargs))
             if self.freed:
                 freed = " and ".join(sorted(self.freed))
                 raise ValidationError(
@@ -234,8 +240,11 @@ class LLMEngine:
         requests = self.output_processor.requests
         return next(i for i in self.request_ids if i not in requests)
 
-    def abort_request(self, request_ids: str | list[str]) -> None:
-        """Ends requests and frees their blocks. Ids of no unfinished request are ignored."""
+    def abort_request(self, request_ids: str | list[str], internal: bool = False) -> None:
+        """Ends requests and frees their blocks. Ids of no unfinished request are ignored.
+
+        internal: no effect, because a request has one id.
+        """
         ids = [request_ids] if isinstance(request_ids, str) else list(request_ids)
         if not ids or os.getpid() != self.pid:  # a forked copy of the process has nothing to end
             return
@@ -485,19 +494,36 @@ class LLMEngine:
         """What `sleep` has freed and `wake_up` not brought back, of "weights" and "kv_cache"."""
         return self.executor.runner.freed
 
-    def reset_prefix_cache(self) -> bool:
-        """Makes all cached prefixes unfindable. Running requests go on."""
+    def reset_prefix_cache(
+        self, reset_running_requests: bool = False, reset_connector: bool = False
+    ) -> bool:
+        """Makes all cached prefixes unfindable. Running requests go on.
+
+        reset_connector: no effect, because all KV cache is inside the engine.
+        Raises ValueError for reset_running_requests while requests are unfinished.
+        """
         with self.exclusive():
+            self._check_reset(reset_running_requests)
             self.scheduler.reset_prefix_cache()
         return True
+
+    def _check_reset(self, reset_running_requests: bool) -> None:
+        if reset_running_requests and self.get_num_unfinished_requests():
+            raise ValidationError(
+                "reset_running_requests=True is not supported while requests are unfinished"
+            )
 
     def collective_rpc(
         self,
         method: str | Callable[..., object],
+        timeout: float | None = None,
         args: tuple[object, ...] = (),
         kwargs: dict[str, object] | None = None,
     ) -> list[object]:
-        """`method(worker, ...)`, or the worker's method of that name, on each rank."""
+        """`method(worker, ...)`, or the worker's method of that name, on each rank.
+
+        timeout: no effect.
+        """
         with self.exclusive():
             return self.executor.collective_rpc(method, args, kwargs or {})
 
