@@ -71,7 +71,6 @@ NO_EFFECT = frozenset(
 NEUTRAL: dict[str, tuple[object, ...]] = {
     "pipeline_parallel_size": (1,),
     "decode_context_parallel_size": (1,),
-    "enable_expert_parallel": (False,),
     "calculate_kv_scales": (False,),
     "lora_modules": (),
     "default_mm_loras": ({},),
@@ -95,7 +94,6 @@ NEUTRAL: dict[str, tuple[object, ...]] = {
     "reasoning_parser": ("",),
     "preemption_mode": ("recompute",),
     "prefix_caching_hash_algo": ("xxhash", "builtin", "sha256"),
-    "model_impl": ("auto", "vllm"),
     "config_format": ("auto", "hf"),
     "additional_config": ({},),
     "code_revision": (),

@@ -61,6 +61,7 @@ class EngineArgs:
     override_generation_config: dict[str, object] | None = None  # over generation_config.json
     chat_template: str | None = None
     load_format: str = "auto"
+    model_impl: str = "auto"  # "transformers": run transformers' own code; "vllm": never
     dtype: str = "auto"  # a torch.dtype is accepted too
     quantization: str | None = None  # None: as the checkpoint says; "none": dequantised
     device: str = "auto"
@@ -90,6 +91,7 @@ class EngineArgs:
     max_cpu_loras: int | None = None  # adapters in memory; None: max_loras
     lora_dtype: str = "auto"  # the precision of the adapters' numbers; "auto": the model's
     tensor_parallel_size: int = 1
+    enable_expert_parallel: bool = False
     data_parallel_size: int = 1  # engines over one queue, each in a process of its own
     distributed_executor_backend: str | None = None
     step_timeout: float | None = None  # seconds after which a rank that hangs ends the engine
@@ -137,6 +139,9 @@ class EngineArgs:
         if self.load_format == "fastsafetensors":  # another reader of the same files
             self.load_format = "safetensors"
         one_of("load_format", self.load_format, ("auto", "safetensors", "gguf", "dummy"))
+        if self.model_impl == "nanovllm":
+            self.model_impl = "vllm"  # our own models, by either name
+        one_of("model_impl", self.model_impl, ("auto", "vllm", "transformers"))
         one_of("tokenizer_mode", self.tokenizer_mode, ("auto", "slow"))
         one_of("scheduling_policy", self.scheduling_policy, ("fcfs", "priority"))
         one_of("logprobs_mode", self.logprobs_mode, LOGPROBS_MODES)
@@ -183,8 +188,10 @@ class EngineArgs:
         return self.max_cpu_loras or self.max_loras
 
     def _check_lora(self) -> None:
-        if not isinstance(self.enable_lora, bool):
-            raise TypeError(f"enable_lora={self.enable_lora!r} must be True or False")
+        for name in ("enable_lora", "enable_expert_parallel"):
+            value = getattr(self, name)
+            if not isinstance(value, bool):
+                raise TypeError(f"{name}={value!r} must be True or False")
         positive("max_loras", self.max_loras)
         positive("max_lora_rank", self.max_lora_rank)
         positive("max_cpu_loras", self.max_cpu_loras, optional=True)

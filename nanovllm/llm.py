@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-    from nanovllm.models.decoder import CausalLM
+    from nanovllm.models.base import LanguageModel
 
 Result = TypeVar("Result")
 AdapterChoice = LoRARequest | Sequence[LoRARequest | None] | None
@@ -56,6 +56,7 @@ class LLM:
         override_generation_config: dict[str, object] | None = None,
         chat_template: str | None = None,
         load_format: str = "auto",
+        model_impl: str = "auto",
         dtype: str | torch.dtype = "auto",
         device: str = "auto",
         attention_backend: str | None = None,
@@ -427,7 +428,7 @@ class LLM:
         """
         return self.llm_engine.collective_rpc(method, args, dict(kwargs or {}))
 
-    def apply_model(self, func: Callable[[CausalLM], Result]) -> list[Result]:
+    def apply_model(self, func: Callable[[LanguageModel], Result]) -> list[Result]:
         """Calls `func(model)` on each rank. Returns one result for each rank."""
         return cast(list[Result], self.collective_rpc(control.apply_to_model, args=(func,)))
 

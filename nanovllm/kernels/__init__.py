@@ -64,6 +64,13 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tens
     return weight * normed
 
 
+def rms_norm_in_place(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`rms_norm` that overwrites x [T, size]. x may be some columns of a larger matrix."""
+    if x.is_cpu and cpu.rms_norm_in_place(x, weight, eps):
+        return x
+    return x.copy_(rms_norm(x, weight, eps))
+
+
 def add_rms_norm(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset: float = 0.0
 ) -> tuple[Tensor, Tensor]:

@@ -386,15 +386,47 @@ __attribute__((noinline)) void times_panel(const Element<B>* x, int64_t stride, 
       store(out + i * out_stride + j * W, bias ? sums[i][j] + load(bias + i * bias_stride + j * W) : sums[i][j]);
 }
 
+// x [rows, depth] times one column of w that lies as in checkpoints.
+template <class T>
+void times_row(const T* x, int64_t x_stride, const T* w, const T* bias, int64_t bias_stride, T* out, int64_t out_stride,
+               int64_t rows, int64_t depth) {
+  using D = Dot<T>;
+  // Each span is summed on its own, because shorter sums have smaller rounding errors.
+  constexpr int STEP = W * D::P, SPAN = 1024;
+  for_rows<FEW_ROWS>(rows, [&](int64_t first, auto m) {
+    const T* c = x + first * x_stride;
+    float total[m()] = {};
+    for (int64_t d = 0; d < depth;) {
+      Vec sums[m()][1] = {};
+      for (const int64_t end = std::min(depth, d + SPAN) - STEP; d <= end; d += STEP)
+        multiply<T>(
+            sums, [&](int i) { return D::load_in(c + i * x_stride + d); }, [&](int) { return D::load_in(w + d); });
+      if (depth - d < STEP) {
+        const auto rest = [&](const T* p) {
+          T padded[STEP] = {};
+          std::copy(p + d, p + depth, padded);
+          return D::load_in(padded);
+        };
+        multiply<T>(
+            sums, [&](int i) { return rest(c + i * x_stride); }, [&](int) { return rest(w); });
+        d = depth;
+      }
+      for (int i = 0; i < m; i++) total[i] += sum(sums[i][0]);
+    }
+    for (int i = 0; i < m; i++) {
+      const float start = bias ? load(bias + (first + i) * bias_stride, 1)[0] : 0;
+      store(out + (first + i) * out_stride, Vec{} + (total[i] + start), 1);
+    }
+  });
+}
+
 // The first `panels` * PANEL columns of w lie in panels. The biases of a row lie
 // `bias_stride` after those of the row before: 0 is one bias for all rows, and a bias at
 // `out` is added to.
 template <class T>
 void product(const T* x, int64_t x_stride, const T* w, int64_t panels, const T* bias, int64_t bias_stride, T* out,
              int64_t out_stride, int64_t rows, int64_t cols, int64_t depth) {
-  using D = Dot<T>;
-  // Each span is summed on its own, because shorter sums have smaller rounding errors.
-  constexpr int STEP = W * D::P, SPAN = 1024;
+  constexpr int STEP = W * Dot<T>::P;
   const int64_t blocks = (rows + PANEL_ROWS - 1) / PANEL_ROWS;
   // Many rows whose stride is a power of two would share few places in the cache. The rows
   // are therefore copied with a stride that is a vector longer.
@@ -434,31 +466,7 @@ void product(const T* x, int64_t x_stride, const T* w, int64_t panels, const T* 
     }
 #pragma omp for schedule(static) nowait
     for (int64_t col = panels * PANEL; col < cols; col++)
-      for_rows<FEW_ROWS>(rows, [&](int64_t first, auto m) {
-        const T *b = w + col * depth, *c = x + first * x_stride;
-        float total[m()] = {};
-        for (int64_t d = 0; d < depth;) {
-          Vec sums[m()][1] = {};
-          for (const int64_t end = std::min(depth, d + SPAN) - STEP; d <= end; d += STEP)
-            multiply<T>(
-                sums, [&](int i) { return D::load_in(c + i * x_stride + d); }, [&](int) { return D::load_in(b + d); });
-          if (depth - d < STEP) {
-            const auto rest = [&](const T* p) {
-              T padded[STEP] = {};
-              std::copy(p + d, p + depth, padded);
-              return D::load_in(padded);
-            };
-            multiply<T>(
-                sums, [&](int i) { return rest(c + i * x_stride); }, [&](int) { return rest(b); });
-            d = depth;
-          }
-          for (int i = 0; i < m; i++) total[i] += sum(sums[i][0]);
-        }
-        for (int i = 0; i < m; i++) {
-          const float start = bias ? load(bias + (first + i) * bias_stride + col, 1)[0] : 0;
-          store(out + (first + i) * out_stride + col, Vec{} + (total[i] + start), 1);
-        }
-      });
+      times_row(x, x_stride, w + col * depth, bias ? bias + col : nullptr, bias_stride, out + col, out_stride, rows, depth);
   }
 }
 
@@ -475,6 +483,62 @@ template <class T>
 void add_linear_panels(const T* x, int64_t x_stride, const T* w, T* out, int64_t out_stride, int64_t rows, int64_t cols,
                        int64_t depth) {
   product(x, x_stride, w, cols / PANEL, (const T*)out, out_stride, out, out_stride, rows, cols, depth);
+}
+
+// A matrix w [cols, depth] for each of `groups`, one below the other, each with its own
+// panels. The rows of group g are offsets[g] .. offsets[g + 1] - 1, and rows after the last
+// group become 0. Threads share the panels of all groups that have rows, and no other panel
+// is read.
+template <class T>
+void grouped_panels(const T* x, const T* w, const T* bias, T* out, const int32_t* offsets, int64_t groups, int64_t rows,
+                    int64_t cols, int64_t depth) {
+  constexpr int STEP = W * Dot<T>::P;
+  constexpr bool same = std::is_same_v<T, Element<T>>;
+  const int64_t panels = cols / PANEL, units = panels + cols % PANEL, used = offsets[groups];
+  int64_t most = 0;
+  for (int64_t g = 0; g < groups; g++) most = std::max<int64_t>(most, offsets[g + 1] - offsets[g]);
+  const bool copied = panels && (!same || most > FEW_ROWS);  // see `product`
+  const int64_t stride = copied ? (depth + W - 1) / W * W + STEP : depth;
+  const std::unique_ptr<Element<T>[]> copy(copied ? new Element<T>[used * stride] : nullptr);
+  const bool can_widen = !same && most > 2 * PANEL_ROWS;
+#pragma omp parallel if (used * cols * depth > PARALLEL)
+  {
+    const Element<T>* all = copy.get();
+    if constexpr (same)
+      if (!copied) all = x;
+    if (copied) {
+#pragma omp for schedule(static)
+      for (int64_t r = 0; r < used; r++)
+        for (int64_t d = 0; d < depth; d += W) store(&copy[r * stride + d], load(x + r * depth + d, depth - d));
+    }
+#pragma omp for schedule(static) nowait
+    for (int64_t r = used; r < rows; r++) std::fill_n(out + r * cols, cols, T{});
+    const std::unique_ptr<float[]> wide(can_widen ? new float[PANEL * depth] : nullptr);
+    for_share(offsets, groups, units, [&](int64_t group, int64_t first_unit, int64_t last_unit) {
+      const int64_t first_row = offsets[group], count = offsets[group + 1] - first_row;
+      const bool widened = !same && count > 2 * PANEL_ROWS;
+      const T *matrix = w + group * cols * depth, *group_bias = bias ? bias + group * cols : nullptr;
+      for (int64_t unit = first_unit; unit < last_unit; unit++) {
+        if (unit >= panels) {
+          const int64_t col = panels * PANEL + unit - panels;
+          times_row(x + first_row * depth, depth, matrix + col * depth, group_bias ? group_bias + col : nullptr, 0,
+                    out + first_row * cols + col, cols, count, depth);
+          continue;
+        }
+        const int64_t col = unit * PANEL;
+        const T *from = matrix + col * depth, *panel_bias = group_bias ? group_bias + col : nullptr;
+        if (widened)
+          for (int64_t i = 0; i < PANEL * depth; i += W) store(&wide[i], load(from + i));
+        for_rows<PANEL_ROWS>(count, [&](int64_t first, auto m) {
+          T* to = out + (first_row + first) * cols + col;
+          const Element<T>* of = all + (first_row + first) * stride;
+          if constexpr (!same)
+            if (widened) return times_panel<T, float, m()>(of, stride, wide.get(), depth, panel_bias, 0, to, cols);
+          times_panel<T, T, m()>(of, stride, from, depth, panel_bias, 0, to, cols);
+        });
+      }
+    });
+  }
 }
 
 // Rows `ids` of w [rows, depth]. An id outside w gives zeros, so the kernel reads only w.
@@ -531,6 +595,12 @@ template <class T>
 void rms_norm(const T* x, int64_t x_stride, const T* weight, float eps, float offset, T* out, int64_t rows, int64_t size) {
 #pragma omp parallel for schedule(static) if (rows * size > PARALLEL)
   for (int64_t r = 0; r < rows; r++) norm_row(out + r * size, x + r * x_stride, weight, eps, offset, size);
+}
+
+// Rows of x may be parts of longer rows.
+template <class T> void rms_norm_in_place(T* x, int64_t x_stride, const T* weight, float eps, int64_t rows, int64_t size) {
+#pragma omp parallel for schedule(static) if (rows * size > PARALLEL)
+  for (int64_t r = 0; r < rows; r++) norm_row(x + r * x_stride, x + r * x_stride, weight, eps, 0, size);
 }
 
 // residual += x, then x = norm(residual).
@@ -655,7 +725,9 @@ void sample(const T* logits, int64_t stride, const float* temperature, const flo
   extern "C" void linear_##T(const Arg* args) { apply(linear<T>, args); }                       \
   extern "C" void linear_panels_##T(const Arg* args) { apply(linear_panels<T>, args); }         \
   extern "C" void add_linear_panels_##T(const Arg* args) { apply(add_linear_panels<T>, args); } \
+  extern "C" void grouped_panels_##T(const Arg* args) { apply(grouped_panels<T>, args); }       \
   extern "C" void rms_norm_##T(const Arg* args) { apply(rms_norm<T>, args); }                   \
+  extern "C" void rms_norm_in_place_##T(const Arg* args) { apply(rms_norm_in_place<T>, args); } \
   extern "C" void add_rms_norm_##T(const Arg* args) { apply(add_rms_norm<T>, args); }           \
   extern "C" void silu_and_mul_##T(const Arg* args) { apply(silu_and_mul<T>, args); }           \
   extern "C" void gelu_and_mul_##T(const Arg* args) { apply(gelu_and_mul<T>, args); }           \

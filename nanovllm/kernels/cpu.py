@@ -205,6 +205,25 @@ def add_linear_panels(out: Tensor, x: Tensor, weight: Tensor) -> bool:
     return True
 
 
+def grouped_panels(
+    x: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None
+) -> Tensor | None:
+    """`moe.grouped_linear` of a weight whose groups `to_panels` has transposed one by one."""
+    run = kernel("grouped_panels", x.dtype)
+    if run is None or weight.dtype is not x.dtype or not weight.is_contiguous():
+        return None
+    assert offsets.dtype is torch.int32
+    x = x.contiguous()
+    rows, depth = x.shape
+    num_groups = len(offsets) - 1
+    columns = weight.shape[0] // num_groups
+    out = empty((rows, columns), x.dtype)
+    bias_address = 0 if bias is None else bias.data_ptr()
+    addresses = (x.data_ptr(), weight.data_ptr(), bias_address, out.data_ptr(), offsets.data_ptr())
+    call(run, *addresses, num_groups, rows, columns, depth)
+    return out
+
+
 def embedding(ids: Tensor, weight: Tensor) -> Tensor | None:
     """Rows ids [T] int64 of a weight [N, K] in rows -> [T, K].
 
@@ -239,6 +258,18 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tens
     factors = (weight.data_ptr(), float_bits(eps), float_bits(offset))
     call(run, x.data_ptr(), x.stride(0), *factors, out.data_ptr(), *x.shape)
     return out
+
+
+def rms_norm_in_place(x: Tensor, weight: Tensor, eps: float) -> bool:
+    """Overwrites x [T, size] with its norm; weight [size].
+
+    Returns False, and changes nothing, where the kernel cannot run.
+    """
+    run = kernel("rms_norm_in_place", x.dtype)
+    if run is None or weight.dtype is not x.dtype or x.ndim != 2 or x.stride(1) != 1:
+        return False
+    call(run, x.data_ptr(), x.stride(0), weight.data_ptr(), float_bits(eps), *x.shape)
+    return True
 
 
 def add_rms_norm(

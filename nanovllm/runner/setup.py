@@ -73,7 +73,10 @@ class Setup:
 
     def _model_config(self) -> ModelConfig:
         """The config of the model. Its `tie_embeddings` follows the checkpoint."""
-        config = read_config(self.hf_config, self.config_path)
+        args = self.args
+        config = read_config(
+            self.hf_config, self.config_path, args.model_impl, args.trust_remote_code
+        )
         says_tied = config.tie_embeddings and self.args.load_format != "dummy"
         if says_tied and loader.head_differs(self.files):
             logger.warning(
@@ -81,7 +84,14 @@ class Setup:
                 "of its model.embed_tokens.weight: both are used, as transformers does",
                 self.config_path,
             )
-            return replace(config, tie_embeddings=False)
+            config = replace(config, tie_embeddings=False)
+        if self.args.enable_expert_parallel:
+            if not config.has_experts:
+                raise ValueError(
+                    f"enable_expert_parallel=True: {self.config_path} describes a model without "
+                    "experts; accepted is False"
+                )
+            config = replace(config, expert_parallel=True)
         return config
 
     @property
@@ -165,7 +175,8 @@ class Setup:
         if rope["rope_type"] == "yarn":
             original = rope.get("original_max_position_embeddings") or trained
             scaled = int(original * rope.get("factor", 1))
-        elif rope["rope_type"] == "linear":
+        elif rope["rope_type"] == "linear" and self.config.sliding_rope is None:
+            # Gemma 3 states the scaled length.
             scaled = int(trained * rope["factor"])
         longest = max(scaled, trained)
         asked = self.args.max_model_len
