@@ -71,7 +71,6 @@ NO_EFFECT = frozenset(
 NEUTRAL: dict[str, tuple[object, ...]] = {
     "pipeline_parallel_size": (1,),
     "decode_context_parallel_size": (1,),
-    "enable_expert_parallel": (False,),
     "calculate_kv_scales": (False,),
     "lora_modules": (),
     "default_mm_loras": ({},),

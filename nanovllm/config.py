@@ -90,6 +90,7 @@ class EngineArgs:
     max_cpu_loras: int | None = None  # adapters in memory; None: max_loras
     lora_dtype: str = "auto"  # the precision of the adapters' numbers; "auto": the model's
     tensor_parallel_size: int = 1
+    enable_expert_parallel: bool = False
     data_parallel_size: int = 1  # engines over one queue, each in a process of its own
     distributed_executor_backend: str | None = None
     step_timeout: float | None = None  # seconds after which a rank that hangs ends the engine
@@ -183,8 +184,10 @@ class EngineArgs:
         return self.max_cpu_loras or self.max_loras
 
     def _check_lora(self) -> None:
-        if not isinstance(self.enable_lora, bool):
-            raise TypeError(f"enable_lora={self.enable_lora!r} must be True or False")
+        for name in ("enable_lora", "enable_expert_parallel"):
+            value = getattr(self, name)
+            if not isinstance(value, bool):
+                raise TypeError(f"{name}={value!r} must be True or False")
         positive("max_loras", self.max_loras)
         positive("max_lora_rank", self.max_lora_rank)
         positive("max_cpu_loras", self.max_cpu_loras, optional=True)

@@ -442,6 +442,27 @@ struct AllInputs {
   }
 };
 
+// Memory of one thread for a panel of `depth` that is taken apart.
+struct Scratch {
+  std::unique_ptr<uint8_t[]> memory;
+  Unpacked unpacked;
+
+  explicit Scratch(int64_t depth) : memory(new uint8_t[unpacked_bytes(depth) + VECTOR]) {
+    unpacked.codes = (Codes*)(((uintptr_t)memory.get() + VECTOR - 1) / VECTOR * VECTOR);
+    unpacked.linear = (float*)(unpacked.codes + depth / GROUP * STEPS);
+  }
+};
+
+// The first `here` sums of each row, and the bias -> out.
+template <class T>
+INLINE void write_rows(const float* sums, int rows, const T* bias, T* out, int64_t stride, int64_t here) {
+  for (int i = 0; i < rows; i++) {
+    Vec v = load(sums + i * W);
+    if (bias) v += load(bias, here);
+    store(out + i * stride, v, here);
+  }
+}
+
 template <class T>
 void linear_blocks(const T* x, int64_t x_stride, const uint8_t* w, const Segment* segments, int64_t num_segments,
                    const T* bias, T* out, int64_t rows, int64_t cols, int64_t depth) {
@@ -465,11 +486,7 @@ void linear_blocks(const T* x, int64_t x_stride, const uint8_t* w, const Segment
       for (int64_t block = 0; block < blocks; block++)
         for_block<ROWS>(rows, block, [&](int64_t first, auto m) { inputs.fill(x, x_stride, first, m()); });
     }
-    const int64_t bytes = shared && rounded ? unpacked_bytes(depth) : 0;
-    const std::unique_ptr<uint8_t[]> memory(new uint8_t[bytes + VECTOR]);
-    Unpacked unpacked;
-    unpacked.codes = (Codes*)(((uintptr_t)memory.get() + VECTOR - 1) / VECTOR * VECTOR);
-    unpacked.linear = (float*)(unpacked.codes + depth / GROUP * STEPS);
+    const Scratch scratch(shared && rounded ? depth : 0);
     int64_t unpacked_panel = -1;
 #pragma omp for schedule(static) nowait
     for (int64_t unit = 0; unit < panels * blocks; unit++) {
@@ -480,7 +497,7 @@ void linear_blocks(const T* x, int64_t x_stride, const uint8_t* w, const Segment
       const uint8_t* from = w + segment->offset + panel * can.bytes(depth);
       const bool few = can.floats || rows <= FEW_ROWS;
       if (!few && unit / blocks != unpacked_panel) {
-        can.unpack(from, depth, unpacked);
+        can.unpack(from, depth, scratch.unpacked);
         unpacked_panel = unit / blocks;
       }
       const int64_t col = segment->first + panel * W, here = std::min<int64_t>(W, segment->features - panel * W);
@@ -488,14 +505,62 @@ void linear_blocks(const T* x, int64_t x_stride, const uint8_t* w, const Segment
         alignas(64) float sums[ROWS * W];
         const Inputs block = inputs.block(first);
         if (few) can.times[m() - 1](from, block, depth, sums);
-        else can.times_unpacked[m() - 1](unpacked, block, depth, sums);
-        for (int i = 0; i < m(); i++) {
-          Vec v = load(sums + i * W);
-          if (bias) v += load(bias + col, here);
-          store(out + (first + i) * cols + col, v, here);
-        }
+        else can.times_unpacked[m() - 1](scratch.unpacked, block, depth, sums);
+        write_rows<T>(sums, m(), bias ? bias + col : nullptr, out + first * cols + col, cols, here);
       });
     }
+  }
+}
+
+// A matrix [cols, depth] for each of `groups`, one below the other, each of `num_segments`
+// segments. The rows of group g are offsets[g] .. offsets[g + 1] - 1, and rows after the last
+// group become 0. Panels of groups without rows are not read.
+template <class T>
+void grouped_blocks(const T* x, const uint8_t* w, const Segment* segments, int64_t num_segments, const T* bias, T* out,
+                    const int32_t* offsets, int64_t groups, int64_t rows, int64_t cols, int64_t depth) {
+  const int64_t used = offsets[groups];
+  int64_t panels = 0, most = 0;
+  bool rounded = false, floats = false;
+  for (int64_t s = 0; s < num_segments; s++) panels += (segments[s].features + W - 1) / W;
+  for (int64_t s = 0; s < groups * num_segments; s++) (operations(segments[s].type)->floats ? floats : rounded) = true;
+  std::vector<int64_t> blocks;  // (group, block of its rows)
+  for (int64_t g = 0; g < groups; g++) {
+    const int64_t count = offsets[g + 1] - offsets[g];
+    most = std::max(most, count);
+    for (int64_t block = 0; block * ROWS < count; block++) blocks.insert(blocks.end(), {g, block});
+  }
+  AllInputs inputs(used, depth, rounded, floats);
+#pragma omp parallel if (used * cols * depth > PARALLEL)
+  {
+#pragma omp for schedule(static)
+    for (size_t i = 0; i < blocks.size(); i += 2) {
+      const int64_t start = offsets[blocks[i]], count = offsets[blocks[i] + 1] - start;
+      for_block<ROWS>(count, blocks[i + 1], [&](int64_t first, auto m) { inputs.fill(x, depth, start + first, m()); });
+    }
+#pragma omp for schedule(static) nowait
+    for (int64_t r = used; r < rows; r++) std::fill_n(out + r * cols, cols, T{});
+    const Scratch scratch(most > FEW_ROWS && rounded ? depth : 0);
+    for_share(offsets, groups, panels, [&](int64_t group, int64_t first_panel, int64_t last_panel) {
+      const int64_t start = offsets[group], count = offsets[group + 1] - start;
+      for (int64_t at = first_panel; at < last_panel; at++) {
+        int64_t panel = at;
+        const Segment* segment = segments + group * num_segments;
+        while (panel >= (segment->features + W - 1) / W) panel -= (segment++->features + W - 1) / W;
+        const Operations& can = *operations(segment->type);
+        const uint8_t* from = w + segment->offset + panel * can.bytes(depth);
+        const bool few = can.floats || count <= FEW_ROWS;
+        if (!few) can.unpack(from, depth, scratch.unpacked);
+        const int64_t feature = segment->first + panel * W, here = std::min<int64_t>(W, segment->features - panel * W);
+        T* to = out + start * cols + feature - group * cols;
+        for_rows<ROWS>(count, [&](int64_t first, auto m) {
+          alignas(64) float sums[ROWS * W];
+          const Inputs block = inputs.block(start + first);
+          if (few) can.times[m() - 1](from, block, depth, sums);
+          else can.times_unpacked[m() - 1](scratch.unpacked, block, depth, sums);
+          write_rows<T>(sums, m(), bias ? bias + feature : nullptr, to + first * cols, cols, here);
+        });
+      }
+    });
   }
 }
 
@@ -520,6 +585,7 @@ void embed_blocks(const int64_t* ids, const uint8_t* w, const Segment* segments,
 
 #define EXPORT(T)                                                                         \
   extern "C" void linear_blocks_##T(const Arg* args) { apply(linear_blocks<T>, args); }   \
+  extern "C" void grouped_blocks_##T(const Arg* args) { apply(grouped_blocks<T>, args); } \
   extern "C" void embed_blocks_##T(const Arg* args) { apply(embed_blocks<T>, args); }
 EXPORT(bf16)
 EXPORT(fp16)

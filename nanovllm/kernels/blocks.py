@@ -125,6 +125,40 @@ def linear(
     return out
 
 
+def grouped(
+    x: Tensor,
+    weight: Tensor,
+    segments: Tensor,
+    offsets: Tensor,
+    bias: Tensor | None,
+    features: int,
+) -> Tensor:
+    """`moe.grouped_linear` of a matrix [features, K]. Its groups have equally many segments."""
+    assert offsets.dtype is torch.int32
+    x = x.contiguous()
+    rows, depth = x.shape
+    num_groups = len(offsets) - 1
+    assert len(segments) % num_groups == 0
+    columns = features // num_groups
+    out = cpu.empty((rows, columns), x.dtype)
+    table = (segments.data_ptr(), len(segments) // num_groups)
+    bias_address = 0 if bias is None else bias.data_ptr()
+    cpu.call(
+        kernel("grouped_blocks", x.dtype),
+        x.data_ptr(),
+        weight.data_ptr(),
+        *table,
+        bias_address,
+        out.data_ptr(),
+        offsets.data_ptr(),
+        num_groups,
+        rows,
+        columns,
+        depth,
+    )
+    return out
+
+
 def embedding(
     ids: Tensor, weight: Tensor, segments: Tensor, depth: int, dtype: torch.dtype
 ) -> Tensor:

@@ -21,7 +21,7 @@ logger = logging.getLogger("nanovllm")
 
 HEADERS = sorted(Path(__file__).parent.glob("*.h"))
 FEW_ROWS = 4  # a product of at most this many rows is bound by memory
-CALL_ARGS = 10  # no kernel has more arguments
+CALL_ARGS = 12  # no kernel has more arguments
 FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"]
 FLAGS += [f"-DFEW_ROWS={FEW_ROWS}", f"-DCALL_ARGS={CALL_ARGS}"]
 # The values of NANOVLLM_CPU_ISA: which instructions the kernels may use.

@@ -199,6 +199,30 @@ template <class F> INLINE void for_vectors(int n, F f) {
   for (; j < n; j++) f(j, std::integral_constant<int, 1>());
 }
 
+// Calls f(group, first panel, last panel) for this thread's share of the panels of all groups
+// with rows. Every group has `panels` of them. The shares are of about equal work: a panel is
+// read once, and multiplied by the rows of its group. Shares are consecutive, because memory
+// is fast where it is read in order.
+template <class F> INLINE void for_share(const int32_t* offsets, int64_t groups, int64_t panels, F f) {
+  constexpr int64_t READ = 8;  // rows whose products take as long as reading a panel
+  const auto work = [&](int64_t g) {
+    const int64_t rows = offsets[g + 1] - offsets[g];
+    return rows ? std::max(READ, rows) : 0;
+  };
+  int64_t total = 0, before = 0;
+  for (int64_t g = 0; g < groups; g++) total += work(g) * panels;
+  const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
+  const int64_t begin = total * thread / threads, end = total * (thread + 1) / threads;
+  for (int64_t g = 0; g < groups; before += work(g++) * panels) {
+    if (!work(g)) continue;
+    // Panels whose work begins in begin .. end - 1.
+    const auto panel = [&](int64_t at) {
+      return std::clamp<int64_t>(at > before ? (at - before + work(g) - 1) / work(g) : 0, 0, panels);
+    };
+    if (panel(begin) < panel(end)) f(g, panel(begin), panel(end));
+  }
+}
+
 // Bytes between a weight that is used and one that is fetched into the cache, so that memory
 // answers in time. The hardware alone stops at the end of every page (docs/experiments.md).
 constexpr int64_t AHEAD = 1 << 15;

@@ -37,8 +37,11 @@ ARCHITECTURES = {
     "exaone": "LlamaForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen2vl": "Qwen2ForCausalLM",
+    "qwen2moe": "Qwen2MoeForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
     "qwen3vl": "Qwen3ForCausalLM",
+    "qwen3moe": "Qwen3MoeForCausalLM",
+    "olmoe": "OlmoeForCausalLM",
 }
 # llama.cpp rotates neighbouring rows of Q and K in these, and the two halves of a head in
 # the others, as transformers does in all.
@@ -59,6 +62,14 @@ TENSOR_NAMES = {
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
+    "ffn_gate_inp": "mlp.gate",
+    "ffn_gate_exps": "mlp.experts.gate_proj",
+    "ffn_up_exps": "mlp.experts.up_proj",
+    "ffn_down_exps": "mlp.experts.down_proj",
+    "ffn_gate_inp_shexp": "mlp.shared_expert_gate",
+    "ffn_gate_shexp": "mlp.shared_expert.gate_proj",
+    "ffn_up_shexp": "mlp.shared_expert.up_proj",
+    "ffn_down_shexp": "mlp.shared_expert.down_proj",
 }
 
 SAMPLING = {
@@ -208,14 +219,21 @@ class GGUFTensor:
     """A tensor on disk, as rows of packed bytes. Slicing dequantises the slice.
 
     packed: uint8 [shape[0], bytes of a row]. row_order: row i of the tensor is
-    row_order[i] of `packed`. None: the rows are in order.
+    row_order[i] of `packed`. None: the rows are in order. expert: the matrix of a tensor
+    of three dimensions.
     """
 
-    def __init__(self, tensor: gguf.ReaderTensor) -> None:
+    def __init__(self, tensor: gguf.ReaderTensor, expert: int | None = None) -> None:
         self.name = tensor.name
         self.kind = tensor.tensor_type
         self.shape: tuple[int, ...] = tuple(reversed(tensor.shape.tolist()))
-        self.packed = tensor.data.reshape(self.shape[0], -1).view(np.uint8)
+        data = tensor.data
+        if expert is not None:
+            self.shape = self.shape[1:]
+            data = data[expert]
+        if tensor.name.endswith("ffn_gate_inp_shexp.weight"):
+            self.shape = (1, *self.shape)  # llama.cpp drops the dimension of the one row
+        self.packed = data.reshape(self.shape[0], -1).view(np.uint8)
         self.dtype = PLAIN.get(self.kind.name, torch.float32)
         # Weights and bytes of one block.
         self.block, self.block_bytes = gguf.GGML_QUANT_SIZES[self.kind]
@@ -450,8 +468,21 @@ class GGUF:
                 raise ValueError(
                     f"{self.path} holds {name!r}, which no {self.family} model here has"
                 )
-            yield hf_name(block, stem, suffix), self.lazy(tensor)
+            if len(tensor.shape) == 3:
+                yield from self.experts(hf_name(block, stem, suffix), tensor)
+            else:
+                yield hf_name(block, stem, suffix), self.lazy(tensor)
         yield from self.missing_biases()
+
+    def experts(self, name: str, tensor: gguf.ReaderTensor) -> Iterator[tuple[str, LazyTensor]]:
+        """The matrices of a tensor [experts, rows, columns].
+
+        name: "...mlp.experts.down_proj.weight" becomes "...mlp.experts.0.down_proj.weight"
+        and so on.
+        """
+        parent, _, matrix = name.partition(".experts.")
+        for expert in range(int(tensor.shape[-1])):
+            yield f"{parent}.experts.{expert}.{matrix}", GGUFTensor(tensor, expert)
 
     def missing_biases(self) -> Iterator[tuple[str, Tensor]]:
         """(Hugging Face name, zeros) of each bias that the config has and the file lacks.
@@ -472,7 +503,7 @@ class GGUF:
 
         One bias in the file counts for all projections of the kind. () if there is none.
         """
-        if kind == "attn" and ARCHITECTURES[self.family] == "Qwen2ForCausalLM":
+        if kind == "attn" and self.family in ("qwen2", "qwen2vl", "qwen2moe"):
             return "attn_q", "attn_k", "attn_v"  # the config of qwen2 has no switch
         projections = [stem for stem in TENSOR_NAMES if not stem.endswith("norm")]
         stems = tuple(stem for stem in projections if stem.startswith(kind))
@@ -501,6 +532,9 @@ class GGUF:
         # llama.cpp has no architecture of its own for Mistral.
         is_mistral = bool(window) and family == "llama"
         architecture = "MistralForCausalLM" if is_mistral else ARCHITECTURES[family]
+        experts = self.expert_fields(fields)
+        if family == "llama" and experts:
+            architecture = "MixtralForCausalLM"
         return {
             "model_type": architecture.removesuffix("ForCausalLM").lower(),
             "architectures": [architecture],
@@ -521,11 +555,37 @@ class GGUF:
             # Two fields of Qwen: the window counts from layer 0 on.
             "use_sliding_window": bool(window),
             "max_window_layers": 0,
+            **experts,
             "tie_word_embeddings": not self.head_differs(),
             "bos_token_id": self.get("tokenizer.ggml.bos_token_id"),
             "eos_token_id": self.get("tokenizer.ggml.eos_token_id"),
             "pad_token_id": self.get("tokenizer.ggml.padding_token_id"),
         }
+
+    def expert_fields(self, fields: Fields) -> dict[str, object]:
+        """The fields of config.json about experts. {} for a model without experts."""
+        count = fields.integer("expert_count", default=0, least=0)
+        if not count:
+            return {}
+        if fields.number("attention.clamp_kqv", default=0.0, zero=True):
+            raise fields.refuse("attention.clamp_kqv", "0, because Q, K and V are not clipped here")
+        width = fields.integer("feed_forward_length")
+        return {
+            "num_experts": count,
+            "num_local_experts": count,
+            "num_experts_per_tok": fields.integer("expert_used_count"),
+            "moe_intermediate_size": self.rows_of("ffn_gate_exps", width),
+            "shared_expert_intermediate_size": self.rows_of("ffn_gate_shexp", width),
+            # llama.cpp knows it of the architecture.
+            "norm_topk_prob": self.family == "qwen3moe",
+        }
+
+    def rows_of(self, stem: str, default: int) -> int:
+        """The output features of a matrix of the first layer that has it."""
+        for name, tensor in self.tensors.items():
+            if name.endswith(f".{stem}.weight"):
+                return int(tensor.shape[1])
+        return default
 
     def head_dim(self, fields: Fields) -> int:
         """Raises ValueError for a model that rotates only a part of each head."""

@@ -23,6 +23,7 @@ PREFIX = "base_model.model."
 LINEAR = re.compile(r"(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
 EMBEDDING = re.compile(r"(?P<module>.+)\.lora_embedding_(?P<factor>[AB])")
 BASE = re.compile(r"(?P<module>.+)\.base_layer\.weight")
+EXPERT = re.compile(r"\.experts(\.|$)")
 
 MERGE = "merge the adapter into the weights with PEFT's merge_and_unload"
 # Fields of adapter_config.json that change the result -> why they are refused.
@@ -134,6 +135,11 @@ def parse(
     module = match["module"]
     is_table = module.endswith("embed_tokens")
     suits = not is_table if linear else is_table or (base is not None and module == "lm_head")
+    if EXPERT.search(module):
+        raise ValueError(
+            f"{path}: tensor {name} changes an expert, {module}; adapters of experts are not "
+            f"supported: {MERGE}"
+        )
     if module not in shapes or not suits:
         raise ValueError(
             f"{path}: tensor {name} has no place in the model; it has LoRA for its linear layers, "

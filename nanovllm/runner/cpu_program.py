@@ -29,7 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from nanovllm import kernels
 from nanovllm.attention.base import AttentionBackend, zeroed
-from nanovllm.kernels import blocks, cpu
+from nanovllm.kernels import blocks, cpu, moe, moe_cpu
 from nanovllm.weights.base import Weight
 
 logger = logging.getLogger("nanovllm")
@@ -43,7 +43,8 @@ BACKEND_METHODS = ("write", "attend", "store")
 MODULE_ATTRIBUTES = set(vars(nn.Module()))  # torch's own
 # The functions that models call, as they were when this file was imported.
 NAMESPACES: list[tuple[type | ModuleType, dict[str, object]]] = [
-    (namespace, dict(vars(namespace))) for namespace in (kernels, cpu, blocks, nn.Module)
+    (namespace, dict(vars(namespace)))
+    for namespace in (kernels, cpu, blocks, moe, moe_cpu, nn.Module)
 ]
 
 

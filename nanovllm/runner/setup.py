@@ -81,7 +81,14 @@ class Setup:
                 "of its model.embed_tokens.weight: both are used, as transformers does",
                 self.config_path,
             )
-            return replace(config, tie_embeddings=False)
+            config = replace(config, tie_embeddings=False)
+        if self.args.enable_expert_parallel:
+            if not config.has_experts:
+                raise ValueError(
+                    f"enable_expert_parallel=True: {self.config_path} describes a model without "
+                    "experts; accepted is False"
+                )
+            config = replace(config, expert_parallel=True)
         return config
 
     @property
@@ -165,7 +172,8 @@ class Setup:
         if rope["rope_type"] == "yarn":
             original = rope.get("original_max_position_embeddings") or trained
             scaled = int(original * rope.get("factor", 1))
-        elif rope["rope_type"] == "linear":
+        elif rope["rope_type"] == "linear" and self.config.sliding_rope is None:
+            # Gemma 3 states the scaled length.
             scaled = int(trained * rope["factor"])
         longest = max(scaled, trained)
         asked = self.args.max_model_len

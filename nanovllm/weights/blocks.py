@@ -41,12 +41,15 @@ class BlockWeight(Weight):
     inputs to 16 bits (`kernels/blocks.cpp`).
     """
 
-    def __init__(self, layer: nn.Module, out_features: int, in_features: int) -> None:
+    def __init__(
+        self, layer: nn.Module, out_features: int, in_features: int, num_groups: int = 1
+    ) -> None:
         self.out_features = out_features
         self.in_features = in_features
         self.dtype = torch.get_default_dtype()
         self.types: dict[range, str] = {}  # rows -> the type that they are stored in
         self.pieces: dict[range, Piece] = {}
+        self.has_room = False  # whether `pieces` are those of `types`
         self.segments = torch.empty(0, 4, dtype=torch.int64)
         self.dequantised: dict[range, str] = {}  # rows -> the type that the file has instead
         empty = nn.Parameter(torch.empty(0, dtype=torch.uint8), requires_grad=False)
@@ -72,9 +75,10 @@ class BlockWeight(Weight):
 
     def allocate(self, layer: nn.Module) -> None:
         """Makes room for the pieces of `types`. Pieces that keep their type keep their weights."""
-        old, filled = self.pieces, matrix(layer)
-        if {rows: piece.type for rows, piece in old.items()} == self.types:
+        if self.has_room:
             return
+        self.has_room = True
+        old, filled = self.pieces, matrix(layer)
         self.pieces = {}
         size = 0
         for rows in sorted(self.types, key=lambda rows: rows.start):
@@ -92,6 +96,12 @@ class BlockWeight(Weight):
         ]
         self.segments = torch.tensor(table, dtype=torch.int64)
 
+    def choose_type(self, rows: range, type: str) -> None:
+        """Rows will be stored in this type."""
+        if self.types.get(rows) != type:
+            self.types[rows] = type
+            self.has_room = False
+
     def packed_bytes(self, piece: Piece) -> int:
         return blocks.packed_bytes(blocks.TYPES[piece.type], len(piece.rows), self.in_features)
 
@@ -102,6 +112,17 @@ class BlockWeight(Weight):
 
     def linear(self, layer: nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:
         return blocks.linear(x, matrix(layer), self.segments, bias, self.out_features)
+
+    def grouped(
+        self,
+        layer: nn.Module,
+        x: Tensor,
+        offsets: Tensor,
+        num_groups: int,
+        bias: Tensor | None,
+    ) -> Tensor:
+        weight = matrix(layer)
+        return blocks.grouped(x, weight, self.segments, offsets, bias, self.out_features)
 
     def embedding(self, layer: nn.Module, ids: Tensor) -> Tensor:
         return blocks.embedding(ids, matrix(layer), self.segments, self.in_features, self.dtype)
@@ -120,9 +141,9 @@ class PieceReceiver:
         weight = self.weight
         stored = stored_blocks(tensor, part)
         if stored is not None and stored.type in blocks.TYPES:
-            weight.types[self.rows] = stored.type
+            weight.choose_type(self.rows, stored.type)
             return
-        weight.types[self.rows] = FLOAT_TYPES[weight.dtype]
+        weight.choose_type(self.rows, FLOAT_TYPES[weight.dtype])
         if isinstance(tensor, BlockTensor):
             weight.dequantised[self.rows] = tensor.type
 

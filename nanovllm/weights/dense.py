@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from nanovllm import kernels
+from nanovllm.kernels import moe
 from nanovllm.loader.source import Source
 from nanovllm.weights.base import Weight
 
@@ -13,7 +14,10 @@ from nanovllm.weights.base import Weight
 class DenseWeight(Weight):
     """The layer's parameter `weight` [out_features, in_features]."""
 
-    def __init__(self, layer: nn.Module, out_features: int, in_features: int) -> None:
+    def __init__(
+        self, layer: nn.Module, out_features: int, in_features: int, num_groups: int = 1
+    ) -> None:
+        self.num_groups = num_groups
         weight = torch.empty(out_features, in_features)
         layer.register_parameter("weight", nn.Parameter(weight, requires_grad=False))
 
@@ -35,6 +39,16 @@ class DenseWeight(Weight):
 
     def linear(self, layer: nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:
         return kernels.linear(x, matrix(layer), bias)
+
+    def grouped(
+        self,
+        layer: nn.Module,
+        x: Tensor,
+        offsets: Tensor,
+        num_groups: int,
+        bias: Tensor | None,
+    ) -> Tensor:
+        return moe.grouped_linear(x, matrix(layer), offsets, bias)
 
     def embedding(self, layer: nn.Module, ids: Tensor) -> Tensor:
         return kernels.embedding(ids, matrix(layer))

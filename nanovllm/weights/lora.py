@@ -200,6 +200,17 @@ class LoRAWeight(Weight):
                 found.add_linear(out, x, group.rows)
         return out
 
+    def grouped(
+        self,
+        layer: nn.Module,
+        x: Tensor,
+        offsets: Tensor,
+        num_groups: int,
+        bias: Tensor | None,
+    ) -> Tensor:
+        """Adapters do not change experts."""
+        return self.base.grouped(layer, x, offsets, num_groups, bias)
+
     def embedding(self, layer: nn.Module, ids: Tensor) -> Tensor:
         out = self.base.embedding(layer, ids)
         for group in self.rows.groups:

@@ -15,21 +15,36 @@ class PanelWeight(DenseWeight):
     lanes. A row of its result does not depend on the other rows.
     """
 
-    in_panels = False
+    in_panels = False  # each group of rows has panels of its own
 
     def begin_loading(self, layer: nn.Module) -> None:
         if self.in_panels:
-            cpu.to_rows(matrix(layer))
+            for rows in matrix(layer).data.chunk(self.num_groups):
+                cpu.to_rows(rows)
         self.in_panels = False
 
     def finish_loading(self, layer: nn.Module) -> None:
         if not self.in_panels:
-            cpu.to_panels(matrix(layer))
+            for rows in matrix(layer).data.chunk(self.num_groups):
+                cpu.to_panels(rows)
         self.in_panels = True
 
     def linear(self, layer: nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:
         assert self.in_panels
         out = cpu.linear_panels(x, matrix(layer), bias)
+        assert out is not None, "x has the dtype of the weight"
+        return out
+
+    def grouped(
+        self,
+        layer: nn.Module,
+        x: Tensor,
+        offsets: Tensor,
+        num_groups: int,
+        bias: Tensor | None,
+    ) -> Tensor:
+        assert self.in_panels
+        out = cpu.grouped_panels(x, matrix(layer), offsets, bias)
         assert out is not None, "x has the dtype of the weight"
         return out
 

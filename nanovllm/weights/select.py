@@ -15,7 +15,7 @@ from nanovllm.weights.blocks import BlockWeight
 from nanovllm.weights.dense import DenseWeight
 from nanovllm.weights.panels import PanelWeight
 
-FORMATS: dict[str, Callable[[nn.Module, int, int], Weight]] = {
+FORMATS: dict[str, Callable[[nn.Module, int, int, int], Weight]] = {
     "dense": DenseWeight,
     "panels": PanelWeight,
     "blocks": BlockWeight,
@@ -34,15 +34,17 @@ def storage_format(name: str | None) -> Iterator[None]:
         CHOSEN.reset(token)
 
 
-def new_weight(layer: nn.Module, out_features: int, in_features: int) -> Weight:
+def new_weight(
+    layer: nn.Module, out_features: int, in_features: int, num_groups: int = 1
+) -> Weight:
     """A matrix [out_features, in_features].
 
     It has torch's default dtype and lies on torch's default device. The tensors become
-    parameters of `layer`.
+    parameters of `layer`. num_groups: of matrices that lie one below the other.
     """
     name = CHOSEN.get()
     if name is None:
         on_cpu = torch.get_default_device().type == "cpu"
         panels = on_cpu and cpu.fits_panels(in_features, torch.get_default_dtype())
         name = "panels" if panels else "dense"
-    return FORMATS[name](layer, out_features, in_features)
+    return FORMATS[name](layer, out_features, in_features, num_groups)
