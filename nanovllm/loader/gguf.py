@@ -261,15 +261,20 @@ class GGUFTensor:
         """The name of the type in the file."""
         return self.kind.name
 
+    def in_blocks(self, part: tuple[slice, ...]) -> bool:
+        """Whether the columns begin and end with blocks."""
+        start, stop, step = part[1].indices(self.shape[1])
+        return step == 1 and start % self.block == 0 and stop % self.block == 0
+
     def blocks(self, part: tuple[slice, ...]) -> Blocks | None:
         """The slices of rows and columns as the file stores them.
 
         None if the columns do not begin and end with blocks.
         """
-        rows, columns = part
-        start, stop, step = columns.indices(self.shape[1])
-        if start % self.block or stop % self.block or step != 1:
+        if not self.in_blocks(part):
             return None
+        rows, columns = part
+        start, stop, _ = columns.indices(self.shape[1])
         row_order = np.arange(self.shape[0]) if self.row_order is None else self.row_order
         first = start // self.block * self.block_bytes
         last = stop // self.block * self.block_bytes

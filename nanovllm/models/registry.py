@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nanovllm.loader.fields import Fields
-from nanovllm.models.config import ModelConfig, refuse_quantised
+from nanovllm.models.config import ModelConfig, quant_method
 
 if TYPE_CHECKING:
     from nanovllm.models.decoder import CausalLM
 
 MODELS = {
+    "GptOssForCausalLM": "nanovllm.models.gpt_oss",
     "LlamaForCausalLM": "nanovllm.models.llama",
     "MistralForCausalLM": "nanovllm.models.mistral",
     "Qwen2ForCausalLM": "nanovllm.models.qwen2",
@@ -26,6 +27,7 @@ MODELS = {
 # For a config without architectures. transformers 5 calls a Mistral with layer_types
 # "ministral".
 MODEL_TYPES = {
+    "gpt_oss": "GptOssForCausalLM",
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
     "ministral": "MistralForCausalLM",
@@ -46,9 +48,10 @@ def read_config(hf: object, source: str | Path = "config.json") -> ModelConfig:
     Raises ValueError, naming `source` and the field, for what this engine does not run.
     """
     fields = Fields(source, lambda name: getattr(hf, name, None))
-    refuse_quantised(fields)
+    quantization = quant_method(fields)
     name = architecture(fields)
-    return replace(model_class(name).read_config(fields), architecture=name)
+    config = model_class(name).read_config(fields)
+    return replace(config, architecture=name, quantization=quantization)
 
 
 def architecture(fields: Fields) -> str:

@@ -131,12 +131,12 @@ class PieceReceiver:
     def expect(self, tensor: LazyTensor, part: tuple[slice, ...]) -> None:
         """A piece keeps the type of its blocks if there are kernels for the type."""
         weight = self.weight
-        stored = stored_blocks(tensor, part)
-        if stored is not None and stored.type in blocks.TYPES:
-            weight.types[self.rows] = stored.type
-            return
         weight.types[self.rows] = FLOAT_TYPES[weight.dtype]
-        if isinstance(tensor, BlockTensor):
+        if not isinstance(tensor, BlockTensor):
+            return
+        if tensor.type in blocks.TYPES and tensor.in_blocks(part):
+            weight.types[self.rows] = tensor.type
+        else:
             weight.dequantised[self.rows] = tensor.type
 
     def allocate(self) -> None:
