@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -86,14 +87,63 @@ class TestAttention:
             assert_close(case.run(CpuAttention(case.spec), 1), case.expected(1), dtype)
 
     @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize(
+        ("words", "block_size"),
+        [
+            ({"softcap": 2.0, "head_dim": 64}, 16),
+            ({"sinks": True, "head_dim": 64}, 8),
+            ({"value_dim": 40, "head_dim": 72}, 16),
+            ({"value_dim": 97, "head_dim": 34, "softcap": 30.0}, 2),
+            ({"value_dim": 512, "head_dim": 24, "sinks": True}, 16),
+            ({"value_dim": 128, "head_dim": 512, "softcap": 5.0, "sinks": True}, 32),
+        ],
+    )
+    def test_softcap_sinks_and_sizes_of_heads(self, dtype, words, block_size):
+        for window in (None, 5):
+            case = make_case(
+                [1, 5, 30],
+                [140, 5, 77],
+                heads=(6, 2),
+                block_size=block_size,
+                windows=(window,),
+                dtype=dtype,
+                **words,
+            )
+            assert_close(case.run(CpuAttention(case.spec), 0), case.expected(0), dtype)
+
+    def test_a_softcap_is_exact_for_small_and_for_large_scores(self):
+        for scale in (1e-3, 0.1, 1.0, 30.0):
+            case = make_case([9], [300], softcap=0.7)
+            case.q[0] *= scale
+            assert_close(case.run(CpuAttention(case.spec), 0), case.expected(0), torch.float32)
+
+    def test_a_sink_may_be_far_from_the_scores(self):
+        case = make_case([1, 40], [300, 40], sinks=True)
+        case.sinks = torch.tensor([-1e4, 1e4, 60.0, -60.0])
+        assert_close(case.run(CpuAttention(case.spec), 0), case.expected(0), torch.float32)
+
+    def test_layers_of_different_shapes(self):
+        lengths = ([1, 20], [50, 20])
+        small = make_case(*lengths, heads=(4, 4), head_dim=24, value_dim=20, sinks=True)
+        large = make_case(*lengths, heads=(6, 2), head_dim=96, softcap=3.0, windows=(7,))
+        layers = (*small.spec.layers, *large.spec.layers)
+        backend = CpuAttention(replace(small.spec, layers=layers))
+        assert_close(small.run(backend, 0), small.expected(0), torch.float32)
+        assert_close(large.run(backend, 1), large.expected(0), torch.float32)
+        taken = sum(pages.nbytes for pages in backend.cache)
+        assert backend.page_bytes() * large.num_blocks == taken
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("words", [{}, {"softcap": 3.0, "sinks": True, "value_dim": 40}])
     def test_a_row_is_the_same_alone_in_company_in_chunks_and_with_any_number_of_threads(
-        self, dtype
+        self, dtype, words
     ):
-        alone = make_case([700], [700], heads=(6, 2), dtype=dtype)
+        alone = make_case([700], [700], heads=(6, 2), dtype=dtype, **words)
         whole = alone.run(CpuAttention(alone.spec), 0)
-        last = make_case([1], [700], heads=(6, 2), dtype=dtype)
-        many = make_case([1] * 9 + [30], [700] * 9 + [650], heads=(6, 2), dtype=dtype)
+        last = make_case([1], [700], heads=(6, 2), dtype=dtype, **words)
+        many = make_case([1] * 9 + [30], [700] * 9 + [650], heads=(6, 2), dtype=dtype, **words)
         for case in (last, many):
+            case.sinks = alone.sinks
             case.k[0], case.v[0], case.q[0] = alone.k[0], alone.v[0], alone.q[0][-1:]
         threads = torch.get_num_threads()
         try:
@@ -134,18 +184,34 @@ class TestAttention:
         case.block_tables, case.num_blocks = table, 300_001
         assert_close(case.run(CpuAttention(case.spec), 0), case.expected(0), torch.float16)
 
+    def test_heads_may_lie_apart_when_they_are_stored(self):
+        case = make_case([16, 1], [16, 20], value_dim=40)
+        contiguous, apart = CpuAttention(case.spec), CpuAttention(case.spec)
+        case.run(contiguous, 0)
+        case.k = [k.transpose(0, 1).contiguous().transpose(0, 1) for k in case.k]
+        case.run(apart, 0)
+        k = torch.cat(case.k)[:17].transpose(0, 1).contiguous().transpose(0, 1)
+        v = torch.cat((k, k), 2)[..., 64:104]
+        contiguous.store(0, k.contiguous(), v.contiguous())
+        apart.store(0, k, v)
+        assert k.stride() != k.contiguous().stride()
+        assert torch.equal(contiguous.cache[0], apart.cache[0])
+
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("eps", [None, 1e-6])
-    @pytest.mark.parametrize("head_dim", [64, 80, 128])
-    def test_write_is_norm_and_rope_and_store(self, dtype, eps, head_dim):
+    @pytest.mark.parametrize(
+        ("head_dim", "rotary_dim", "offset"),
+        [(64, 64, 0.0), (80, 80, 1.0), (128, 128, 0.0), (72, 20, 0.0), (48, 0, 1.0)],
+    )
+    def test_write_is_norm_and_rope_and_store(self, dtype, eps, head_dim, rotary_dim, offset):
         heads = (6, 2)
         case = make_case([1, 40], [30, 40], heads=heads, head_dim=head_dim, dtype=dtype)
-        angles = torch.rand(64, head_dim // 2) * 6
+        angles = torch.rand(64, rotary_dim // 2) * 6
         cos_sin = torch.cat((angles.cos(), angles.sin()), -1)
         rope = Rope(*heads, head_dim, cos_sin)
         if eps is not None:
             weight = normal(head_dim, dtype=dtype, seed=3)
-            rope = Rope(*heads, head_dim, cos_sin, weight, weight, eps)
+            rope = Rope(*heads, head_dim, cos_sin, weight, weight, eps, offset)
         fused, plain = CpuAttention(case.spec), CpuAttention(case.spec)
         qkv = normal(41, 10 * head_dim, dtype=dtype)
         meta = case.metadata([29, 0], [30, 40])
@@ -161,7 +227,13 @@ class TestAttention:
         assert_close(fused.cache[0], plain.cache[0], dtype, scale=4)
 
     @pytest.mark.parametrize(
-        ("change", "word"), [({"head_dim": 72}, "head_dim=72"), ({"block_size": 5}, "block_size=5")]
+        ("change", "word"),
+        [
+            ({"head_dim": 71}, "head_dim=71"),
+            ({"head_dim": 514}, "head_dim=514"),
+            ({"value_dim": 513}, "value_dim=513"),
+            ({"block_size": 5}, "block_size=5"),
+        ],
     )
     def test_refuses_by_name(self, change, word):
         spec = make_case([1], [1], **change).spec
@@ -265,31 +337,45 @@ class TestLinear:
 @on_every_cpu
 class TestNormAndActivation:
     @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("offset", [0.0, 1.0])
     @pytest.mark.parametrize(("rows", "size"), [(1, 576), (3, 77), (130, 1024), (2, 5), (0, 16)])
-    def test_rms_norm_alone_and_after_an_addition(self, dtype, rows, size):
+    def test_rms_norm_alone_and_after_an_addition(self, dtype, rows, size, offset):
         x, residual, weight = (
             normal(*s, dtype=dtype, seed=i)
             for i, s in enumerate([(rows, size), (rows, size), (size,)])
         )
 
         def reference(x):
-            return weight.double() * (
+            return (weight.double() + offset) * (
                 x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-5).sqrt()
             ).to(dtype)
 
-        assert_close(cpu.rms_norm(x, weight, 1e-5), reference(x), dtype)
+        assert_close(kernels.rms_norm(x, weight, 1e-5, offset), reference(x), dtype)
         total = x + residual
-        normed, summed = cpu.add_rms_norm(x.clone(), residual.clone(), weight, 1e-5)
+        normed, summed = kernels.add_rms_norm(x.clone(), residual.clone(), weight, 1e-5, offset)
         assert torch.equal(summed, total)
         assert_close(normed, reference(total), dtype)
 
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize(("rows", "size"), [(1, 1536), (3, 77), (40, 1024)])
-    def test_silu_and_mul(self, dtype, rows, size):
+    def test_silu_and_gelu_and_mul(self, dtype, rows, size):
         x = normal(rows, 2 * size, dtype=dtype) * 10
         x[0, :4] = torch.tensor([-1e4, 1e4, -88.0, 0.0], dtype=dtype)
         gate, up = x.double().chunk(2, -1)
         assert_close(cpu.silu_and_mul(x), (gate * gate.sigmoid() * up).to(dtype), dtype, scale=10)
+        gelu = gate / 2 * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (gate + 0.044715 * gate**3)))
+        assert_close(kernels.gelu_and_mul(x), (gelu * up).to(dtype), dtype, scale=10)
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize(("rows", "size"), [(1, 1536), (3, 77), (40, 1024), (0, 5)])
+    def test_add_and_scale(self, dtype, rows, size):
+        x, y = normal(rows, size, dtype=dtype), normal(rows, size, dtype=dtype, seed=1)
+        assert torch.equal(kernels.add(x.clone(), y), x + y)
+        assert torch.equal(kernels.scale(x.clone(), 0.7), x * 0.7)
+        for operation, expected in ((kernels.add, x + y), (kernels.scale, x * 0.7)):
+            apart = x.T.contiguous().T
+            operand = y if operation is kernels.add else 0.7
+            assert torch.equal(operation(apart, operand), expected)
 
 
 @needs_library

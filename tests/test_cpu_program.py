@@ -12,7 +12,12 @@ from tiny import random_prompts, shared_model, tiny_model
 from torch import Tensor, nn
 
 from nanovllm import LLM, SamplingParams, kernels
+from nanovllm.attention.base import AttentionSpec
+from nanovllm.attention.cpu_backend import CpuAttention
+from nanovllm.cache.spec import PagedKV
+from nanovllm.core.batch import AttentionMetadata
 from nanovllm.kernels import cpu
+from nanovllm.kernels.rope import Rope
 from nanovllm.layers.norm import RMSNorm
 from nanovllm.models.decoder import MLP
 from nanovllm.runner import cpu_program
@@ -394,6 +399,45 @@ def test_memory_is_bounded(pair: tuple[LLM, LLM], monkeypatch: Any) -> None:
         12 * (64 + 3 * 192 + 2 * 128 + 192 + 96) * 4
     )  # embedding to MLP of 12 tokens, if nothing were used twice
     assert sizes[0] < 4 * largest
+
+
+@pytest.mark.parametrize("pair", ["float32"], indirect=True)
+def test_all_words_of_attention_and_all_small_kernels_are_recorded(pair: tuple[LLM, LLM]) -> None:
+    del pair
+    rope = Rope(2, 1, 32, torch.rand(64, 8), torch.rand(32), torch.rand(32), 1e-6, 1.0)
+    layer = PagedKV(2, 1, 32, 3, softcap=2.0, has_sinks=True)
+    other = PagedKV(4, 1, 16, value_dim=32, has_sinks=True)
+    spec = AttentionSpec((layer, other), 16, torch.float32, torch.device("cpu"))
+    attention = CpuAttention(spec)
+    attention.allocate(4)
+    table, norm, weight = torch.randn(9, 128), torch.rand(128), torch.randn(128, 64)
+    sinks = torch.randn(4)
+    ids = torch.zeros(5, dtype=torch.int64)
+    places = torch.arange(5, dtype=torch.int32)
+    one = [torch.tensor(numbers, dtype=torch.int32) for numbers in ([0, 5], [5], [[2]])]
+    attention.begin(AttentionMetadata(places, places + 32, *one, 5, 1, 5))
+
+    def step() -> Tensor:
+        x = kernels.scale(kernels.embedding(ids, table), 2.5)
+        normed = kernels.rms_norm(x, norm, 1e-6, 1.0)
+        heads = attention.attend(0, attention.write(0, normed, rope), sinks[:2])
+        x = kernels.add(x, kernels.linear(heads, weight, None))
+        attention.store(1, x[:, :16].unsqueeze(1), x[:, 32:64].unsqueeze(1))
+        gelu = kernels.gelu_and_mul(x)
+        out = attention.attend(1, gelu.view(5, 4, 16), sinks)
+        return kernels.add_rms_norm(x, out, norm, 1e-6, 1.0)[0]
+
+    recorder = cpu_program.Recorder(cpu_program.Arena(), {})
+    token = cpu.RECORDER.set(recorder)
+    with recorder:
+        hidden = step()
+    cpu.RECORDER.reset(token)
+    assert recorder.reason is None
+    program = cpu_program.Program(recorder, hidden)
+    for _ in range(2):
+        ids.random_(9)
+        expected = step()
+        assert torch.equal(program.replay(), expected)
 
 
 # -- what cannot be recorded -------------------------------------------------------------------------------------------

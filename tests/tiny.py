@@ -39,20 +39,57 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "Llama": {},
     "Mistral": {"head_dim": 16, "sliding_window": None},
 }
+# Families that compute something else than these. Layers 1 and 2 (and 3) have windows, the last
+# has none.
+MORE_FAMILIES: dict[str, dict[str, Any]] = {
+    "Gemma2": {
+        "head_dim": 32,
+        "query_pre_attn_scalar": 20,
+        "sliding_window": 24,
+        "attn_logit_softcapping": 4.0,
+        "final_logit_softcapping": 6.0,
+        "tie_word_embeddings": True,
+    },
+    "Gemma3": {
+        "head_dim": 32,
+        "query_pre_attn_scalar": 20,
+        "sliding_window": 24,
+        "num_hidden_layers": 3,
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+        "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        },
+        "tie_word_embeddings": True,
+    },
+    "Olmo2": {},
+    "Olmo3": {
+        "num_hidden_layers": 4,
+        "sliding_window": 24,
+        "rope_parameters": {
+            "full_attention": {
+                "rope_type": "yarn",
+                "factor": 4.0,
+                "original_max_position_embeddings": 128,
+                "rope_theta": 1e4,
+            },
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        },
+    },
+    "Phi3": {"partial_rotary_factor": 0.75, "sliding_window": 50},
+}
+CONFIG_NAMES = {"Gemma3": "Gemma3TextConfig"}
 
 
 def tiny_model(folder: Path, family: str, **overrides: Any) -> tuple[str, Any]:
     """Saves a random model of the family (float32) and returns (its folder, the transformers
     model).
     """
-    config_class = getattr(transformers, f"{family}Config")
+    config_class = getattr(transformers, CONFIG_NAMES.get(family, f"{family}Config"))
     model_class = getattr(transformers, f"{family}ForCausalLM")
     torch.manual_seed(len(family) + len(str(sorted(overrides.items()))))
-    model = (
-        model_class(config_class(**{**SIZES, **FAMILIES.get(family, {}), **overrides}))
-        .float()
-        .eval()
-    )
+    sizes = {**SIZES, **{**FAMILIES, **MORE_FAMILIES}.get(family, {}), **overrides}
+    model = model_class(config_class(**sizes)).float().eval()
     # Biases and norms begin as 0 and 1, which hides mistakes.
     for name, parameter in model.named_parameters():
         if parameter.dim() == 1 or name.endswith("_bias"):

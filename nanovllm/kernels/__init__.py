@@ -49,8 +49,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tens
     The quotient is computed in float32 and rounded to the type of x before the product.
     Gemma stores weights that lack an offset of 1.
     """
-    if x.is_cpu and not offset:
-        out = cpu.rms_norm(x, weight, eps)
+    if x.is_cpu:
+        out = cpu.rms_norm(x, weight, eps, offset)
         if out is not None:
             return out
     triton = None if offset else triton_for(x)
@@ -64,12 +64,19 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tens
     return weight * normed
 
 
+def rms_norm_in_place(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`rms_norm` that overwrites x [T, size]. x may be some columns of a larger matrix."""
+    if x.is_cpu and cpu.rms_norm_in_place(x, weight, eps):
+        return x
+    return x.copy_(rms_norm(x, weight, eps))
+
+
 def add_rms_norm(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset: float = 0.0
 ) -> tuple[Tensor, Tensor]:
     """(rms_norm(residual + x), residual + x). May overwrite both inputs."""
-    if x.is_cpu and not offset:
-        both = cpu.add_rms_norm(x, residual, weight, eps)
+    if x.is_cpu:
+        both = cpu.add_rms_norm(x, residual, weight, eps, offset)
         if both is not None:
             return both
     triton = None if offset else triton_for(x)
@@ -94,17 +101,29 @@ def silu_and_mul(x: Tensor) -> Tensor:
 
 def gelu_and_mul(x: Tensor) -> Tensor:
     """[T, 2I] -> [T, I]: gelu of the first half, by its tanh formula, times the second half."""
+    if x.is_cpu:
+        out = cpu.gelu_and_mul(x)
+        if out is not None:
+            return out
     gate, up = x.chunk(2, dim=-1)
     return F.gelu(gate, approximate="tanh") * up
 
 
 def add(x: Tensor, y: Tensor) -> Tensor:
     """x + y, both [T, size]. May overwrite x."""
+    if x.is_cpu:
+        out = cpu.add(x, y)
+        if out is not None:
+            return out
     return x + y
 
 
 def scale(x: Tensor, factor: float) -> Tensor:
     """x * factor, [T, size]. May overwrite x."""
+    if x.is_cpu:
+        out = cpu.scale(x, factor)
+        if out is not None:
+            return out
     return x * factor
 
 

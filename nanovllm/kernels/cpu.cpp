@@ -10,78 +10,111 @@ namespace {
 
 // ----------------------------------------------------------------------------- attention
 
-constexpr int ROWS = 24, TILE = 128, MAX_DIM = 256;  // query rows and keys of a tile; largest head
+constexpr int ROWS = 24, TILE = 128, MAX_DIM = 512;  // query rows and keys of a tile; largest head
 // Rows with four vectors of sums each. AVX2 has 16 registers, AVX-512 and Arm have 32.
 constexpr int BLOCK = W == 8 ? 2 : 6;
 
 struct Layer {
   void* pages;  // [pages][kv_heads][K, V]
-  int64_t heads, kv_heads, head_dim, block, window;
-  float scale;
+  int64_t heads, kv_heads, head_dim, value_dim, padded_value_dim, block, window;
+  float scale, softcap;  // a score is scale * (q . k), then softcap * tanh(score / softcap); 0: no softcap
 };
 struct Step {  // AttentionMetadata
   const int32_t *positions, *slots, *query_start, *context_lens, *tables;
   int64_t table_stride, tokens, sequences;
 };
 
-// K of a page is [head_dim / P][block][P], and V is [block / P][head_dim][P]. Products
-// run along tokens for K and along dimensions for V, so they need no sums across lanes.
-// The P elements of one step of a dot product lie side by side.
+// K of a page is [head_dim / P][block][P], and V is [block / P][padded_value_dim][P].
+// Products run along tokens for K and along dimensions for V, so they need no sums across
+// lanes. The P elements of one step of a dot product lie side by side. V is padded to whole
+// vectors. The padding may hold anything, because its products are never read.
 template <class T> INLINE T* page(const Layer& layer, int64_t id, int64_t head) {
-  return (T*)layer.pages + (id * layer.kv_heads + head) * 2 * layer.block * layer.head_dim;
+  return (T*)layer.pages + (id * layer.kv_heads + head) * layer.block * (layer.head_dim + layer.padded_value_dim);
 }
 
-template <class T> void norm_rope(const T* x, const T* weight, float eps, const float* cos_sin, int dim, T* out) {
+// What `write` does to each head of Q and K: a norm, unless its weights are null, then a
+// rotation of the first `rotary_dim` numbers.
+struct Rope {
+  int head_dim, rotary_dim;
+  float eps, norm_offset;
+};
+
+template <class T>
+void norm_rope(const Rope& rope, const T* x, const T* weight, const float* cos_sin, T* out) {
+  const int dim = rope.head_dim, half = rope.rotary_dim / 2;
   float y[MAX_DIM], z[MAX_DIM];
   Vec squares = {};
   for (int i = 0; i < dim; i += W) {
-    store(y + i, load(x + i));
+    store(y + i, load(x + i, dim - i));
     squares += load(y + i) * load(y + i);
   }
-  const float scale = weight ? 1 / std::sqrt(sum(squares) / dim + eps) : 1;
+  const float scale = weight ? 1 / std::sqrt(sum(squares) / dim + rope.eps) : 1;
   for (int i = 0; weight && i < dim; i += W)
-    store(y + i, rounded<T>(rounded<T>(load(y + i) * scale) * load(weight + i)));
-  const int half = dim / 2;
+    store(y + i, rounded<T>(rounded<T>(load(y + i) * scale) * (load(weight + i, dim - i) + rope.norm_offset)));
   for (int i = 0; i < half; i++) {
     z[i] = y[i] * cos_sin[i] - y[i + half] * cos_sin[i + half];
     z[i + half] = y[i + half] * cos_sin[i] + y[i] * cos_sin[i + half];
   }
-  for (int i = 0; i < dim; i += W) store(out + i, load(z + i));
+  for (int i = 2 * half; i < dim; i++) z[i] = y[i];
+  for (int i = 0; i < dim; i += W) store(out + i, load(z + i), dim - i);
 }
 
-template <class T>
-void write(const Layer& layer, const Step& step, const T* qkv, int64_t heads, const float* cos_sin, const T* q_norm,
-           const T* k_norm, float eps, T* q) {
+// Writes one head of one token to its page.
+template <class T> INLINE void put_head(const Layer& layer, int64_t slot, int head, const T* k, const T* v) {
   constexpr int P = Dot<T>::P;
-  const int64_t dim = layer.head_dim, block = layer.block, kv_heads = layer.kv_heads, all = heads + 2 * kv_heads;
-#pragma omp parallel for schedule(static) if (step.tokens * all * dim > PARALLEL)
+  const int64_t block = layer.block, dim = layer.head_dim, at = slot % block;
+  T* to = page<T>(layer, slot / block, head);
+  T *to_k = to + at * P, *to_v = to + block * dim + (at - at % P) * layer.padded_value_dim + at % P;
+  for (int d = 0; d < dim; d += P) std::memcpy(to_k + d * block, k + d, P * sizeof(T));
+  for (int d = 0; d < layer.value_dim; d++) to_v[d * P] = v[d];
+}
+
+// A key is spread over many cache lines, one for each P dimensions. The cache lines of a
+// token a little ahead are fetched while a token is written.
+template <class T> INLINE void fetch_slot(const Layer& layer, const Step& step, int64_t token) {
+  constexpr int P = Dot<T>::P;
+  if (token >= step.tokens || step.slots[token] < 0) return;
+  const int64_t block = layer.block, dim = layer.head_dim, at = step.slots[token] % block;
+  for (int h = 0; h < layer.kv_heads; h++) {
+    const T* to = page<T>(layer, step.slots[token] / block, h);
+    for (int d = 0; d < dim; d += P) __builtin_prefetch(to + at * P + d * block, 1);
+    const T* to_v = to + block * dim + (at - at % P) * layer.padded_value_dim;
+    for (int d = 0; d < layer.value_dim * P; d += 64 / sizeof(T)) __builtin_prefetch(to_v + d, 1);
+  }
+}
+
+// qkv [tokens][heads * head_dim, kv_heads * head_dim, kv_heads * value_dim]
+template <class T>
+void write(const Layer& layer, const Step& step, const T* qkv, int64_t heads, const float* cos_sin, int64_t rotary_dim,
+           const T* q_norm, const T* k_norm, float eps, float norm_offset, T* q) {
+  const int64_t dim = layer.head_dim, kv_heads = layer.kv_heads;
+  const Rope rope = {int(dim), int(rotary_dim), eps, norm_offset};
+  const int64_t keys_end = (heads + kv_heads) * dim, width = keys_end + kv_heads * layer.value_dim;
+#pragma omp parallel for schedule(static) if (step.tokens * width > PARALLEL)
   for (int64_t t = 0; t < step.tokens; t++) {
-    // A key is spread over many cache lines, one for each P dimensions. The cache lines
-    // of a token a little ahead are fetched meanwhile.
-    if (const int64_t next = t + 2; next < step.tokens && step.slots[next] >= 0)
-      for (int h = 0; h < kv_heads; h++) {
-        const T* to = page<T>(layer, step.slots[next] / block, h);
-        const int64_t at = step.slots[next] % block;
-        for (int d = 0; d < dim; d += P) __builtin_prefetch(to + at * P + d * block, 1);
-        const T* to_v = to + (block + at - at % P) * dim;
-        for (int d = 0; d < dim * P; d += 64 / sizeof(T)) __builtin_prefetch(to_v + d, 1);
-      }
-    const T* x = qkv + t * all * dim;
-    const float* angles = cos_sin ? cos_sin + step.positions[t] * dim : nullptr;
-    for (int h = 0; h < heads; h++) norm_rope(x + h * dim, q_norm, eps, angles, dim, q + (t * heads + h) * dim);
+    fetch_slot<T>(layer, step, t + 2);
+    const T* x = qkv + t * width;
+    const float* angles = cos_sin + step.positions[t] * rotary_dim;
+    for (int h = 0; h < heads; h++) norm_rope(rope, x + h * dim, q_norm, angles, q + (t * heads + h) * dim);
     if (step.slots[t] < 0) continue;
-    const int64_t id = step.slots[t] / block, at = step.slots[t] % block;
     for (int h = 0; h < kv_heads; h++) {
-      T rotated[MAX_DIM];
-      const T *k = x + (heads + h) * dim, *v = k + kv_heads * dim;
-      if (angles) {
-        norm_rope(k, k_norm, eps, angles, dim, rotated);
-        k = rotated;
-      }
-      T *to_k = page<T>(layer, id, h) + at * P, *to_v = page<T>(layer, id, h) + (block + at - at % P) * dim + at % P;
-      for (int d = 0; d < dim; d += P) std::memcpy(to_k + d * block, k + d, P * sizeof(T));
-      for (int d = 0; d < dim; d++) to_v[d * P] = v[d];
+      T k[MAX_DIM];
+      norm_rope(rope, x + (heads + h) * dim, k_norm, angles, k);
+      put_head(layer, step.slots[t], h, k, x + keys_end + h * layer.value_dim);
     }
+  }
+}
+
+// The numbers of a head lie side by side. Tokens and heads may lie apart.
+template <class T>
+void store_heads(const Layer& layer, const Step& step, const T* k, int64_t k_token, int64_t k_head, const T* v,
+                 int64_t v_token, int64_t v_head) {
+#pragma omp parallel for schedule(static) if (step.tokens * layer.kv_heads * layer.head_dim > PARALLEL)
+  for (int64_t t = 0; t < step.tokens; t++) {
+    fetch_slot<T>(layer, step, t + 2);
+    if (step.slots[t] < 0) continue;
+    for (int h = 0; h < layer.kv_heads; h++)
+      put_head(layer, step.slots[t], h, k + t * k_token + h * k_head, v + t * v_token + h * v_head);
   }
 }
 
@@ -102,6 +135,19 @@ struct State {
   }
 };
 
+// cap * tanh(x) for the scores of one row and tile. e = 2^-2|x|log2(e) gives tanh from its
+// definition. Small x would lose digits there, and take the first terms of the series.
+INLINE void cap_scores(float* scores, int chunks, float scale, float cap) {
+  for (int c = 0; c < chunks; c++) {
+    const Vec x = load(scores + c * W) * scale, size = x > 0 ? x : -x, square = x * x;
+    const Vec e = exp2(size * (-2 * LOG2E)), most = (1.f - e) / (1.f + e);
+    Vec series = 0.0218694886f - 0.00886323553f * square;
+    series = (series * square - 0.0539682540f) * square + 0.133333333f;
+    series = x + x * square * (series * square - 0.333333333f);
+    store(scores + c * W, (size < 0.3f ? series : x > 0 ? most : -most) * cap);
+  }
+}
+
 // The rows of one KV head are the queries of the first token's GQA group, then of the
 // next token's, and so on. All rows use the same K and V, which are read once. An item is
 // the work of one thread at a time: at most ROWS rows.
@@ -114,29 +160,38 @@ template <class T> struct Attention {
   static constexpr int P = D::P;
   const Layer& layer;
   const Step& step;
-  const int64_t dim, group;
+  const int64_t dim, value_dim, group;  // value_dim is the padded one
   alignas(64) Element<T> queries[ROWS * MAX_DIM], weights[ROWS * TILE];
   alignas(64) float scores[ROWS * TILE];
   std::vector<T> gathered;
 
   Attention(const Layer& layer, const Step& step)
-      : layer(layer), step(step), dim(layer.head_dim), group(layer.heads / layer.kv_heads) {}
+      : layer(layer), step(step), dim(layer.head_dim), value_dim(layer.padded_value_dim),
+        group(layer.heads / layer.kv_heads) {}
 
   int position(const Item& item, int row) {
     const int tokens = step.query_start[item.sequence + 1] - step.query_start[item.sequence];
     return step.context_lens[item.sequence] - tokens + (item.first_row + row) / group;
   }
-  int64_t offset(const Item& item, int row) {  // of the row in q and in the output
-    const int64_t r = item.first_row + row;
-    return ((step.query_start[item.sequence] + r / group) * layer.heads + item.head * group + r % group) * dim;
+  int64_t query_head(const Item& item, int row) { return item.head * group + (item.first_row + row) % group; }
+  int64_t place(const Item& item, int row) {  // of the row among the heads of all tokens
+    const int64_t token = step.query_start[item.sequence] + (item.first_row + row) / group;
+    return token * layer.heads + query_head(item, row);
   }
+  // A vector may reach into the next row, which is written later.
   void load_queries(const Item& item, const T* q) {
     for (int r = 0; r < item.rows; r++)
-      for (int d = 0; d < dim; d += W) store(queries + r * dim + d, load(q + offset(item, r) + d));
+      for (int d = 0; d < dim; d += W) store(queries + r * dim + d, load(q + place(item, r) * dim + d, dim - d));
   }
-  void finish(const Item& item, const State& state, T* out) {
-    for (int r = 0; r < item.rows; r++)
-      for (int d = 0; d < dim; d += W) store(out + offset(item, r) + d, load(state.out + r * dim + d) / state.sum[r]);
+  // A sink is one score more in the sum. It is added here, once, however the tiles were merged.
+  void finish(const Item& item, const State& state, const T* sinks, T* out) {
+    const int64_t size = layer.value_dim;
+    for (int r = 0; r < item.rows; r++) {
+      float total = state.sum[r];
+      if (sinks) total += std::exp2(load(sinks + query_head(item, r), 1)[0] * LOG2E - state.max[r]);
+      T* to = out + place(item, r) * size;
+      for (int64_t d = 0; d < size; d += W) store(to + d, load(state.out + r * value_dim + d) / total, size - d);
+    }
   }
 
   // Attention of all rows of the item to the keys of one tile.
@@ -164,12 +219,14 @@ template <class T> struct Attention {
       });
     });
 
+    const float factor = layer.softcap ? 1 : layer.scale * LOG2E;
     for (int r = 0; r < item.rows; r++) {
+      if (layer.softcap) cap_scores(scores + r * TILE, chunks, layer.scale / layer.softcap, layer.softcap * LOG2E);
       // The row sees the keys begin..end of the tile.
       const int end = position(item, r) + 1 - first, begin = layer.window ? end - layer.window : 0;
       Vec top = Vec{} - INFINITY, total = {};
       for (int c = 0; c < chunks; c++) {
-        Vec x = load(scores + r * TILE + c * W) * (layer.scale * LOG2E);
+        Vec x = load(scores + r * TILE + c * W) * factor;
         if (c * W < begin || (c + 1) * W > end)
           x = (lanes() >= begin - c * W) & (lanes() < end - c * W) ? x : Vec{} - INFINITY;
         store(scores + r * TILE + c * W, x);
@@ -186,7 +243,7 @@ template <class T> struct Attention {
     }
 
     for_rows<BLOCK>(item.rows, [&](int r, auto m) {
-      for_vectors(dim / W, [&](int d, auto n) {
+      for_vectors(value_dim / W, [&](int d, auto n) {
         Vec sums[m()][n()] = {};
         for (int c = 0; c < chunks; c++) {
           const int here = std::min(W, keys - c * W), pairs = here - here % P;
@@ -196,18 +253,18 @@ template <class T> struct Attention {
             multiply<T>(
                 sums, [&](int i) { return D::splat(a + i * TILE + t); },
                 [&](int j) {
-                  __builtin_prefetch(next_k[c] + t * dim + (d + j) * W * P);
-                  return D::load_in(b + t * dim + j * W * P);
+                  __builtin_prefetch(next_k[c] + t * value_dim + (d + j) * W * P);
+                  return D::load_in(b + t * value_dim + j * W * P);
                 });
           // The second key of the last pair may lie past the context. Its weight is 0,
           // but the page may hold infinity there.
           if (pairs < here)
             multiply<T>(
                 sums, [&](int i) { return D::splat(a + i * TILE + pairs); },
-                [&](int j) { return D::first_of_pair(D::load_in(b + pairs * dim + j * W * P)); });
+                [&](int j) { return D::first_of_pair(D::load_in(b + pairs * value_dim + j * W * P)); });
         }
         for (int i = 0; i < m; i++)
-          for (int j = 0; j < n; j++) store(state.out + (r + i) * dim + (d + j) * W, sums[i][j]);
+          for (int j = 0; j < n; j++) store(state.out + (r + i) * value_dim + (d + j) * W, sums[i][j]);
       });
     });
   }
@@ -222,26 +279,28 @@ template <class T> struct Attention {
         const int key = first + c * W, at = key % block, next = std::min(key + TILE, last);
         const T* p = page<T>(layer, table[key / block], item.head);
         k[c] = p + at * P;
-        v[c] = p + (block + at) * dim;
+        v[c] = p + block * dim + at * value_dim;
         next_k[c] = page<T>(layer, table[next / block], item.head) + next % block / W * W * P;
       }
       return block * P;
     }
-    gathered.resize(2 * TILE * dim);
+    gathered.resize(TILE * (dim + value_dim));
     for (int i = 0; i < keys; i++) {
       const int key = first + i, at = key % block, to = i % W;
-      const T *from_k = page<T>(layer, table[key / block], item.head), *from_v = from_k + (block + at - at % P) * dim + at % P;
-      T *to_k = &gathered[i / W * W * dim], *to_v = to_k + TILE * dim;
+      const T* from_k = page<T>(layer, table[key / block], item.head);
+      const T* from_v = from_k + block * dim + (at - at % P) * value_dim + at % P;
+      T *to_k = &gathered[i / W * W * dim], *to_v = &gathered[TILE * dim + i / W * W * value_dim];
       k[i / W] = next_k[i / W] = to_k;
       v[i / W] = to_v;
       for (int d = 0; d < dim; d += P) std::memcpy(to_k + d * W + to * P, from_k + d * block + at * P, P * sizeof(T));
-      for (int d = 0; d < dim; d++) to_v[(to - to % P) * dim + d * P + to % P] = from_v[d * P];
+      for (int d = 0; d < value_dim; d++) to_v[(to - to % P) * value_dim + d * P + to % P] = from_v[d * P];
     }
     return W * P;
   }
 };
 
-template <class T> void attend(const Layer& layer, const Step& step, const T* q, T* out) {
+// sinks [heads], or null
+template <class T> void attend(const Layer& layer, const Step& step, const T* q, T* out, const T* sinks) {
   const int64_t group = layer.heads / layer.kv_heads;
   std::vector<Item> items;
   int64_t work = 0, tiles = 0;
@@ -275,9 +334,9 @@ template <class T> void attend(const Layer& layer, const Step& step, const T* q,
       attention.tile(item, item.first_tile, state);
       for (int t = item.first_tile + 1; t < item.last_tile; t++) {
         attention.tile(item, t, next);
-        state.merge(next, item.rows, layer.head_dim);
+        state.merge(next, item.rows, layer.padded_value_dim);
       }
-      attention.finish(item, state, out);
+      attention.finish(item, state, sinks, out);
     }
 #pragma omp for schedule(dynamic)
     for (size_t i = 0; i < parts.size(); i++) {
@@ -288,8 +347,9 @@ template <class T> void attend(const Layer& layer, const Step& step, const T* q,
     for (size_t i = 0; i < parts.size(); i++) {
       const Item& item = *parts[i].first;
       if (parts[i].second != item.first_tile) continue;
-      for (int t = 1; t < item.last_tile - item.first_tile; t++) states[i].merge(states[i + t], item.rows, layer.head_dim);
-      attention.finish(item, states[i], out);
+      for (int t = 1; t < item.last_tile - item.first_tile; t++)
+        states[i].merge(states[i + t], item.rows, layer.padded_value_dim);
+      attention.finish(item, states[i], sinks, out);
     }
   }
 }
@@ -516,7 +576,8 @@ template <class U> void transpose(U* panel, int64_t panels, int64_t rows, int64_
 
 // ------------------------------------------------------------------ norms and activation
 
-template <class T> void norm_row(T* out, const T* x, const T* weight, float eps, int64_t size) {
+// offset: is added to every weight.
+template <class T> void norm_row(T* out, const T* x, const T* weight, float eps, float offset, int64_t size) {
   Vec squares = {};
   for (int64_t i = 0; i < size; i += W) {
     const Vec v = load(x + i, size - i);
@@ -524,34 +585,65 @@ template <class T> void norm_row(T* out, const T* x, const T* weight, float eps,
   }
   const float scale = 1 / std::sqrt(sum(squares) / size + eps);
   for (int64_t i = 0; i < size; i += W)
-    store(out + i, rounded<T>(load(x + i, size - i) * scale) * load(weight + i, size - i), size - i);
+    store(out + i, rounded<T>(load(x + i, size - i) * scale) * (load(weight + i, size - i) + offset), size - i);
 }
 
 template <class T>
-void rms_norm(const T* x, int64_t x_stride, const T* weight, float eps, T* out, int64_t rows, int64_t size) {
+void rms_norm(const T* x, int64_t x_stride, const T* weight, float eps, float offset, T* out, int64_t rows, int64_t size) {
 #pragma omp parallel for schedule(static) if (rows * size > PARALLEL)
-  for (int64_t r = 0; r < rows; r++) norm_row(out + r * size, x + r * x_stride, weight, eps, size);
+  for (int64_t r = 0; r < rows; r++) norm_row(out + r * size, x + r * x_stride, weight, eps, offset, size);
+}
+
+// Rows of x may be parts of longer rows.
+template <class T> void rms_norm_in_place(T* x, int64_t x_stride, const T* weight, float eps, int64_t rows, int64_t size) {
+#pragma omp parallel for schedule(static) if (rows * size > PARALLEL)
+  for (int64_t r = 0; r < rows; r++) norm_row(x + r * x_stride, x + r * x_stride, weight, eps, 0, size);
 }
 
 // residual += x, then x = norm(residual).
-template <class T> void add_rms_norm(T* x, T* residual, const T* weight, float eps, int64_t rows, int64_t size) {
+template <class T>
+void add_rms_norm(T* x, T* residual, const T* weight, float eps, float offset, int64_t rows, int64_t size) {
 #pragma omp parallel for schedule(static) if (rows * size > PARALLEL)
   for (int64_t r = 0; r < rows; r++) {
     T *a = x + r * size, *b = residual + r * size;
     for (int64_t i = 0; i < size; i += W) store(b + i, load(a + i, size - i) + load(b + i, size - i), size - i);
-    norm_row(a, b, weight, eps, size);
+    norm_row(a, b, weight, eps, offset, size);
   }
 }
 
-template <class T> void silu_and_mul(const T* x, int64_t x_stride, T* out, int64_t rows, int64_t size) {
+INLINE Vec sigmoid(Vec x) {
+  const Vec e = exp2((x > 0 ? -x : x) * LOG2E);  // of -|x|, which cannot overflow
+  return (x > 0 ? Vec{} + 1.f : e) / (1.f + e);
+}
+
+// activation(first half of a row) * second half
+template <class T, class F>
+INLINE void gate(const T* x, int64_t x_stride, T* out, int64_t rows, int64_t size, F activation) {
 #pragma omp parallel for schedule(static) if (rows * size > PARALLEL)
   for (int64_t r = 0; r < rows; r++)
     for (int64_t i = 0; i < size; i += W) {
       const T* gates = x + r * x_stride + i;
       const Vec gate = load(gates, size - i), up = load(gates + size, size - i);
-      const Vec e = exp2((gate > 0 ? -gate : gate) * LOG2E);  // of -|gate|, which cannot overflow
-      store(out + r * size + i, gate * ((gate > 0 ? Vec{} + 1.f : e) / (1.f + e)) * up, size - i);
+      store(out + r * size + i, activation(gate) * up, size - i);
     }
+}
+template <class T> void silu_and_mul(const T* x, int64_t x_stride, T* out, int64_t rows, int64_t size) {
+  gate(x, x_stride, out, rows, size, [](Vec x) { return x * sigmoid(x); });
+}
+// x / 2 * (1 + tanh(y)) = x * sigmoid(2 y), where y = sqrt(2 / pi) * (x + 0.044715 x^3)
+template <class T> void gelu_and_mul(const T* x, int64_t x_stride, T* out, int64_t rows, int64_t size) {
+  gate(x, x_stride, out, rows, size, [](Vec x) { return x * sigmoid(1.59576912f * (x + 0.044715f * x * x * x)); });
+}
+
+// x += y
+template <class T> void add(T* x, const T* y, int64_t count) {
+#pragma omp parallel for schedule(static) if (count > PARALLEL)
+  for (int64_t i = 0; i < count; i += W) store(x + i, load(x + i, count - i) + load(y + i, count - i), count - i);
+}
+// x *= factor
+template <class T> void scale(T* x, float factor, int64_t count) {
+#pragma omp parallel for schedule(static) if (count > PARALLEL)
+  for (int64_t i = 0; i < count; i += W) store(x + i, load(x + i, count - i) * factor, count - i);
 }
 
 // ------------------------------------------------------------------------------ sampling
@@ -625,14 +717,19 @@ void sample(const T* logits, int64_t stride, const float* temperature, const flo
   extern "C" void embed_##T(const Arg* args) { apply(embed<T>, args); }                         \
   extern "C" void embed_panels_##T(const Arg* args) { apply(embed_panels<T>, args); }           \
   extern "C" void write_##T(const Arg* args) { apply(write<T>, args); }                         \
+  extern "C" void store_##T(const Arg* args) { apply(store_heads<T>, args); }                   \
   extern "C" void attend_##T(const Arg* args) { apply(attend<T>, args); }                       \
   extern "C" void linear_##T(const Arg* args) { apply(linear<T>, args); }                       \
   extern "C" void linear_panels_##T(const Arg* args) { apply(linear_panels<T>, args); }         \
   extern "C" void add_linear_panels_##T(const Arg* args) { apply(add_linear_panels<T>, args); } \
   extern "C" void grouped_panels_##T(const Arg* args) { apply(grouped_panels<T>, args); }       \
   extern "C" void rms_norm_##T(const Arg* args) { apply(rms_norm<T>, args); }                   \
+  extern "C" void rms_norm_in_place_##T(const Arg* args) { apply(rms_norm_in_place<T>, args); } \
   extern "C" void add_rms_norm_##T(const Arg* args) { apply(add_rms_norm<T>, args); }           \
   extern "C" void silu_and_mul_##T(const Arg* args) { apply(silu_and_mul<T>, args); }           \
+  extern "C" void gelu_and_mul_##T(const Arg* args) { apply(gelu_and_mul<T>, args); }           \
+  extern "C" void add_##T(const Arg* args) { apply(add<T>, args); }                             \
+  extern "C" void scale_##T(const Arg* args) { apply(scale<T>, args); }                         \
   extern "C" void sample_##T(const Arg* args) { apply(sample<T>, args); }
 EXPORT(bf16)
 EXPORT(fp16)

@@ -249,19 +249,31 @@ def rows_of(name: str, ids: Tensor, weight: Tensor) -> Tensor | None:
     return out
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor | None:
-    """x [T, size], weight [size] -> [T, size]."""
+def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor | None:
+    """x [T, size], weight [size] -> [T, size]. The offset is added to the weight."""
     run = kernel("rms_norm", x.dtype)
     if run is None or weight.dtype is not x.dtype or x.ndim != 2 or x.stride(1) != 1:
         return None
     out = empty((x.shape[0], x.shape[1]), x.dtype)
-    weight_and_eps = (weight.data_ptr(), float_bits(eps))
-    call(run, x.data_ptr(), x.stride(0), *weight_and_eps, out.data_ptr(), *x.shape)
+    factors = (weight.data_ptr(), float_bits(eps), float_bits(offset))
+    call(run, x.data_ptr(), x.stride(0), *factors, out.data_ptr(), *x.shape)
     return out
 
 
+def rms_norm_in_place(x: Tensor, weight: Tensor, eps: float) -> bool:
+    """Overwrites x [T, size] with its norm; weight [size].
+
+    Returns False, and changes nothing, where the kernel cannot run.
+    """
+    run = kernel("rms_norm_in_place", x.dtype)
+    if run is None or weight.dtype is not x.dtype or x.ndim != 2 or x.stride(1) != 1:
+        return False
+    call(run, x.data_ptr(), x.stride(0), weight.data_ptr(), float_bits(eps), *x.shape)
+    return True
+
+
 def add_rms_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset: float = 0.0
 ) -> tuple[Tensor, Tensor] | None:
     """Norms residual + x, both [T, size]. Overwrites x with the norm and residual with the sum."""
     run = kernel("add_rms_norm", x.dtype)
@@ -269,19 +281,50 @@ def add_rms_norm(
         return None
     if not (x.is_contiguous() and residual.is_contiguous()):
         return None
-    call(run, x.data_ptr(), residual.data_ptr(), weight.data_ptr(), float_bits(eps), *x.shape)
+    factors = (weight.data_ptr(), float_bits(eps), float_bits(offset))
+    call(run, x.data_ptr(), residual.data_ptr(), *factors, *x.shape)
     return x, residual
 
 
 def silu_and_mul(x: Tensor) -> Tensor | None:
     """[T, 2I] -> [T, I]."""
-    run = kernel("silu_and_mul", x.dtype)
+    return gated("silu_and_mul", x)
+
+
+def gelu_and_mul(x: Tensor) -> Tensor | None:
+    """[T, 2I] -> [T, I]."""
+    return gated("gelu_and_mul", x)
+
+
+def gated(name: str, x: Tensor) -> Tensor | None:
+    """Half of the columns by the kernel `name`."""
+    run = kernel(name, x.dtype)
     if run is None or x.stride(1) != 1:
         return None
     rows, size = x.shape[0], x.shape[1] // 2
     out = empty((rows, size), x.dtype)
     call(run, x.data_ptr(), x.stride(0), out.data_ptr(), rows, size)
     return out
+
+
+def add(x: Tensor, y: Tensor) -> Tensor | None:
+    """x + y of equal shapes. Overwrites x with the sum."""
+    run = kernel("add", x.dtype)
+    if run is None or y.dtype is not x.dtype or y.shape != x.shape:
+        return None
+    if not (x.is_contiguous() and y.is_contiguous()):
+        return None
+    call(run, x.data_ptr(), y.data_ptr(), x.numel())
+    return x
+
+
+def scale(x: Tensor, factor: float) -> Tensor | None:
+    """x * factor. Overwrites x with the product."""
+    run = kernel("scale", x.dtype)
+    if run is None or not x.is_contiguous():
+        return None
+    call(run, x.data_ptr(), float_bits(factor), x.numel())
+    return x
 
 
 def draw(logits: Tensor, temperature: Tensor, u: Tensor) -> Tensor | None:

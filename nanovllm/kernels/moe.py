@@ -72,12 +72,12 @@ def group_by_expert(experts: Tensor, first: int, count: int) -> Groups:
     local = experts.flatten().long() - first
     is_foreign = (local < 0) | (local >= count)
     local = torch.where(is_foreign, count, local)
-    ordered, order = torch.sort(local, stable=True)
-    rows = torch.empty_like(order)
-    rows[order] = torch.arange(len(order), device=order.device)
-    bounds = torch.arange(count + 1, device=order.device)
+    ordered, routes = torch.sort(local, stable=True)
+    rows = torch.empty_like(routes)
+    rows[routes] = torch.arange(len(routes), device=routes.device)
+    bounds = torch.arange(count + 1, device=routes.device)
     offsets = torch.searchsorted(ordered, bounds)
-    tokens = order // top_k
+    tokens = routes // top_k
     return Groups(tokens.int(), rows.view(num_tokens, top_k).int(), offsets.int())
 
 

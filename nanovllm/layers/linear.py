@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from nanovllm import kernels
 from nanovllm.core.batch import ceil_div
 from nanovllm.loader.source import Source
 from nanovllm.parallel import TensorParallel
@@ -35,7 +36,7 @@ class Matrix(nn.Module):
     def __init__(
         self, out_features: int, in_features: int, bias: bool = False, num_groups: int = 1
     ) -> None:
-        """num_groups: the matrix is so many matrices, one below the other."""
+        """num_groups: of matrices that lie one below the other, 1 for a plain matrix."""
         super().__init__()
         self.storage = new_weight(self, out_features, in_features, num_groups)
         self.bias = None
@@ -100,6 +101,26 @@ class ColumnParallelLinear(Matrix):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.storage.linear(self, x, self.bias)
+
+
+class FusedColumnParallelLinear(ColumnParallelLinear):
+    """The pieces are one matrix in the checkpoint too, one after the other (Phi-3)."""
+
+    def sources(self, prefix: str) -> list[Source]:
+        """A slice of each piece fills its rows."""
+        shape = (sum(total for total, _ in self.pieces.values()), self.in_features)
+        found: list[Source] = []
+        start = 0  # row of the matrix
+        first = 0  # row of the checkpoint matrix with which the piece begins
+        for total, part in self.pieces.values():
+            rows = slice(start, start + len(part))
+            stored = slice(first + part.start, first + part.stop)
+            start = rows.stop
+            first += total
+            found += self.storage.sources(self, prefix, shape, (stored, EVERYTHING), rows)
+            if self.bias is not None:
+                found.append(Source(f"{prefix}.bias", shape[:1], (stored,), self.bias[rows]))
+        return found
 
 
 class RowParallelLinear(Matrix):
@@ -167,3 +188,18 @@ class VocabParallelEmbedding(Matrix):
         every = self.tp.gather(local)  # [K, rows * ranks]
         # Contiguous even with the padding cut off, because samplers read whole rows.
         return every[:, : self.shape[0]].contiguous()
+
+
+class ScaledEmbedding(VocabParallelEmbedding):
+    """An embedding whose rows are multiplied by a factor (Gemma). `logits` has no factor."""
+
+    def __init__(
+        self, vocab_size: int, hidden_size: int, tp: TensorParallel, *, factor: float
+    ) -> None:
+        super().__init__(vocab_size, hidden_size, tp)
+        # Gemma was trained with a factor in the precision of the weights.
+        self.factor: float = torch.tensor(factor, dtype=torch.get_default_dtype()).item()
+
+    def forward(self, token_ids: Tensor) -> Tensor:
+        """[T] -> [T, hidden]."""
+        return kernels.scale(super().forward(token_ids), self.factor)

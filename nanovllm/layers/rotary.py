@@ -6,11 +6,14 @@ backend rotates Q and K by the angles of the table.
 
 from __future__ import annotations
 
+import logging
 import math
 from typing import TypedDict
 
 import torch
 from torch import Tensor, nn
+
+logger = logging.getLogger("nanovllm")
 
 
 class RopeParameters(TypedDict, total=False):
@@ -29,13 +32,15 @@ class RopeParameters(TypedDict, total=False):
     mscale: float
     mscale_all_dim: float
     truncate: bool
+    short_factor: list[float]
+    long_factor: list[float]
 
 
 class RotaryEmbedding(nn.Module):
-    """The table that all layers of a model share (Su et al., 2021).
+    """A table that layers share (Su et al., 2021).
 
-    `cos_sin` is float32 [length, head_dim]: the cosines of the head_dim / 2 angles of
-    each position, then their sines.
+    `cos_sin` is float32 [length, R]: the cosines of the R / 2 angles of each position,
+    then their sines. R is head_dim, or the part of it that `partial_rotary_factor` says.
     """
 
     cos_sin: Tensor
@@ -50,10 +55,19 @@ class RotaryEmbedding(nn.Module):
 
 
 def rope_table(parameters: RopeParameters, head_dim: int, max_position: int, length: int) -> Tensor:
-    """float32 [length, head_dim]. The CPU computes it, so every device gets the same numbers."""
-    frequency, scale = rope_frequencies(parameters, head_dim, max_position)
+    """float32 [length, R]. The CPU computes it, so every device gets the same numbers."""
+    turned = int(head_dim * parameters.get("partial_rotary_factor", 1.0))  # R
+    if turned < 2 or turned % 2:
+        raise ValueError(
+            f"config.json: partial_rotary_factor gives RoPE {turned} numbers of a head of "
+            f"{head_dim}; accepted is an even number of at least 2"
+        )
+    if parameters["rope_type"] == "longrope":
+        frequency, scale = longrope_frequencies(parameters, turned, max_position, length)
+    else:
+        frequency, scale = rope_frequencies(parameters, turned, max_position)
     positions = torch.arange(length, device="cpu").float()
-    angles = torch.outer(positions, frequency)  # [length, head_dim / 2]
+    angles = torch.outer(positions, frequency)  # [length, R / 2]
     return torch.cat((angles.cos(), angles.sin()), dim=-1) * scale
 
 
@@ -69,8 +83,6 @@ def rope_frequencies(
     """
     kind = rope["rope_type"]
     theta = float(rope["rope_theta"])
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ValueError("model: partial_rotary_factor other than 1.0 is not supported")
     pairs = torch.arange(0, head_dim, 2, dtype=torch.int64, device="cpu").float() / head_dim
     frequency = 1.0 / theta**pairs
     if kind == "default":
@@ -86,6 +98,40 @@ def rope_frequencies(
         f"model: rope type {kind!r} is not supported; "
         "supported are default, linear, llama3 and yarn"
     )
+
+
+def longrope_frequencies(
+    rope: RopeParameters, head_dim: int, max_position: int, length: int
+) -> tuple[Tensor, float]:
+    """LongRoPE (Ding et al., 2024): each frequency has a divisor, and the table a factor.
+
+    There are two sets of divisors. One table serves all lengths, because pages hold
+    turned keys: sequences that may exceed the trained context have the long divisors,
+    from their first token on. transformers changes the set in the middle of a sequence.
+    """
+    trained = rope["original_max_position_embeddings"]
+    name = "long_factor" if length > trained else "short_factor"
+    divisors = rope["long_factor"] if length > trained else rope["short_factor"]
+    if len(divisors) != head_dim // 2:
+        raise ValueError(
+            f"config.json: {name} has {len(divisors)} numbers; accepted are {head_dim // 2}, one "
+            "for each pair that RoPE turns"
+        )
+    if length > trained:
+        logger.warning(
+            "RoPE has its long factors, because max_model_len=%d is above %d; shorter texts are "
+            "better with max_model_len=%d",
+            length,
+            trained,
+            trained,
+        )
+    pairs = torch.arange(0, head_dim, 2, dtype=torch.int64, device="cpu").float() / head_dim
+    frequency = 1.0 / (torch.tensor(divisors, device="cpu").float() * rope["rope_theta"] ** pairs)
+    extended = rope.get("factor") or max_position / trained
+    scale = 1.0
+    if extended > 1:
+        scale = math.sqrt(1 + math.log(extended) / math.log(trained))
+    return frequency, rope.get("attention_factor") or scale
 
 
 def llama3_frequencies(rope: RopeParameters, frequency: Tensor) -> Tensor:

@@ -6,14 +6,32 @@ The file of a family says how it uses them and which further fields it reads.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import cast
+from typing import NamedTuple, cast
 
 from nanovllm.layers.rotary import RopeParameters
-from nanovllm.loader.fields import Fields, is_integer, shown
+from nanovllm.loader.fields import Fields, is_integer, is_number, shown
 
-ACTIVATIONS = ("silu", "swish")  # two names of one function
 LAYER_TYPES = ("full_attention", "sliding_attention")
 READ_QUANTISED = {"gpt_oss": "mxfp4"}  # model_type -> the format that its family reads
+
+
+class Activation(NamedTuple):
+    """A function of the feed-forward: the field that names it, and its names."""
+
+    field: str
+    names: tuple[str, ...]
+    accepted: str  # the names, for an error
+
+
+SILU = Activation("hidden_act", ("silu", "swish"), "'silu' (or its other name, 'swish')")
+GELU = Activation("hidden_activation", ("gelu_pytorch_tanh",), "'gelu_pytorch_tanh'")
+
+
+class Ropes(NamedTuple):
+    """RoPE of all layers, or of layers without a window and of those with one."""
+
+    full: RopeParameters
+    sliding: RopeParameters | None = None
 
 
 @dataclass(frozen=True)
@@ -41,6 +59,8 @@ class ModelConfig:
     architecture: str = ""  # one of registry.MODELS
     quantization: str | None = None  # the format of quantised weights in the checkpoint
     expert_parallel: bool = False  # ranks share experts, if there are any, instead of their sizes
+    # RoPE of layers with a window. None: it is `rope`.
+    sliding_rope: RopeParameters | None = None
 
     @property
     def has_experts(self) -> bool:
@@ -55,17 +75,19 @@ class ModelConfig:
 def read_sizes(
     fields: Fields,
     *,
+    activation: Activation = SILU,
     attention_bias: bool = False,
     mlp_bias: bool = False,
     sliding_windows: tuple[int | None, ...] | None = None,
+    ropes: Ropes | None = None,
 ) -> ModelConfig:
     """The sizes that all families have.
 
     The other arguments are for families whose configs have such fields. Raises
     ValueError, naming file and field, for a bad value.
     """
-    if fields.get("hidden_act") not in (None, *ACTIVATIONS):
-        raise fields.refuse("hidden_act", "'silu' (or its other name, 'swish')")
+    if fields.get(activation.field) not in (None, *activation.names):
+        raise fields.refuse(activation.field, activation.accepted)
     hidden_size = fields.integer("hidden_size")
     num_heads = fields.integer("num_attention_heads")
     num_kv_heads = fields.integer("num_key_value_heads", default=num_heads)
@@ -79,6 +101,7 @@ def read_sizes(
             "turns pairs"
         )
     num_layers = fields.integer("num_hidden_layers")
+    ropes = ropes or Ropes(rope_parameters(fields))
     return ModelConfig(
         vocab_size=fields.integer("vocab_size"),
         hidden_size=hidden_size,
@@ -90,7 +113,8 @@ def read_sizes(
         rms_norm_eps=fields.number("rms_norm_eps", zero=True),
         max_position=fields.integer("max_position_embeddings"),
         tie_embeddings=fields.flag("tie_word_embeddings"),
-        rope=rope_parameters(fields),
+        rope=ropes.full,
+        sliding_rope=ropes.sliding,
         attention_bias=attention_bias,
         mlp_bias=mlp_bias,
         sliding_windows=sliding_windows or (None,) * num_layers,
@@ -98,14 +122,15 @@ def read_sizes(
 
 
 def read_sliding_windows(
-    fields: Fields, first_sliding: str | None = None
+    fields: Fields, first_sliding: str | None = None, full_every: int | None = None
 ) -> tuple[int | None, ...] | None:
     """The window of each layer. None where no layer has a window.
 
-    first_sliding: the field that names the first layer with a window, for a config
-    without `layer_types`. Without such a field all layers have the window.
+    Two arguments are for a config without `layer_types`. first_sliding: the field that
+    names the first layer with a window. full_every: each layer whose number, counted from
+    1, it divides has no window. Without either all layers have the window.
     """
-    types = layer_types(fields, first_sliding)
+    types = layer_types(fields, first_sliding, full_every)
     is_unset = fields.get("sliding_window") is None and fields.get("layer_types") is None
     if is_unset or "sliding_attention" not in types:
         return None
@@ -113,10 +138,13 @@ def read_sliding_windows(
     return tuple(window if kind == "sliding_attention" else None for kind in types)
 
 
-def layer_types(fields: Fields, first_sliding: str | None) -> list[str]:
-    """`layer_types`, or else full attention before the layer `first_sliding` and sliding after."""
+def layer_types(fields: Fields, first_sliding: str | None, full_every: int | None) -> list[str]:
+    """`layer_types`, or else what the arguments of `read_sliding_windows` say."""
     num_layers = fields.integer("num_hidden_layers")
     types = fields.get("layer_types")
+    if types is None and full_every is not None:
+        full, sliding = LAYER_TYPES
+        return [sliding if layer % full_every else full for layer in range(1, num_layers + 1)]
     if types is None:
         first = 0 if first_sliding is None else fields.get(first_sliding)
         if not is_integer(first):
@@ -201,31 +229,76 @@ ROPE_NUMBERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
             "mscale_all_dim",
         ),
     ),
+    "longrope": (("original_max_position_embeddings",), ("factor", "attention_factor")),
 }
+# Other names of types. For text the three axes of Qwen-VL's mrope have equal positions.
+ROPE_NAMES = {"mrope": "default", "su": "longrope"}
 
 
-def rope_parameters(fields: Fields) -> RopeParameters:
+def rope_parameters(fields: Fields, partial: bool = False) -> RopeParameters:
     """`rope_parameters` of transformers 5, or the same from the fields of transformers 4.
 
-    transformers 4 writes `rope_theta` and `rope_scaling`. Its key for the type was once
-    "type".
+    transformers 4 writes `rope_theta` and `rope_scaling`. partial: whether RoPE may turn
+    only a part of each head.
     """
     name = "rope_parameters" if fields.get("rope_parameters") else "rope_scaling"
     given = fields.get(name) or {}
     if not isinstance(given, dict) or any(isinstance(value, dict) for value in given.values()):
         raise fields.refuse(name, "one set of RoPE parameters for all layers")
     given = {key: value for key, value in given.items() if value is not None}
-    given.setdefault("rope_type", given.get("type", "default"))
-    if given["rope_type"] not in ROPE_NUMBERS:
-        kind = shown(given["rope_type"])
-        supported = ", ".join(ROPE_NUMBERS)
-        raise ValueError(f"{fields.source}: {name}: rope_type is {kind}; supported are {supported}")
     if "rope_theta" not in given:
         given["rope_theta"] = fields.number("rope_theta", default=10000.0)
-    inner = Fields(f"{fields.source}: {name}", given.get)
-    if inner.number("partial_rotary_factor", default=1.0) != 1.0:
-        raise inner.refuse("partial_rotary_factor", "1.0")
-    required, optional = ROPE_NUMBERS[given["rope_type"]]
-    for key in ("rope_theta", *required, *(key for key in optional if key in given)):
-        given[key] = inner.number(key, zero=key.startswith("mscale"))
-    return cast(RopeParameters, given)
+    for key in ("partial_rotary_factor", "original_max_position_embeddings"):
+        # Two fields that transformers 4 has beside `rope_scaling`.
+        if partial and fields.get(key) is not None:
+            given.setdefault(key, fields.get(key))
+    return checked_rope(f"{fields.source}: {name}", given, partial)
+
+
+def ropes_by_layer_type(fields: Fields, sliding_theta: str, default: float) -> Ropes:
+    """RoPE of layers without a window, and of layers with one.
+
+    transformers 5 has a set for each layer type. With transformers 4, layers with a
+    window have no scaling, and the field `sliding_theta` is their base.
+    """
+    given = fields.get("rope_parameters")
+    if not (isinstance(given, dict) and LAYER_TYPES[0] in given):
+        theta = fields.number(sliding_theta, default=default)
+        sliding = RopeParameters(rope_type="default", rope_theta=theta)
+        return Ropes(rope_parameters(fields), sliding)
+    sets = Fields(f"{fields.source}: rope_parameters", given.get)
+    for kind in LAYER_TYPES:
+        if not isinstance(sets.get(kind), dict):
+            raise sets.refuse(kind, "a set of RoPE parameters")
+    return Ropes(*(checked_rope(f"{sets.source}: {kind}", given[kind]) for kind in LAYER_TYPES))
+
+
+def checked_rope(source: str, given: dict[str, object], partial: bool = False) -> RopeParameters:
+    """One set of RoPE parameters. Raises ValueError that names `source` and the field."""
+    # The key of the type was once "type".
+    found = {key: value for key, value in given.items() if value is not None}
+    found.setdefault("rope_type", found.get("type", "default"))
+    kind = ROPE_NAMES.get(str(found["rope_type"]), found["rope_type"])
+    if kind not in ROPE_NUMBERS:
+        supported = ", ".join(ROPE_NUMBERS)
+        raise ValueError(f"{source}: rope_type is {shown(kind)}; supported are {supported}")
+    found["rope_type"] = kind
+    inner = Fields(source, found.get)
+    turned = inner.number("partial_rotary_factor", default=1.0)
+    if turned > 1 or (turned != 1 and not partial):
+        accepted = "a number above 0 up to 1.0" if partial else "1.0"
+        raise inner.refuse("partial_rotary_factor", accepted)
+    required, optional = ROPE_NUMBERS[kind]
+    for key in ("rope_theta", *required, *(key for key in optional if key in found)):
+        found[key] = inner.number(key, zero=key.startswith("mscale"))
+    if kind == "longrope":
+        for key in ("short_factor", "long_factor"):
+            check_numbers(inner, key)
+    return cast(RopeParameters, found)
+
+
+def check_numbers(fields: Fields, name: str) -> None:
+    """Raises ValueError unless the field is a list of numbers above 0."""
+    numbers = fields.get(name)
+    if not isinstance(numbers, list) or not all(is_number(n) and n > 0 for n in numbers):
+        raise fields.refuse(name, "a list of numbers above 0, one for each pair that RoPE turns")

@@ -1,4 +1,4 @@
-"""The decoder that Llama, Mistral, Qwen2 and Qwen3 share.
+"""The decoder that all families share.
 
 The file of each family says what differs. Modules have the names of checkpoints.
 Projections that read the same input are one product (qkv_proj, gate_up_proj). The model
@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -37,6 +38,8 @@ class Attention(nn.Module):
     QKV product, QK-norm and RoPE, paged attention, output product.
     """
 
+    projection: ClassVar[type[ColumnParallelLinear]] = ColumnParallelLinear
+
     def __init__(
         self,
         config: ModelConfig,
@@ -56,9 +59,7 @@ class Attention(nn.Module):
         self.head_dim = head_dim
         self.window = config.sliding_windows[layer]
         pieces = {"q_proj": heads, "k_proj": kv_heads, "v_proj": kv_heads}
-        self.qkv_proj = ColumnParallelLinear(
-            config.hidden_size, pieces, qkv_bias, tp, unit=head_dim
-        )
+        self.qkv_proj = self.projection(config.hidden_size, pieces, qkv_bias, tp, unit=head_dim)
         self.q_norm = RMSNorm(head_dim, config.rms_norm_eps) if qk_norm else None
         self.k_norm = RMSNorm(head_dim, config.rms_norm_eps) if qk_norm else None
         self.rotary_emb = rotary_emb
@@ -85,12 +86,14 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """SwiGLU feed-forward."""
 
+    projection: ClassVar[type[ColumnParallelLinear]] = ColumnParallelLinear
+
     def __init__(self, config: ModelConfig, tp: TensorParallel, size: int | None = None) -> None:
         """size: the intermediate size, if it is not that of the config."""
         super().__init__()
         size = config.intermediate_size if size is None else size
         pieces = {"gate_proj": size, "up_proj": size}
-        self.gate_up_proj = ColumnParallelLinear(config.hidden_size, pieces, config.mlp_bias, tp)
+        self.gate_up_proj = self.projection(config.hidden_size, pieces, config.mlp_bias, tp)
         self.down_proj = RowParallelLinear(size, config.hidden_size, config.mlp_bias, tp)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -130,11 +133,13 @@ class DecoderLayer(nn.Module):
 class Decoder(nn.Module):
     """Embedding, layers and the last norm: token ids [T] -> hidden states [T, hidden]."""
 
-    def __init__(self, config: ModelConfig, layers: list[DecoderLayer], tp: TensorParallel) -> None:
+    def __init__(
+        self, embed_tokens: VocabParallelEmbedding, layers: list[nn.Module], norm: RMSNorm
+    ) -> None:
         super().__init__()
-        self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size, tp)
+        self.embed_tokens = embed_tokens
         self.layers = nn.ModuleList(layers)
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = norm
 
     def forward(self, input_ids: Tensor, attention: AttentionBackend) -> Tensor:
         x: Tensor = self.embed_tokens(input_ids)
@@ -158,7 +163,7 @@ class CausalLM(nn.Module, ABC):
             self.decoder_layer(self.attention(layer, rotary_embs[layer]), self.mlp(layer))
             for layer in range(config.num_layers)
         ]
-        self.model = Decoder(config, layers, tp)
+        self.model = Decoder(self.embedding(), layers, self.norm())
         if config.tie_embeddings:
             self.lm_head = self.model.embed_tokens
         else:
@@ -169,6 +174,14 @@ class CausalLM(nn.Module, ABC):
         """The config of the family. A family whose config has more than sizes overrides this."""
         return read_sizes(fields)
 
+    def embedding(self) -> VocabParallelEmbedding:
+        """The token embedding, and the output head where the two are tied."""
+        return VocabParallelEmbedding(self.config.vocab_size, self.config.hidden_size, self.tp)
+
+    def norm(self) -> RMSNorm:
+        """A norm of hidden states. The decoder ends with one."""
+        return RMSNorm(self.config.hidden_size, self.config.rms_norm_eps)
+
     @abstractmethod
     def attention(self, layer: int, rotary_emb: RotaryEmbedding) -> Attention:
         """The attention of one layer."""
@@ -177,15 +190,22 @@ class CausalLM(nn.Module, ABC):
         """The feed-forward part of one layer."""
         return MLP(self.config, self.tp)
 
-    def decoder_layer(self, self_attn: nn.Module, mlp: nn.Module) -> DecoderLayer:
-        """One layer of these two parts."""
+    def decoder_layer(self, self_attn: nn.Module, mlp: nn.Module) -> nn.Module:
+        """One layer of these two parts. It is called as a `DecoderLayer` is."""
         return DecoderLayer(self.config, self_attn, mlp)
 
     def rotary_embeddings(self, max_model_len: int) -> list[RotaryEmbedding]:
-        """The rotary embedding of each layer: one that all layers share."""
+        """The rotary embedding of each layer.
+
+        Layers share one, or those with a window share another one.
+        """
         config = self.config
-        table = RotaryEmbedding(config.rope, config.head_dim, config.max_position, max_model_len)
-        return [table] * config.num_layers
+        sizes = (config.head_dim, config.max_position, max_model_len)
+        table = RotaryEmbedding(config.rope, *sizes)
+        if config.sliding_rope is None:
+            return [table] * config.num_layers
+        sliding = RotaryEmbedding(config.sliding_rope, *sizes)
+        return [table if window is None else sliding for window in config.sliding_windows]
 
     def cache_specs(self) -> list[CacheSpec]:
         """What each layer remembers of a sequence."""

@@ -20,9 +20,17 @@ MODELS = {
     "GptOssForCausalLM": "nanovllm.models.gpt_oss",
     "LlamaForCausalLM": "nanovllm.models.llama",
     "MistralForCausalLM": "nanovllm.models.mistral",
+    "MixtralForCausalLM": "nanovllm.models.mixtral",
     "Qwen2ForCausalLM": "nanovllm.models.qwen2",
+    "Qwen2MoeForCausalLM": "nanovllm.models.qwen2_moe",
     "Qwen3ForCausalLM": "nanovllm.models.qwen3",
     "Qwen3MoeForCausalLM": "nanovllm.models.qwen3_moe",
+    "Gemma2ForCausalLM": "nanovllm.models.gemma2",
+    "Gemma3ForCausalLM": "nanovllm.models.gemma3",
+    "Olmo2ForCausalLM": "nanovllm.models.olmo2",
+    "Olmo3ForCausalLM": "nanovllm.models.olmo2",
+    "OlmoeForCausalLM": "nanovllm.models.olmoe",
+    "Phi3ForCausalLM": "nanovllm.models.phi3",
 }
 # For a config without architectures. transformers 5 calls a Mistral with layer_types
 # "ministral".
@@ -31,9 +39,17 @@ MODEL_TYPES = {
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
     "ministral": "MistralForCausalLM",
+    "mixtral": "MixtralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
+    "qwen2_moe": "Qwen2MoeForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
     "qwen3_moe": "Qwen3MoeForCausalLM",
+    "gemma2": "Gemma2ForCausalLM",
+    "gemma3_text": "Gemma3ForCausalLM",
+    "olmo2": "Olmo2ForCausalLM",
+    "olmo3": "Olmo3ForCausalLM",
+    "olmoe": "OlmoeForCausalLM",
+    "phi3": "Phi3ForCausalLM",
 }
 
 

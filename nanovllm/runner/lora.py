@@ -42,38 +42,40 @@ class ModelAdapters:
         self.setup = setup
         self.tp = tp
         self.rows = LoRARows()
-        self.places: dict[str, Place] = {}  # module name in checkpoints -> its place
+        # Module name in checkpoints -> its places. A fused projection has one a piece.
+        self.places: dict[str, list[Place]] = {}
         for prefix, module in model.named_modules():
             if isinstance(module, Matrix) and not isinstance(module, ExpertMatrices):
                 sources = module.sources(prefix)
                 module.storage = LoRAWeight(module.storage, self.rows)
-                self.places.update(places(module.storage, sources))
+                for name, place in places(module.storage, sources):
+                    self.places.setdefault(name, []).append(place)
         head = model.lm_head.storage
         assert isinstance(head, LoRAWeight)
-        tied = [place for place in self.places.values() if place.weight is head]
+        tied = [found for found in self.places.values() if found[0].weight is head]
         self.places.setdefault("lm_head", tied[0])
 
     def read(self, folder: str) -> dict[str, LowRank]:
         """The changes in an adapter's files, checked. Raises ValueError if they do not suit."""
-        shapes = {name: place.shape for name, place in self.places.items()}
+        shapes = {name: found[0].shape for name, found in self.places.items()}
         return read_adapter(Path(folder), shapes, self.setup.args.max_lora_rank)
 
     def load(self, number: int, folder: str) -> None:
         """Reads an adapter and calls it `number`. A failure leaves nothing of it."""
         by_weight: dict[tuple[LoRAWeight, bool], list[Factors]] = {}
         for name, low_rank in self.read(folder).items():
-            place = self.places[name]
-            factors = by_weight.setdefault((place.weight, low_rank.is_embedding), [])
-            factors.append(self._factors(place, low_rank))
+            for place in self.places[name]:
+                factors = by_weight.setdefault((place.weight, low_rank.is_embedding), [])
+                factors.append(self._factors(place, low_rank))
         made = {key: change(factors, key[1]) for key, factors in by_weight.items()}
         for (weight, is_embedding), each in made.items():
             changes = weight.embedding_changes if is_embedding else weight.linear_changes
             changes[number] = each
 
     def unload(self, number: int) -> None:
-        for place in self.places.values():
-            place.weight.linear_changes.pop(number, None)
-            place.weight.embedding_changes.pop(number, None)
+        for found in self.places.values():
+            found[0].weight.linear_changes.pop(number, None)
+            found[0].weight.embedding_changes.pop(number, None)
 
     def _factors(self, place: Place, low_rank: LowRank) -> Factors:
         """This rank's slices. The second factor is scaled."""
@@ -96,7 +98,7 @@ class ModelAdapters:
 
     def num_bytes(self) -> int:
         """Bytes of an adapter of rank max_lora_rank for every matrix."""
-        sizes = [sum(place.shape) for place in self.places.values()]
+        sizes = [sum(place.shape) for found in self.places.values() for place in found]
         return sum(sizes) * self.setup.args.max_lora_rank * self.setup.dtype.itemsize
 
     @contextmanager

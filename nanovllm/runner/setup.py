@@ -192,7 +192,8 @@ class Setup:
         if rope["rope_type"] == "yarn":
             original = rope.get("original_max_position_embeddings") or trained
             scaled = int(original * rope.get("factor", 1))
-        elif rope["rope_type"] == "linear":
+        elif rope["rope_type"] == "linear" and self.config.sliding_rope is None:
+            # Gemma 3 states the scaled length.
             scaled = int(trained * rope["factor"])
         longest = max(scaled, trained)
         asked = self.args.max_model_len

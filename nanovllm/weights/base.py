@@ -51,8 +51,8 @@ class Weight(ABC):
     ) -> Tensor:
         """The product of a matrix that is num_groups matrices, one below the other.
 
-        x [n, in_features] has the rows of each group side by side: those of group g begin
-        at offsets[g]. offsets: int32 [num_groups + 1], on the device of x. bias:
+        x [n, in_features] has the rows of each group side by side: group g begins at
+        offsets[g]. offsets: int32 [num_groups + 1], on the device of x. bias:
         [out_features]. Returns [n, out_features / num_groups], with zeros in the rows
         from offsets[num_groups] on. Does not wait for the device.
         """

@@ -49,6 +49,7 @@ class BlockWeight(Weight):
         self.dtype = torch.get_default_dtype()
         self.types: dict[range, str] = {}  # rows -> the type that they are stored in
         self.pieces: dict[range, Piece] = {}
+        self.has_room = False  # whether `pieces` are those of `types`
         self.segments = torch.empty(0, 4, dtype=torch.int64)
         self.dequantised: dict[range, str] = {}  # rows -> the type that the file has instead
         empty = nn.Parameter(torch.empty(0, dtype=torch.uint8), requires_grad=False)
@@ -74,9 +75,10 @@ class BlockWeight(Weight):
 
     def allocate(self, layer: nn.Module) -> None:
         """Makes room for the pieces of `types`. Pieces that keep their type keep their weights."""
-        old, filled = self.pieces, matrix(layer)
-        if {rows: piece.type for rows, piece in old.items()} == self.types:
+        if self.has_room:
             return
+        self.has_room = True
+        old, filled = self.pieces, matrix(layer)
         self.pieces = {}
         size = 0
         for rows in sorted(self.types, key=lambda rows: rows.start):
@@ -93,6 +95,12 @@ class BlockWeight(Weight):
             for rows, piece in self.pieces.items()
         ]
         self.segments = torch.tensor(table, dtype=torch.int64)
+
+    def choose_type(self, rows: range, type: str) -> None:
+        """Rows will be stored in this type."""
+        if self.types.get(rows) != type:
+            self.types[rows] = type
+            self.has_room = False
 
     def packed_bytes(self, piece: Piece) -> int:
         return blocks.packed_bytes(blocks.TYPES[piece.type], len(piece.rows), self.in_features)
@@ -131,13 +139,13 @@ class PieceReceiver:
     def expect(self, tensor: LazyTensor, part: tuple[slice, ...]) -> None:
         """A piece keeps the type of its blocks if there are kernels for the type."""
         weight = self.weight
-        weight.types[self.rows] = FLOAT_TYPES[weight.dtype]
-        if not isinstance(tensor, BlockTensor):
-            return
-        if tensor.type in blocks.TYPES and tensor.in_blocks(part):
-            weight.types[self.rows] = tensor.type
-        else:
-            weight.dequantised[self.rows] = tensor.type
+        type = FLOAT_TYPES[weight.dtype]
+        if isinstance(tensor, BlockTensor):
+            if tensor.type in blocks.TYPES and tensor.in_blocks(part):
+                type = tensor.type
+            else:
+                weight.dequantised[self.rows] = tensor.type
+        weight.choose_type(self.rows, type)
 
     def allocate(self) -> None:
         self.weight.allocate(self.layer)

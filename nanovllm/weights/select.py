@@ -42,7 +42,7 @@ def new_weight(
     """A matrix [out_features, in_features].
 
     It has torch's default dtype and lies on torch's default device. The tensors become
-    parameters of `layer`. num_groups: the matrix is so many matrices, one below the other.
+    parameters of `layer`. num_groups: of matrices that lie one below the other.
     """
     name = CHOSEN.get()
     if name == MXFP4:

@@ -1,0 +1,41 @@
+"""RMSNorm over all heads of a token at once, on one rank or several."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from nanovllm import kernels
+from nanovllm.layers.norm import RMSNorm
+from nanovllm.loader.source import Source
+from nanovllm.parallel import TensorParallel
+
+
+class HeadsRMSNorm(RMSNorm):
+    """RMSNorm whose mean is over the heads of all ranks (OLMo 2).
+
+    heads: the number of heads of the whole model. A rank has the weights of its heads.
+    """
+
+    def __init__(self, heads: int, head_dim: int, eps: float, tp: TensorParallel) -> None:
+        part = tp.split(heads)
+        super().__init__(len(part) * head_dim, eps)
+        self.part = slice(part.start * head_dim, part.stop * head_dim)
+        self.total = heads * head_dim
+        self.tp = tp
+
+    def sources(self, prefix: str) -> list[Source]:
+        """A slice of the checkpoint tensor fills the weight."""
+        return [Source(f"{prefix}.weight", (self.total,), (self.part,), self.weight)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalises x [T, size] in place."""
+        if self.tp.size == 1:
+            return kernels.rms_norm_in_place(x, self.weight, self.eps)
+        x32 = x.float()
+        squares = x32.square().mean(-1, keepdim=True)  # [T, 1]
+        # Every rank has equally many heads, so the mean is the mean of the ranks' means.
+        mean = self.tp.all_reduce(squares) / self.tp.size
+        scale = torch.rsqrt(mean + self.eps)
+        normed = (x32 * scale).to(x.dtype)
+        return x.copy_(self.weight * normed)
