@@ -11,17 +11,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from gguf_files import Q, gguf
+from gguf_files import Q, finish, gguf, pack, start_gguf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tiny import greedy, make_llm, next_logits, random_prompts, session_folder, tiny_model
 from torch import Tensor
+from transformers import GptOssConfig
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.kernels import cpu, moe, moe_cpu
+from nanovllm.layers.rotary import rope_frequencies
 from nanovllm.loader.gpt_oss import split_experts
 from nanovllm.loader.mxfp4 import Mxfp4Matrix
 
@@ -117,6 +120,52 @@ def mxfp4() -> tuple[str, Any]:
 
 
 @cache
+def gguf_file() -> str:
+    """The MXFP4 checkpoint as llama.cpp's conversion script writes it. Other matrices are F16."""
+    _, model = mxfp4()
+    config = model.config
+    path = session_folder() / "gpt-oss.gguf"
+    writer = start_gguf(path, config, "gpt-oss", config.rope_parameters)
+    writer.add_sliding_window(config.sliding_window)
+    writer.add_expert_count(config.num_local_experts)
+    writer.add_expert_used_count(config.num_experts_per_tok)
+    writer.add_expert_feed_forward_length(config.intermediate_size)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT_OSS, config.num_hidden_layers)
+    for name, tensor in gguf_parameters(model).items():
+        stored = names.get_name(name, (".weight", ".bias"))
+        array = np.ascontiguousarray(tensor.numpy())
+        if ".experts." in name and array.ndim == 3:
+            rows = pack(array.reshape(-1, array.shape[2]), Q.MXFP4)
+            blocks = rows.reshape(*array.shape[:2], -1)
+            writer.add_tensor(stored, blocks, raw_dtype=Q.MXFP4)
+        else:
+            kind = Q.F16 if is_half(name, tensor) else Q.F32
+            writer.add_tensor(stored, pack(array, kind), raw_dtype=kind)
+    finish(writer)
+    return str(path)
+
+
+def gguf_parameters(model: Any) -> dict[str, Tensor]:
+    """The parameters of transformers' model by the names that the gguf package maps."""
+    found: dict[str, Tensor] = {}
+    for name, tensor in model.state_dict().items():
+        kind = "bias" if name.endswith("_bias") else "weight"
+        matrix = tensor if kind == "bias" else tensor.mT
+        if "gate_up_proj" in name:
+            gate, up = matrix.unflatten(1, (-1, 2)).unbind(2)
+            experts = name.partition(".gate_up_proj")[0]
+            found[f"{experts}.gate_proj.{kind}"] = gate
+            found[f"{experts}.up_proj.{kind}"] = up
+        elif ".experts.down_proj" in name:
+            found[f"{name.removesuffix('_bias')}.{kind}"] = matrix
+        elif name.endswith("sinks"):
+            found[f"{name}.weight"] = tensor
+        else:
+            found[name] = tensor
+    return found
+
+
+@cache
 def expected_of_mxfp4() -> list[list[int]]:
     return [greedy(mxfp4()[1], prompt, GREEDY.max_tokens) for prompt in PROMPTS]
 
@@ -191,7 +240,28 @@ def test_small_steps_are_recorded() -> None:
     for _ in range(3):
         assert tokens_of(llm) == expected_of_mxfp4()
     programs = llm.llm_engine.executor.runner.programs
+    assert not programs.reported
     assert len(PROMPTS) in {kind.num_tokens for kind in programs.programs}
+
+
+def test_a_gguf_file_gives_the_same_tokens() -> None:
+    """In float32 the experts are those of the checkpoint. Other matrices are rounded to float16."""
+    _, model = mxfp4()
+    rounded = type(model)(model.config).eval()
+    rounded.load_state_dict(
+        {
+            name: tensor.half().float() if is_half(name, tensor) else tensor
+            for name, tensor in model.state_dict().items()
+        }
+    )
+    llm = engine(gguf_file(), max_num_batched_tokens=32)
+    assert weight_types(llm) == {"MXFP4"}
+    assert tokens_of(llm) == [greedy(rounded, prompt, GREEDY.max_tokens) for prompt in PROMPTS]
+
+
+def is_half(name: str, tensor: Tensor) -> bool:
+    """Whether the file has a parameter in float16."""
+    return tensor.ndim == 2 and not any(part in name for part in (".router.", "bias"))
 
 
 @pytest.mark.parametrize("kwargs", [{}, {"enable_expert_parallel": True}])
@@ -244,6 +314,16 @@ class LimitsOnly(GptOssExperts):
     limit = 7.0
 
 
+@pytest.mark.parametrize("truncate", [False, True])
+def test_yarn_of_the_released_models_equals_transformers(truncate: bool) -> None:
+    config = GptOssConfig()
+    config.rope_parameters["truncate"] = truncate
+    theirs, factor = ROPE_INIT_FUNCTIONS["yarn"](config)
+    ours, scale = rope_frequencies(config.rope_parameters, config.head_dim, 131072)
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0)
+    assert scale == pytest.approx(factor)
+
+
 def test_mxfp4_matrices_equal_transformers() -> None:
     """Whole and in slices, dequantised and as blocks of a GGUF file."""
     generator = torch.Generator().manual_seed(0)
@@ -276,11 +356,12 @@ def test_codes_without_scales_are_refused() -> None:
         list(split_experts(pair))
 
 
-def test_other_quantised_checkpoints_are_refused(tmp_path: Path) -> None:
+def test_other_formats_are_refused(tmp_path: Path) -> None:
     source, _ = floats()
     config = json.loads(Path(source, "config.json").read_text())
     config["quantization_config"] = {"quant_method": "fp8"}
     (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model.safetensors").symlink_to(Path(source, "model.safetensors"))
     with pytest.raises(ValueError, match="quant_method is 'fp8'; .* other than GGUF and mxfp4"):
         engine(str(tmp_path))
     with pytest.raises(ValueError, match="quantization='mxfp4': .* holds no weights in mxfp4"):
