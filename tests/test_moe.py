@@ -66,9 +66,7 @@ def metric(llm: LLM, name: str) -> float:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_tokens_equal_transformers_with_chunks_preemption_and_prefix_hits(family: str) -> None:
-    llm = engine(
-        family, max_num_batched_tokens=32, num_gpu_blocks_override=13, max_model_len=96
-    )
+    llm = engine(family, max_num_batched_tokens=32, num_gpu_blocks_override=13, max_model_len=96)
     assert tokens_of(llm) == expected(family)
     assert metric(llm, "preemptions") > 0
     hits = metric(llm, "prefix_cache_hits")
@@ -126,7 +124,12 @@ def test_a_checkpoint_may_hold_the_experts_of_a_layer_in_one_tensor(
 
 @pytest.mark.parametrize(
     ("family", "kwargs"),
-    [("Qwen2Moe", {}), ("Qwen3Moe", {"enable_expert_parallel": True}), ("Mixtral", {}), ("Olmoe", {})],
+    [
+        ("Qwen2Moe", {}),
+        ("Qwen3Moe", {"enable_expert_parallel": True}),
+        ("Mixtral", {}),
+        ("Olmoe", {}),
+    ],
 )
 def test_two_ranks_share_the_experts(family: str, kwargs: dict[str, Any]) -> None:
     llm = engine(family, tensor_parallel_size=2, **kwargs)
@@ -145,7 +148,9 @@ def test_expert_parallelism_with_one_rank_changes_nothing() -> None:
 
 def test_expert_parallelism_without_experts(tmp_path: Path) -> None:
     folder, _ = tiny_model(tmp_path, "Llama")
-    with pytest.raises(ValueError, match=r"enable_expert_parallel=True: .* a model without experts"):
+    with pytest.raises(
+        ValueError, match=r"enable_expert_parallel=True: .* a model without experts"
+    ):
         make_llm(folder, skip_tokenizer_init=True, enable_expert_parallel=True)
 
 
@@ -239,7 +244,8 @@ def test_routes_are_the_most_likely_experts(
     weights, experts = moe.route(logits, 3, renormalise)
     probs = logits.double().softmax(-1)
     ordered = [
-        sorted(range(num_experts), key=lambda e: (-row[e], e))[:3] for row in logits.double().tolist()
+        sorted(range(num_experts), key=lambda e: (-row[e], e))[:3]
+        for row in logits.double().tolist()
     ]
     assert experts.tolist() == ordered
     wanted = probs.gather(1, experts.long())
@@ -302,9 +308,7 @@ def test_a_grouped_product_of_panels(dtype: torch.dtype, features: int, depth: i
     weight = normal(len(COUNTS) * features, depth, dtype=dtype, seed=1)
     bias = normal(len(COUNTS) * features, dtype=dtype, seed=2)
     wanted = moe.grouped_linear(x.double(), weight.double(), offsets_of(COUNTS), bias.double())
-    assert_close(
-        moe.grouped_linear(x, weight, offsets_of(COUNTS), bias), wanted, dtype, depth**0.5
-    )
+    assert_close(moe.grouped_linear(x, weight, offsets_of(COUNTS), bias), wanted, dtype, depth**0.5)
     panels = weight.clone()
     for group in panels.chunk(len(COUNTS)):
         cpu.to_panels(group)

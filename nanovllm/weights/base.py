@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
+import torch
 from torch import Tensor, nn
 
 from nanovllm.loader.source import Source
@@ -40,7 +41,6 @@ class Weight(ABC):
     def linear(self, layer: nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:
         """x [T, in_features] @ matrix.T + bias [out_features] -> [T, out_features]."""
 
-    @abstractmethod
     def grouped(
         self,
         layer: nn.Module,
@@ -55,7 +55,15 @@ class Weight(ABC):
         offsets[g]. offsets: int32 [num_groups + 1], on the device of x. bias:
         [out_features]. Returns [n, out_features / num_groups], with zeros in the rows
         from offsets[num_groups] on. Does not wait for the device.
+
+        This definition multiplies every row with all groups. A format for experts has a
+        better one.
         """
+        rows = torch.arange(x.shape[0], device=x.device)
+        group = torch.searchsorted(offsets.long(), rows, right=True) - 1
+        everything = self.linear(layer, x, bias).unflatten(-1, (num_groups, -1))
+        own = everything[rows, group.clamp(max=num_groups - 1)]
+        return torch.where((group < num_groups)[:, None], own, 0)
 
     @abstractmethod
     def embedding(self, layer: nn.Module, ids: Tensor) -> Tensor:
