@@ -150,7 +150,7 @@ class EngineArgs:
                 f"logits_processors={self.logits_processors!r} must be None or a list of classes "
                 "and names like 'module:Class'"
             )
-        one_of("quantization", self.quantization, (None, "none", "gguf"))
+        one_of("quantization", self.quantization, (None, "none", "gguf", "mxfp4"))
         one_of("kv_cache_dtype", self.kv_cache_dtype, ("fp8", *DTYPES))
         self._check_generation_config()
         self._check_lora()

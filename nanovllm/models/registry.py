@@ -13,7 +13,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 from nanovllm.loader.fields import Fields
-from nanovllm.models.config import ModelConfig, refuse_quantised
+from nanovllm.models.config import ModelConfig, quant_method
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from nanovllm.models.base import LanguageModel
 
 MODELS = {
+    "GptOssForCausalLM": "nanovllm.models.gpt_oss",
     "LlamaForCausalLM": "nanovllm.models.llama",
     "MistralForCausalLM": "nanovllm.models.mistral",
     "MixtralForCausalLM": "nanovllm.models.mixtral",
@@ -38,6 +39,7 @@ MODELS = {
 # For a config without architectures. transformers 5 calls a Mistral with layer_types
 # "ministral".
 MODEL_TYPES = {
+    "gpt_oss": "GptOssForCausalLM",
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
     "ministral": "MistralForCausalLM",
@@ -79,16 +81,22 @@ def read_config(
     `source` and the field, for what this engine does not run.
     """
     fields = Fields(source, lambda name: getattr(hf, name, None))
-    refuse_quantised(fields)
+    quantization = quant_method(fields)
     foreign = None if model_impl == "vllm" else foreign_architecture(fields, model_impl)
     if foreign is None:
         name = architecture(fields)
         family = import_module(MODELS[name])
-        return replace(getattr(family, name).read_config(fields), architecture=name)
+        config: ModelConfig = getattr(family, name).read_config(fields)
+        return replace(config, architecture=name, quantization=quantization)
     if isinstance(hf, SimpleNamespace):
         raise ValueError(
             f"model_impl={model_impl!r}: {source} is a GGUF file; accepted for it are 'auto' and "
             "'vllm'"
+        )
+    if quantization is not None:
+        raise ValueError(
+            f"model_impl={model_impl!r}: {source} has weights in {quantization}; accepted for it "
+            "are 'auto' and 'vllm'"
         )
     # The import of transformers is slow, and our own models do not need it.
     from nanovllm.models.transformers_config import read_transformers_config
