@@ -46,7 +46,9 @@ def runs(test):
     return test if INTERPRETED else pytest.mark.gpu(test)
 
 
-ATTENTION = "test_attention or splits or decodes or same_bits or words or shapes"  # about half of the time
+ATTENTION = (
+    "test_attention or splits or decodes or same_bits or words or shapes"  # about half of the time
+)
 
 
 @pytest.mark.skipif(RUNS, reason="this process runs the kernels itself")
@@ -196,9 +198,7 @@ def test_layers_of_different_shapes_in_one_model():
         outs = []
         for layer, case in enumerate(cases):
             new = [slice(*ends) for ends in zip(begins, ends)]
-            k, v = (
-                torch.cat([x[tokens] for x, tokens in zip(xs, new)]) for xs in (case.k, case.v)
-            )
+            k, v = (torch.cat([x[tokens] for x, tokens in zip(xs, new)]) for xs in (case.k, case.v))
             backend.store(layer, k, v)
             q = torch.randn(len(k), 4, layers[layer].head_dim, device=DEVICE)
             case.q = list(q.split([len(range(*ends)) for ends in zip(begins, ends)]))

@@ -110,8 +110,7 @@ def _plus(weight, OFFSET: tl.constexpr):
     """weight + OFFSET. An offset of 0 adds no instruction."""
     if OFFSET == 0.0:
         return weight
-    else:
-        return weight + OFFSET
+    return weight + OFFSET
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
