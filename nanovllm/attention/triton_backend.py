@@ -76,11 +76,12 @@ def _load_tile(
         mask = inside[:, None]
         if DIM > D:
             mask &= (dim < D)[None, :]
-        return tl.load(cache + offset, mask=mask, other=0.0)
+        tile = tl.load(cache + offset, mask=mask, other=0.0)
     elif DIM > D:
-        return tl.load(cache + offset, mask=(dim < D)[None, :], other=0.0)
+        tile = tl.load(cache + offset, mask=(dim < D)[None, :], other=0.0)
     else:
-        return tl.load(cache + offset)
+        tile = tl.load(cache + offset)
+    return tile
 
 
 @triton.jit
