@@ -155,3 +155,19 @@ def add_gated(out: Tensor, x: Tensor, gate: Tensor) -> Tensor:
         if both is not None:
             return both
     return (out.float() + torch.sigmoid(gate.float()) * x.float()).to(out.dtype)
+
+
+def clamped_swiglu(x: Tensor, alpha: float, limit: float) -> Tensor:
+    """[T, 2I] -> [T, I]: g * sigmoid(alpha * g) * (u + 1) of the halves g and u (gpt-oss).
+
+    Before it g is clamped to at most `limit`, and u to -limit .. limit. The result is
+    computed in float32.
+    """
+    if x.is_cpu:
+        out = moe_cpu.clamped_swiglu(x, alpha, limit)
+        if out is not None:
+            return out
+    gate, up = x.float().chunk(2, dim=-1)
+    gate = gate.clamp(max=limit)
+    up = up.clamp(-limit, limit)
+    return (gate * torch.sigmoid(alpha * gate) * (up + 1)).to(x.dtype)
