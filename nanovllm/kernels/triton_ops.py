@@ -108,9 +108,9 @@ def _rms_norm_kernel(
 @triton.jit
 def _plus(weight, OFFSET: tl.constexpr):
     """weight + OFFSET. An offset of 0 adds no instruction."""
-    if OFFSET == 0.0:
-        return weight
-    return weight + OFFSET
+    if OFFSET != 0.0:
+        weight += OFFSET
+    return weight
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
