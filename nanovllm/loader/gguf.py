@@ -1,4 +1,4 @@
-"""Reads GGUF files of the architectures llama, qwen2, qwen3 and their relatives.
+"""Reads GGUF files of the architectures llama, qwen2, qwen3, gemma2, gemma3 and relatives.
 
 The metadata becomes the fields of a Hugging Face config. The tensors get Hugging Face
 names and Hugging Face's row order, and a slice of a tensor is dequantised when it is
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from nanovllm.core.batch import ceil_div
 from nanovllm.loader.fields import Fields
+from nanovllm.loader.gguf_gemma import PATTERN, gemma_fields
 from nanovllm.loader.gguf_parts import find_parts
 from nanovllm.loader.safetensors import unreadable
 from nanovllm.loader.source import Blocks, LazyTensor, Part
@@ -42,6 +43,8 @@ ARCHITECTURES = {
     "qwen3vl": "Qwen3ForCausalLM",
     "qwen3moe": "Qwen3MoeForCausalLM",
     "olmoe": "OlmoeForCausalLM",
+    "gemma2": "Gemma2ForCausalLM",
+    "gemma3": "Gemma3ForCausalLM",
 }
 # llama.cpp rotates neighbouring rows of Q and K in these, and the two halves of a head in
 # the others, as transformers does in all.
@@ -70,6 +73,15 @@ TENSOR_NAMES = {
     "ffn_gate_shexp": "mlp.shared_expert.gate_proj",
     "ffn_up_shexp": "mlp.shared_expert.up_proj",
     "ffn_down_shexp": "mlp.shared_expert.down_proj",
+}
+# Gemma has norms after both parts of a layer too. The file holds the factors of its norms,
+# and transformers the factors less 1.
+GEMMA = ("gemma2", "gemma3")
+GEMMA_NAMES = {
+    **TENSOR_NAMES,
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
 }
 
 SAMPLING = {
@@ -220,7 +232,8 @@ class GGUFTensor:
 
     packed: uint8 [shape[0], bytes of a row]. row_order: row i of the tensor is
     row_order[i] of `packed`. None: the rows are in order. expert: the matrix of a tensor
-    of three dimensions.
+    of three dimensions. offset: what the file has more than the tensor; only a tensor of
+    one dimension has it.
     """
 
     def __init__(self, tensor: gguf.ReaderTensor, expert: int | None = None) -> None:
@@ -238,6 +251,7 @@ class GGUFTensor:
         # Weights and bytes of one block.
         self.block, self.block_bytes = gguf.GGML_QUANT_SIZES[self.kind]
         self.row_order: np.ndarray | None = None
+        self.offset = 0.0
 
     def __getitem__(self, part: Part, /) -> Tensor:
         """part: at most one slice for each dimension, or `...` for the whole tensor."""
@@ -248,7 +262,7 @@ class GGUFTensor:
             rows, columns = (*part, columns)[:2]
         packed = self.packed[rows if self.row_order is None else self.row_order[rows]]
         if len(self.shape) == 1:
-            return self.unpack(packed).reshape(-1)
+            return self.unpack(packed).reshape(-1) - self.offset
         start, stop, step = columns.indices(self.shape[1])
         first = start // self.block
         last = ceil_div(stop, self.block)
@@ -453,7 +467,14 @@ class GGUF:
             number = self.get_one(f"attention.{heads}") or self.get_one("attention.head_count")
             rows = np.arange(found.shape[0]).reshape(number, -1, 2)
             found.row_order = rows.swapaxes(1, 2).reshape(-1)
+        if self.family in GEMMA and tensor.name.endswith("norm.weight"):
+            found.offset = 1.0
         return found
+
+    @property
+    def tensor_names(self) -> dict[str, str]:
+        """Name in the file, without block and suffix -> name in transformers."""
+        return GEMMA_NAMES if self.family in GEMMA else TENSOR_NAMES
 
     def __iter__(self) -> Iterator[tuple[str, LazyTensor]]:
         """(Hugging Face name, tensor).
@@ -464,15 +485,21 @@ class GGUF:
             if name == "rope_freqs.weight":
                 continue  # no parameter: `hf_fields` reads it
             *block, stem, suffix = name.split(".")
-            if stem not in TENSOR_NAMES or suffix not in ("weight", "bias"):
+            if stem not in self.tensor_names or suffix not in ("weight", "bias"):
                 raise ValueError(
                     f"{self.path} holds {name!r}, which no {self.family} model here has"
                 )
+            hf_name = self.hf_name(block, stem, suffix)
             if len(tensor.shape) == 3:
-                yield from self.experts(hf_name(block, stem, suffix), tensor)
+                yield from self.experts(hf_name, tensor)
             else:
-                yield hf_name(block, stem, suffix), self.lazy(tensor)
+                yield hf_name, self.lazy(tensor)
         yield from self.missing_biases()
+
+    def hf_name(self, block: list[str], stem: str, suffix: str) -> str:
+        """(["blk", "3"], "attn_q", "weight") -> "model.layers.3.self_attn.q_proj.weight"."""
+        layer = f"model.layers.{block[1]}." if block else ""
+        return f"{layer}{self.tensor_names[stem]}.{suffix}"
 
     def experts(self, name: str, tensor: gguf.ReaderTensor) -> Iterator[tuple[str, LazyTensor]]:
         """The matrices of a tensor [experts, rows, columns].
@@ -496,7 +523,7 @@ class GGUF:
             *block, stem, suffix = name.split(".")
             bias = ".".join([*block, stem, "bias"])
             if suffix == "weight" and stem in stems and bias not in tensors:
-                yield hf_name(block, stem, "bias"), torch.zeros(int(tensors[name].shape[-1]))
+                yield self.hf_name(block, stem, "bias"), torch.zeros(int(tensors[name].shape[-1]))
 
     def biased_stems(self, kind: str) -> tuple[str, ...]:
         """The projections of attention ("attn") or feed-forward ("ffn") with a bias.
@@ -514,6 +541,15 @@ class GGUF:
 
     def hf_fields(self) -> dict[str, object]:
         """The fields of config.json, as far as the metadata states them."""
+        found = self.common_fields()
+        if self.family not in GEMMA:
+            return found
+        pattern = self.get(f"{self.family}.{PATTERN}")
+        fields = Fields(f"{self.path}: {self.family}", self.get_one)
+        return found | gemma_fields(self.family, fields, pattern, found)
+
+    def common_fields(self) -> dict[str, object]:
+        """The fields of config.json that all families have."""
         family, tensors = self.family, self.tensors
         if "token_embd.weight" not in tensors:
             raise ValueError(
@@ -720,9 +756,3 @@ class GGUF:
         if "<|tool_response>" in named:
             named.pop("</s>", None)
         return list(dict.fromkeys(i for i in (*listed, *named.values()) if i is not None))
-
-
-def hf_name(block: list[str], stem: str, suffix: str) -> str:
-    """(["blk", "3"], "attn_q", "weight") -> "model.layers.3.self_attn.q_proj.weight"."""
-    layer = f"model.layers.{block[1]}." if block else ""
-    return f"{layer}{TENSOR_NAMES[stem]}.{suffix}"
