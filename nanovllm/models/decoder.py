@@ -28,6 +28,7 @@ from nanovllm.layers.norm import RMSNorm
 from nanovllm.layers.rotary import RotaryEmbedding
 from nanovllm.loader.fields import Fields
 from nanovllm.loader.source import LazyTensor, fill
+from nanovllm.loader.text_half import without_towers
 from nanovllm.models.config import ModelConfig, read_sizes
 from nanovllm.parallel import TensorParallel
 
@@ -227,6 +228,8 @@ class CausalLM(nn.Module, ABC):
         Returns the names that were used. Reset the prefix cache after it. Raises
         ValueError for a name or a shape that the model does not have.
         """
+        if self.config.is_multimodal:
+            weights = without_towers(weights)
         with self.unpacked():
             return fill(self, self.checkpoint_tensors(weights))
 
