@@ -158,7 +158,7 @@ def test_a_text_model_of_no_native_family_is_an_error_that_names_its_type(tmp_pa
     config["text_config"] = {"model_type": "gpt_neo"}
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=r"config\.json: text_config: model_type is 'gpt_neo'"):
-        make_llm(str(tmp_path), load_format="dummy")
+        make_llm(str(tmp_path), load_format="dummy", model_impl="vllm")
 
 
 def test_a_decoder_saved_alone_lacks_the_prefix(tmp_path):

@@ -45,6 +45,7 @@ ARCHITECTURES = {
     "olmoe": "OlmoeForCausalLM",
     "gemma2": "Gemma2ForCausalLM",
     "gemma3": "Gemma3ForCausalLM",
+    "gpt-oss": "GptOssForCausalLM",
 }
 # llama.cpp rotates neighbouring rows of Q and K in these, and the two halves of a head in
 # the others, as transformers does in all.
@@ -78,10 +79,18 @@ TENSOR_NAMES = {
 # and transformers the factors less 1.
 GEMMA = ("gemma2", "gemma3")
 GEMMA_NAMES = {
-    **TENSOR_NAMES,
     "post_attention_norm": "post_attention_layernorm",
     "ffn_norm": "pre_feedforward_layernorm",
     "post_ffw_norm": "post_feedforward_layernorm",
+}
+# Names that one architecture has besides these, or instead of them.
+FAMILY_NAMES = {
+    "gpt-oss": {
+        "attn_sinks": "self_attn.sinks",
+        "post_attention_norm": "post_attention_layernorm",
+        "ffn_gate_inp": "mlp.router",
+    },
+    **dict.fromkeys(GEMMA, GEMMA_NAMES),
 }
 
 SAMPLING = {
@@ -275,15 +284,20 @@ class GGUFTensor:
         """The name of the type in the file."""
         return self.kind.name
 
+    def in_blocks(self, part: tuple[slice, ...]) -> bool:
+        """Whether the columns begin and end with blocks."""
+        start, stop, step = part[1].indices(self.shape[1])
+        return step == 1 and start % self.block == 0 and stop % self.block == 0
+
     def blocks(self, part: tuple[slice, ...]) -> Blocks | None:
         """The slices of rows and columns as the file stores them.
 
         None if the columns do not begin and end with blocks.
         """
-        rows, columns = part
-        start, stop, step = columns.indices(self.shape[1])
-        if start % self.block or stop % self.block or step != 1:
+        if not self.in_blocks(part):
             return None
+        rows, columns = part
+        start, stop, _ = columns.indices(self.shape[1])
         row_order = np.arange(self.shape[0]) if self.row_order is None else self.row_order
         first = start // self.block * self.block_bytes
         last = stop // self.block * self.block_bytes
@@ -471,11 +485,6 @@ class GGUF:
             found.offset = 1.0
         return found
 
-    @property
-    def tensor_names(self) -> dict[str, str]:
-        """Name in the file, without block and suffix -> name in transformers."""
-        return GEMMA_NAMES if self.family in GEMMA else TENSOR_NAMES
-
     def __iter__(self) -> Iterator[tuple[str, LazyTensor]]:
         """(Hugging Face name, tensor).
 
@@ -489,20 +498,26 @@ class GGUF:
                 raise ValueError(
                     f"{self.path} holds {name!r}, which no {self.family} model here has"
                 )
-            hf_name = self.hf_name(block, stem, suffix)
-            if len(tensor.shape) == 3:
-                yield from self.experts(hf_name, tensor)
+            hf = self.hf_name(block, stem, suffix)
+            if stem.endswith("_exps"):
+                yield from self.experts(hf, tensor)
             else:
-                yield hf_name, self.lazy(tensor)
+                yield hf, self.lazy(tensor)
         yield from self.missing_biases()
+
+    @property
+    def tensor_names(self) -> dict[str, str]:
+        """Name in the file -> name in Hugging Face's layer."""
+        return {**TENSOR_NAMES, **FAMILY_NAMES.get(self.family, {})}
 
     def hf_name(self, block: list[str], stem: str, suffix: str) -> str:
         """(["blk", "3"], "attn_q", "weight") -> "model.layers.3.self_attn.q_proj.weight"."""
         layer = f"model.layers.{block[1]}." if block else ""
-        return f"{layer}{self.tensor_names[stem]}.{suffix}"
+        name = f"{layer}{self.tensor_names[stem]}"
+        return name if stem == "attn_sinks" else f"{name}.{suffix}"
 
     def experts(self, name: str, tensor: gguf.ReaderTensor) -> Iterator[tuple[str, LazyTensor]]:
-        """The matrices of a tensor [experts, rows, columns].
+        """The matrices of a tensor [experts, rows, columns], or the rows of [experts, rows].
 
         name: "...mlp.experts.down_proj.weight" becomes "...mlp.experts.0.down_proj.weight"
         and so on.
@@ -591,12 +606,23 @@ class GGUF:
             # Two fields of Qwen: the window counts from layer 0 on.
             "use_sliding_window": bool(window),
             "max_window_layers": 0,
+            "layer_types": self.layer_types(),
             **experts,
             "tie_word_embeddings": not self.head_differs(),
             "bos_token_id": self.get("tokenizer.ggml.bos_token_id"),
             "eos_token_id": self.get("tokenizer.ggml.eos_token_id"),
             "pad_token_id": self.get("tokenizer.ggml.padding_token_id"),
         }
+
+    def layer_types(self) -> list[str] | None:
+        """Which layers have the window. None: all that the rest of the config says.
+
+        llama.cpp knows it of the architecture.
+        """
+        if self.family != "gpt-oss":
+            return None
+        kinds = ("sliding_attention", "full_attention")
+        return [kinds[layer % 2] for layer in range(self[f"{self.family}.block_count"])]
 
     def expert_fields(self, fields: Fields) -> dict[str, object]:
         """The fields of config.json about experts. {} for a model without experts."""
@@ -660,6 +686,8 @@ class GGUF:
             return {"rope_theta": theta, "rope_type": "default"}
         found = {"rope_theta": theta, "rope_type": kind, "factor": factor}
         if kind == "yarn":
+            if self.family == "gpt-oss":
+                found["truncate"] = False  # it was trained so, and files do not say it
             found["original_max_position_embeddings"] = (
                 trained or self[f"{self.family}.context_length"]
             )

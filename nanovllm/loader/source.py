@@ -82,6 +82,9 @@ class BlockTensor(Protocol):
     @property
     def type(self) -> str: ...
 
+    def in_blocks(self, part: tuple[slice, ...]) -> bool:
+        """Whether the slice of columns begins and ends with blocks. Reads nothing."""
+
     def blocks(self, part: tuple[slice, ...]) -> Blocks | None:
         """The slices of rows and columns. None if the columns do not begin and end with blocks."""
 
@@ -125,7 +128,7 @@ def fill(model: nn.Module, weights: Iterable[tuple[str, LazyTensor]]) -> set[str
     unknown: list[str] = []
     tied_head: LazyTensor | None = None
     for given_name, tensor in weights:
-        name = text_name(given_name)
+        name = given_name if given_name in wanted else text_name(given_name)
         if name in wanted:
             fill_from(name, tensor, wanted[name])
             given.add(name)
@@ -168,7 +171,7 @@ def fill_from(name: str, tensor: LazyTensor, sources: list[Source]) -> None:
 def expect(model: nn.Module, weights: Iterable[tuple[str, LazyTensor]]) -> None:
     """Allocates the parameters whose form depends on the tensors that `fill` will read."""
     wanted = all_sources(model)
-    known = {text_name(name): tensor for name, tensor in weights}
+    known = {name if name in wanted else text_name(name): tensor for name, tensor in weights}
     if EMBEDDING not in known and HEAD in known:
         known[EMBEDDING] = known[HEAD]  # of a tied model
     receivers: list[Receiver] = []
