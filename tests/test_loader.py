@@ -756,6 +756,49 @@ def test_gguf_sentencepiece_tokenizer(tmp_path: Path) -> None:
         assert tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids) == text
 
 
+def test_gguf_tokenizer_of_gemma(tmp_path: Path) -> None:
+    """No space before a text. Tokens of several spaces or line ends are taken whole, as in
+    SentencePiece: they are "user-defined", and llama.cpp's conversion writes them with real spaces.
+    """
+    special = ["<pad>", "<eos>", "<bos>", "<unk>"]
+    user_defined = ["<start_of_turn>", "\n", "\n\n", "\n\n\n", "  ", "   ", "<h1>"]
+    words = ["he", "▁he", "▁▁", "lo", "▁", *"hel<1>o"]
+    pieces = [*special, *user_defined, *(f"<0x{i:02X}>" for i in range(256)), *words]
+    kind = gguf.TokenType
+    kinds = [kind.CONTROL] * 3 + [kind.UNKNOWN] + [kind.CONTROL]
+    kinds += [kind.USER_DEFINED] * (len(user_defined) - 1) + [kind.BYTE] * 256
+    writer = start_gguf(tmp_path / "m.gguf", LlamaConfig(**SIZES), "llama")
+    for name in ("bos", "eos", "padding"):
+        writer.kv_data[0].pop(f"tokenizer.ggml.{name}_token_id")
+    writer.add_tokenizer_model("llama")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(pieces)
+    writer.add_token_types(kinds + [kind.NORMAL] * len(words))
+    writer.add_token_scores(
+        [0.0] * (len(pieces) - len(words)) + [-float(i) for i in range(len(words))]
+    )
+    for add, token_id in (
+        (writer.add_pad_token_id, 0),
+        (writer.add_eos_token_id, 1),
+        (writer.add_bos_token_id, 2),
+        (writer.add_unk_token_id, 3),
+    ):
+        add(token_id)
+    writer.add_add_space_prefix(False)
+    finish(writer)
+    tokenizer = loader.load_tokenizer(loader.resolve(str(tmp_path)))
+
+    def cut(text: str) -> list[str]:
+        return [tokenizer.convert_ids_to_tokens(i) for i in tokenizer.encode(text)]
+
+    assert cut("he he") == ["<bos>", "he", "▁he"]
+    assert cut("he   he\n\n\n\nlo") == ["<bos>", "he", "   ", "he", "\n\n\n", "\n", "lo"]
+    assert cut("<h1>he<start_of_turn>he") == ["<bos>", "<h1>", "he", "<start_of_turn>", "he"]
+    assert cut("<he>") == ["<bos>", "<", "he", ">"]
+    for text in (" he  lo\n\n", "he é", "   <h1>\n"):
+        assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) == text
+
+
 def test_folder_tokenizer_with_its_chat_template_in_a_file(tmp_path: Path, byte_level: Any) -> None:
     model = tmp_path / "model"
     LlamaConfig(**SIZES).save_pretrained(model)
