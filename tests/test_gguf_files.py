@@ -373,6 +373,11 @@ QK_NORM = {"attn_q_norm.weight": (16,), "attn_k_norm.weight": (16,)}
 SECTIONS = {"rope.dimension_sections": [2, 3, 3, 0]}
 LINEAR = {"rope.scaling.factor": 4.0}
 YARN = {**LINEAR, "rope.scaling.type": "yarn", "rope.scaling.original_context_length": 32}
+POST_NORMS = {"post_attention_norm.weight": (64,), "post_ffw_norm.weight": (64,)}
+WINDOW = {"attention.sliding_window": 24}
+SOFTCAPS = {"attn_logit_softcapping": 3.0, "final_logit_softcapping": 5.0}
+# Layer 6 of 6 has no window, and the base below.
+GEMMA3 = {**WINDOW, "block_count": 6, "rope.freq_base": 1e6, **LINEAR}
 # Architecture, further tensors of a layer, further metadata; then the first 3 tokens of
 # llama-cpp-python 0.3.36: Llama(path, n_ctx=128), eval(PROMPT), the largest of scores[-1], eval.
 RELATIVES: list[tuple[str, dict[str, Any], dict[str, Any], list[int]]] = [
@@ -388,6 +393,8 @@ RELATIVES: list[tuple[str, dict[str, Any], dict[str, Any], list[int]]] = [
     ("qwen2vl", BIASES, SECTIONS, [70, 58, 54]),
     ("qwen3", QK_NORM, {}, [13, 83, 82]),
     ("qwen3vl", QK_NORM, SECTIONS, [13, 83, 82]),
+    ("gemma2", POST_NORMS, {**WINDOW, **SOFTCAPS}, [20, 39, 39]),
+    ("gemma3", {**POST_NORMS, **QK_NORM}, GEMMA3, [32, 52, 95]),
 ]
 
 
@@ -395,15 +402,20 @@ def write_relative(
     path: Path, arch: str, further: dict[str, Any], metadata: dict[str, Any]
 ) -> Path:
     generator = np.random.default_rng(5)
-    tensors = {"token_embd.weight": (96, 64), "output.weight": (96, 64)}
+    tensors: dict[str, Any] = {"token_embd.weight": (96, 64), "output.weight": (96, 64)}
+    if arch.startswith("gemma"):
+        del tensors["output.weight"]  # llama.cpp's code ties the two
     tensors["output_norm.weight"] = (64,)
     layer = {**{f"{name}.weight": shape for name, shape in SHAPES.items()}, **further}
-    for i in range(2):
+    for i in range(metadata.get("block_count", 2)):
         tensors.update({f"blk.{i}.{name}": shape for name, shape in layer.items()})
     arrays = {
         name: 0.2 * generator.standard_normal(shape) + ("norm" in name)
         for name, shape in tensors.items()
     }
+    for name in arrays:
+        if "post_" in name:
+            arrays[name] *= 8  # otherwise Gemma's large embeddings repeat the last token
     fields = {"block_count": 2, "vocab_size": 96, "rope.dimension_count": 16, **metadata}
     fields = {f"{arch}.{name}": value for name, value in fields.items()}
     return write(path, {**fields, "tokenizer.ggml.model": "none"}, arrays, arch)

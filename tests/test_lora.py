@@ -123,6 +123,17 @@ def test_greedy_tokens_are_those_of_peft(family):
         assert tokens_of(llm, None) == without
 
 
+def test_an_adapter_of_projections_that_the_checkpoint_fuses_is_that_of_peft(tmp_path):
+    """Phi-3 has Q, K and V in one matrix."""
+    folder, _ = tiny_model(tmp_path / "model", "Phi3")
+    base = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    fused = {"target_modules": ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]}
+    model = save_adapter(tmp_path / "adapter", base, **fused)
+    llm = make_llm(folder, enable_lora=True, skip_tokenizer_init=True)
+    found = tokens_of(llm, LoRARequest("fused", 1, str(tmp_path / "adapter")))
+    assert found == [greedy(model, prompt, GREEDY.max_tokens or 0) for prompt in PROMPTS]
+
+
 @pytest.mark.parametrize("name", ["rslora", "patterns", "tables", "first-layer"])
 def test_every_kind_of_adapter_is_that_of_peft(name):
     wanted = [expected(name, prompt) for prompt in PROMPTS]

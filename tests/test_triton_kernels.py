@@ -197,9 +197,7 @@ def test_layers_of_different_shapes_in_one_model():
         outs = []
         for layer, case in enumerate(cases):
             new = [slice(*ends) for ends in zip(begins, ends)]
-            k, v = (
-                torch.cat([x[tokens] for x, tokens in zip(xs, new)]) for xs in (case.k, case.v)
-            )
+            k, v = (torch.cat([x[tokens] for x, tokens in zip(xs, new)]) for xs in (case.k, case.v))
             backend.store(layer, k, v)
             q = torch.randn(len(k), 4, layers[layer].head_dim, device=DEVICE)
             case.q = list(q.split([len(range(*ends)) for ends in zip(begins, ends)]))
@@ -718,9 +716,7 @@ def test_a_grouped_product(dtype, features, depth, sizes, rest):
             if added is not None:
                 wanted[own] += added[matrix].double()
         on_device = (x.to(DEVICE), weight.to(DEVICE), offsets.to(DEVICE))
-        found = moe_triton.grouped_linear(
-            *on_device, None if added is None else added.to(DEVICE)
-        )
+        found = moe_triton.grouped_linear(*on_device, None if added is None else added.to(DEVICE))
         assert found.dtype is dtype
         atol = EPS[dtype] * depth**0.5
         torch.testing.assert_close(found.cpu().double(), wanted, atol=atol, rtol=2 * EPS[dtype])

@@ -1,4 +1,4 @@
-"""Reads GGUF files of the architectures llama, qwen2, qwen3 and their relatives.
+"""Reads GGUF files of the architectures llama, qwen2, qwen3, gemma2, gemma3 and relatives.
 
 The metadata becomes the fields of a Hugging Face config. The tensors get Hugging Face
 names and Hugging Face's row order, and a slice of a tensor is dequantised when it is
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from nanovllm.core.batch import ceil_div
 from nanovllm.loader.fields import Fields
+from nanovllm.loader.gguf_gemma import PATTERN, gemma_fields
 from nanovllm.loader.gguf_parts import find_parts
 from nanovllm.loader.safetensors import unreadable
 from nanovllm.loader.source import Blocks, LazyTensor, Part
@@ -42,6 +43,8 @@ ARCHITECTURES = {
     "qwen3vl": "Qwen3ForCausalLM",
     "qwen3moe": "Qwen3MoeForCausalLM",
     "olmoe": "OlmoeForCausalLM",
+    "gemma2": "Gemma2ForCausalLM",
+    "gemma3": "Gemma3ForCausalLM",
     "gpt-oss": "GptOssForCausalLM",
 }
 # llama.cpp rotates neighbouring rows of Q and K in these, and the two halves of a head in
@@ -72,13 +75,22 @@ TENSOR_NAMES = {
     "ffn_up_shexp": "mlp.shared_expert.up_proj",
     "ffn_down_shexp": "mlp.shared_expert.down_proj",
 }
+# Gemma has norms after both parts of a layer too. The file holds the factors of its norms,
+# and transformers the factors less 1.
+GEMMA = ("gemma2", "gemma3")
+GEMMA_NAMES = {
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
 # Names that one architecture has besides these, or instead of them.
 FAMILY_NAMES = {
     "gpt-oss": {
         "attn_sinks": "self_attn.sinks",
         "post_attention_norm": "post_attention_layernorm",
         "ffn_gate_inp": "mlp.router",
-    }
+    },
+    **dict.fromkeys(GEMMA, GEMMA_NAMES),
 }
 
 SAMPLING = {
@@ -229,7 +241,8 @@ class GGUFTensor:
 
     packed: uint8 [shape[0], bytes of a row]. row_order: row i of the tensor is
     row_order[i] of `packed`. None: the rows are in order. expert: the matrix of a tensor
-    of three dimensions.
+    of three dimensions. offset: what the file has more than the tensor; only a tensor of
+    one dimension has it.
     """
 
     def __init__(self, tensor: gguf.ReaderTensor, expert: int | None = None) -> None:
@@ -247,6 +260,7 @@ class GGUFTensor:
         # Weights and bytes of one block.
         self.block, self.block_bytes = gguf.GGML_QUANT_SIZES[self.kind]
         self.row_order: np.ndarray | None = None
+        self.offset = 0.0
 
     def __getitem__(self, part: Part, /) -> Tensor:
         """part: at most one slice for each dimension, or `...` for the whole tensor."""
@@ -257,7 +271,7 @@ class GGUFTensor:
             rows, columns = (*part, columns)[:2]
         packed = self.packed[rows if self.row_order is None else self.row_order[rows]]
         if len(self.shape) == 1:
-            return self.unpack(packed).reshape(-1)
+            return self.unpack(packed).reshape(-1) - self.offset
         start, stop, step = columns.indices(self.shape[1])
         first = start // self.block
         last = ceil_div(stop, self.block)
@@ -467,6 +481,8 @@ class GGUF:
             number = self.get_one(f"attention.{heads}") or self.get_one("attention.head_count")
             rows = np.arange(found.shape[0]).reshape(number, -1, 2)
             found.row_order = rows.swapaxes(1, 2).reshape(-1)
+        if self.family in GEMMA and tensor.name.endswith("norm.weight"):
+            found.offset = 1.0
         return found
 
     def __iter__(self) -> Iterator[tuple[str, LazyTensor]]:
@@ -540,6 +556,15 @@ class GGUF:
 
     def hf_fields(self) -> dict[str, object]:
         """The fields of config.json, as far as the metadata states them."""
+        found = self.common_fields()
+        if self.family not in GEMMA:
+            return found
+        pattern = self.get(f"{self.family}.{PATTERN}")
+        fields = Fields(f"{self.path}: {self.family}", self.get_one)
+        return found | gemma_fields(self.family, fields, pattern, found)
+
+    def common_fields(self) -> dict[str, object]:
+        """The fields of config.json that all families have."""
         family, tensors = self.family, self.tensors
         if "token_embd.weight" not in tensors:
             raise ValueError(

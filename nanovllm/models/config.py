@@ -61,6 +61,7 @@ class ModelConfig:
     expert_parallel: bool = False  # ranks share experts, if there are any, instead of their sizes
     # RoPE of layers with a window. None: it is `rope`.
     sliding_rope: RopeParameters | None = None
+    is_multimodal: bool = False  # the checkpoint has towers for images, which are not read
 
     @property
     def has_experts(self) -> bool:

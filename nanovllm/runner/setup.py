@@ -122,7 +122,12 @@ class Setup:
         if self.generation_config.get(name) is not None:
             fields = Fields(self.generation_config_path, self.generation_config.get)
         else:
-            fields = Fields(self.config_path, lambda name: getattr(self.hf_config, name, None))
+            text = loader.text_config(self.hf_config)
+            own_field = getattr(self.hf_config, name, None)
+            fields = Fields(
+                self.config_path,
+                lambda name: getattr(text, name, None) if own_field is None else own_field,
+            )
         found = fields.ids(name)
         own = getattr(self.tokenizer, name, None)
         if own is not None:
