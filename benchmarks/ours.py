@@ -128,7 +128,8 @@ def settle(llm: Any) -> None:
     Peers write their cache when they start, and a long-lived engine has written it
     (docs/experiments.md).
     """
-    llm.llm_engine.executor.runner.attention.cache.zero_()
+    for pages in llm.llm_engine.executor.runner.attention.cache:
+        pages.zero_()
 
 
 def kv_cache_bytes(llm: Any) -> int:

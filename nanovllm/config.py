@@ -61,6 +61,7 @@ class EngineArgs:
     override_generation_config: dict[str, object] | None = None  # over generation_config.json
     chat_template: str | None = None
     load_format: str = "auto"
+    model_impl: str = "auto"  # "transformers": run transformers' own code; "vllm": never
     dtype: str = "auto"  # a torch.dtype is accepted too
     quantization: str | None = None  # None: as the checkpoint says; "none": dequantised
     device: str = "auto"
@@ -128,6 +129,12 @@ class EngineArgs:
         return cls(**values)
 
     def _check(self) -> None:
+        self._check_names()
+        self._check_numbers()
+        self._check_generation_config()
+        self._check_lora()
+
+    def _check_names(self) -> None:
         if not isinstance(self.model, (str, os.PathLike)):
             raise TypeError(f"model={self.model!r} must be a folder, a .gguf file or a hub name")
         self.model = str(self.model)
@@ -138,6 +145,9 @@ class EngineArgs:
         if self.load_format == "fastsafetensors":  # another reader of the same files
             self.load_format = "safetensors"
         one_of("load_format", self.load_format, ("auto", "safetensors", "gguf", "dummy"))
+        if self.model_impl == "nanovllm":
+            self.model_impl = "vllm"  # our own models, by either name
+        one_of("model_impl", self.model_impl, ("auto", "vllm", "transformers"))
         one_of("tokenizer_mode", self.tokenizer_mode, ("auto", "slow"))
         one_of("scheduling_policy", self.scheduling_policy, ("fcfs", "priority"))
         one_of("logprobs_mode", self.logprobs_mode, LOGPROBS_MODES)
@@ -146,15 +156,15 @@ class EngineArgs:
                 f"logits_processors={self.logits_processors!r} must be None or a list of classes "
                 "and names like 'module:Class'"
             )
-        one_of("quantization", self.quantization, (None, "none", "gguf"))
+        one_of("quantization", self.quantization, (None, "none", "gguf", "mxfp4"))
         one_of("kv_cache_dtype", self.kv_cache_dtype, ("fp8", *DTYPES))
-        self._check_generation_config()
-        self._check_lora()
         one_of(
             "distributed_executor_backend",
             self.distributed_executor_backend,
             (None, "uni", "mp", "external_launcher"),
         )
+
+    def _check_numbers(self) -> None:
         limits = ("max_model_len", "max_num_seqs", "max_num_batched_tokens")
         for name in (*limits, "block_size", "num_gpu_blocks_override", "kv_cache_memory_bytes"):
             positive(name, getattr(self, name), optional=True)

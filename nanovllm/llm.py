@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-    from nanovllm.models.decoder import CausalLM
+    from nanovllm.models.base import LanguageModel
 
 Result = TypeVar("Result")
 AdapterChoice = LoRARequest | Sequence[LoRARequest | None] | None
@@ -56,6 +56,7 @@ class LLM:
         override_generation_config: dict[str, object] | None = None,
         chat_template: str | None = None,
         load_format: str = "auto",
+        model_impl: str = "auto",
         dtype: str | torch.dtype = "auto",
         device: str = "auto",
         attention_backend: str | None = None,
@@ -184,7 +185,8 @@ class LLM:
         if tokenization_kwargs:
             inputs = self._tokenized(inputs, Tokenization.of(tokenization_kwargs))
         stream = self._add(inputs, sampling_params, use_tqdm, priority, lora_request)
-        self._enqueued.append(stream)
+        with self.llm_engine.exclusive():
+            self._enqueued.append(stream)
         return list(stream.request_ids)
 
     def wait_for_completion(
@@ -202,8 +204,9 @@ class LLM:
             raise ValidationError(
                 f"output_type={output_type!r} is not supported; accepted are RequestOutput and None"
             )
-        streams = self._enqueued
-        self._enqueued = []
+        with self.llm_engine.exclusive():
+            streams = self._enqueued
+            self._enqueued = []
         return run(streams, use_tqdm)
 
     def stream(
@@ -388,11 +391,7 @@ class LLM:
         reset_connector: no effect, because all KV cache is inside the engine.
         Raises ValueError for reset_running_requests while requests are unfinished.
         """
-        if reset_running_requests and self.llm_engine.get_num_unfinished_requests():
-            raise ValidationError(
-                "reset_running_requests=True is not supported while requests are unfinished"
-            )
-        return self.llm_engine.reset_prefix_cache()
+        return self.llm_engine.reset_prefix_cache(reset_running_requests)
 
     def reset_mm_cache(self) -> None:
         """No effect, because the engine takes text only."""
@@ -425,9 +424,9 @@ class LLM:
 
         Returns one result for each rank. timeout: no effect.
         """
-        return self.llm_engine.collective_rpc(method, args, dict(kwargs or {}))
+        return self.llm_engine.collective_rpc(method, timeout, args, dict(kwargs or {}))
 
-    def apply_model(self, func: Callable[[CausalLM], Result]) -> list[Result]:
+    def apply_model(self, func: Callable[[LanguageModel], Result]) -> list[Result]:
         """Calls `func(model)` on each rank. Returns one result for each rank."""
         return cast(list[Result], self.collective_rpc(control.apply_to_model, args=(func,)))
 

@@ -29,6 +29,19 @@ LONG_FIRST = (
 )
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--all-architectures",
+        action="store_true",
+        help="tests/test_transformers_models.py: every decoder of transformers, not a dozen",
+    )
+    parser.addoption(
+        "--write-architectures",
+        action="store_true",
+        help="tests/test_transformers_models.py: write the table of docs/models.md",
+    )
+
+
 def group_of(nodeid: str) -> str:
     """The pattern that a test belongs to, or its file."""
     patterns = (pattern for pattern in LONG_FIRST if re.search(pattern, nodeid))

@@ -55,8 +55,10 @@ NAMES = {
     "destroy_distributed_environment",
     "vllm.distributed.parallel_state": "cleanup_dist_env_and_memory destroy_model_parallel "
     "destroy_distributed_environment",
+    "vllm.distributed.weight_transfer.nccl_common": "trainer_init",
     "vllm.distributed.weight_transfer.nccl_engine": "NCCLWeightTransferEngine "
     "NCCLTrainerSendWeightsArgs",
+    "vllm.distributed.weight_transfer.packed_tensor": "packed_nccl_broadcast_producer",
     "vllm.engine.arg_utils": "EngineArgs AsyncEngineArgs",
     "vllm.engine.async_llm_engine": "AsyncLLMEngine",
     "vllm.engine.llm_engine": "LLMEngine",
@@ -80,7 +82,7 @@ NAMES = {
     "vllm.utils": "Counter FlexibleArgumentParser get_ip get_open_port random_uuid",
     "vllm.utils.argparse_utils": "FlexibleArgumentParser",
     "vllm.utils.network_utils": "get_ip get_open_port",
-    "vllm.v1.engine.async_llm": "AsyncLLM",
+    "vllm.v1.engine.async_llm": "AsyncLLM AsyncEngineArgs",
     "vllm.v1.engine.exceptions": "EngineDeadError",
     "vllm.v1.sample.logits_processor": "LogitsProcessor AdapterLogitsProcessor BatchUpdate "
     "MoveDirectionality",
@@ -196,11 +198,19 @@ def test_the_tokenizer_and_its_chat_template(alias: None) -> None:
     assert resolve_chat_template(tokenizer) is None
 
 
-def test_weight_transfer_to_a_server_is_refused(alias: None) -> None:
-    from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine
-
-    with pytest.raises(ValueError, match="load_weights"):
-        NCCLWeightTransferEngine()
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        ("nccl_common", "trainer_init"),
+        ("nccl_engine", "NCCLTrainerSendWeightsArgs"),
+        ("nccl_engine", "NCCLWeightTransferEngine"),
+        ("packed_tensor", "packed_nccl_broadcast_producer"),
+    ],
+)
+def test_weight_transfer_to_a_server_is_refused(alias: None, module: str, name: str) -> None:
+    found = importlib.import_module(f"vllm.distributed.weight_transfer.{module}")
+    with pytest.raises(ValueError, match=f"^{name} is not supported.*load_weights"):
+        getattr(found, name)("host", port=1)
 
 
 def test_utilities(alias: None) -> None:

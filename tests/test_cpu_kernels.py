@@ -373,7 +373,7 @@ class TestNormAndActivation:
         assert torch.equal(kernels.add(x.clone(), y), x + y)
         assert torch.equal(kernels.scale(x.clone(), 0.7), x * 0.7)
         for operation, expected in ((kernels.add, x + y), (kernels.scale, x * 0.7)):
-            apart = x.T.contiguous().T
+            apart = x.clone().T.contiguous().T
             operand = y if operation is kernels.add else 0.7
             assert torch.equal(operation(apart, operand), expected)
 

@@ -280,9 +280,9 @@ def test_an_engine_that_cannot_be_made_says_what_to_change(qwen3, kwargs, messag
 def test_an_unsupported_architecture_is_refused(tmp_path):
     import transformers
 
-    transformers.GPT2Config(architectures=["GPT2LMHeadModel"]).save_pretrained(tmp_path)
+    transformers.GPT2Config(architectures=["GPT9LMHeadModel"]).save_pretrained(tmp_path)
     with pytest.raises(
-        ValueError, match="'GPT2LMHeadModel' is not supported; supported are LlamaForCausalLM"
+        ValueError, match="'GPT9LMHeadModel' is not supported; supported are LlamaForCausalLM"
     ):
         LLM(str(tmp_path), load_format="dummy", skip_tokenizer_init=True)
 

@@ -134,3 +134,20 @@ def zeroed(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     memory = torch.from_numpy(np.zeros(size + line, np.uint8))
     start = -memory.data_ptr() % line
     return memory[start : start + size].view(dtype).view(shape)
+
+
+PageShapes = Sequence[tuple[tuple[int, ...], tuple[int, ...]]]  # of K and of V for each layer
+
+
+def zeroed_pages(
+    shapes: PageShapes, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+    """(all numbers in one line, K and V of each layer as views of it).
+
+    One tensor holds all layers, because an allocator rounds the size of each tensor up.
+    """
+    sizes = [prod(shape) for pair in shapes for shape in pair]
+    numbers = torch.zeros(sum(sizes), dtype=dtype, device=device)
+    parts = iter(numbers.split(sizes))
+    pages = [(next(parts).view(k), next(parts).view(v)) for k, v in shapes]
+    return numbers, pages

@@ -42,6 +42,7 @@ ARCHITECTURES = {
     "qwen3vl": "Qwen3ForCausalLM",
     "qwen3moe": "Qwen3MoeForCausalLM",
     "olmoe": "OlmoeForCausalLM",
+    "gpt-oss": "GptOssForCausalLM",
 }
 # llama.cpp rotates neighbouring rows of Q and K in these, and the two halves of a head in
 # the others, as transformers does in all.
@@ -70,6 +71,14 @@ TENSOR_NAMES = {
     "ffn_gate_shexp": "mlp.shared_expert.gate_proj",
     "ffn_up_shexp": "mlp.shared_expert.up_proj",
     "ffn_down_shexp": "mlp.shared_expert.down_proj",
+}
+# Names that one architecture has besides these, or instead of them.
+FAMILY_NAMES = {
+    "gpt-oss": {
+        "attn_sinks": "self_attn.sinks",
+        "post_attention_norm": "post_attention_layernorm",
+        "ffn_gate_inp": "mlp.router",
+    }
 }
 
 SAMPLING = {
@@ -261,15 +270,20 @@ class GGUFTensor:
         """The name of the type in the file."""
         return self.kind.name
 
+    def in_blocks(self, part: tuple[slice, ...]) -> bool:
+        """Whether the columns begin and end with blocks."""
+        start, stop, step = part[1].indices(self.shape[1])
+        return step == 1 and start % self.block == 0 and stop % self.block == 0
+
     def blocks(self, part: tuple[slice, ...]) -> Blocks | None:
         """The slices of rows and columns as the file stores them.
 
         None if the columns do not begin and end with blocks.
         """
-        rows, columns = part
-        start, stop, step = columns.indices(self.shape[1])
-        if start % self.block or stop % self.block or step != 1:
+        if not self.in_blocks(part):
             return None
+        rows, columns = part
+        start, stop, _ = columns.indices(self.shape[1])
         row_order = np.arange(self.shape[0]) if self.row_order is None else self.row_order
         first = start // self.block * self.block_bytes
         last = stop // self.block * self.block_bytes
@@ -464,18 +478,30 @@ class GGUF:
             if name == "rope_freqs.weight":
                 continue  # no parameter: `hf_fields` reads it
             *block, stem, suffix = name.split(".")
-            if stem not in TENSOR_NAMES or suffix not in ("weight", "bias"):
+            if stem not in self.tensor_names or suffix not in ("weight", "bias"):
                 raise ValueError(
                     f"{self.path} holds {name!r}, which no {self.family} model here has"
                 )
-            if len(tensor.shape) == 3:
-                yield from self.experts(hf_name(block, stem, suffix), tensor)
+            hf = self.hf_name(block, stem, suffix)
+            if stem.endswith("_exps"):
+                yield from self.experts(hf, tensor)
             else:
-                yield hf_name(block, stem, suffix), self.lazy(tensor)
+                yield hf, self.lazy(tensor)
         yield from self.missing_biases()
 
+    @property
+    def tensor_names(self) -> dict[str, str]:
+        """Name in the file -> name in Hugging Face's layer."""
+        return {**TENSOR_NAMES, **FAMILY_NAMES.get(self.family, {})}
+
+    def hf_name(self, block: list[str], stem: str, suffix: str) -> str:
+        """(["blk", "3"], "attn_q", "weight") -> "model.layers.3.self_attn.q_proj.weight"."""
+        layer = f"model.layers.{block[1]}." if block else ""
+        name = f"{layer}{self.tensor_names[stem]}"
+        return name if stem == "attn_sinks" else f"{name}.{suffix}"
+
     def experts(self, name: str, tensor: gguf.ReaderTensor) -> Iterator[tuple[str, LazyTensor]]:
-        """The matrices of a tensor [experts, rows, columns].
+        """The matrices of a tensor [experts, rows, columns], or the rows of [experts, rows].
 
         name: "...mlp.experts.down_proj.weight" becomes "...mlp.experts.0.down_proj.weight"
         and so on.
@@ -496,7 +522,7 @@ class GGUF:
             *block, stem, suffix = name.split(".")
             bias = ".".join([*block, stem, "bias"])
             if suffix == "weight" and stem in stems and bias not in tensors:
-                yield hf_name(block, stem, "bias"), torch.zeros(int(tensors[name].shape[-1]))
+                yield self.hf_name(block, stem, "bias"), torch.zeros(int(tensors[name].shape[-1]))
 
     def biased_stems(self, kind: str) -> tuple[str, ...]:
         """The projections of attention ("attn") or feed-forward ("ffn") with a bias.
@@ -555,12 +581,23 @@ class GGUF:
             # Two fields of Qwen: the window counts from layer 0 on.
             "use_sliding_window": bool(window),
             "max_window_layers": 0,
+            "layer_types": self.layer_types(),
             **experts,
             "tie_word_embeddings": not self.head_differs(),
             "bos_token_id": self.get("tokenizer.ggml.bos_token_id"),
             "eos_token_id": self.get("tokenizer.ggml.eos_token_id"),
             "pad_token_id": self.get("tokenizer.ggml.padding_token_id"),
         }
+
+    def layer_types(self) -> list[str] | None:
+        """Which layers have the window. None: all that the rest of the config says.
+
+        llama.cpp knows it of the architecture.
+        """
+        if self.family != "gpt-oss":
+            return None
+        kinds = ("sliding_attention", "full_attention")
+        return [kinds[layer % 2] for layer in range(self[f"{self.family}.block_count"])]
 
     def expert_fields(self, fields: Fields) -> dict[str, object]:
         """The fields of config.json about experts. {} for a model without experts."""
@@ -624,6 +661,8 @@ class GGUF:
             return {"rope_theta": theta, "rope_type": "default"}
         found = {"rope_theta": theta, "rope_type": kind, "factor": factor}
         if kind == "yarn":
+            if self.family == "gpt-oss":
+                found["truncate"] = False  # it was trained so, and files do not say it
             found["original_max_position_embeddings"] = (
                 trained or self[f"{self.family}.context_length"]
             )
@@ -720,9 +759,3 @@ class GGUF:
         if "<|tool_response>" in named:
             named.pop("</s>", None)
         return list(dict.fromkeys(i for i in (*listed, *named.values()) if i is not None))
-
-
-def hf_name(block: list[str], stem: str, suffix: str) -> str:
-    """(["blk", "3"], "attn_q", "weight") -> "model.layers.3.self_attn.q_proj.weight"."""
-    layer = f"model.layers.{block[1]}." if block else ""
-    return f"{layer}{TENSOR_NAMES[stem]}.{suffix}"

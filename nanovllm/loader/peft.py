@@ -86,6 +86,15 @@ def find_adapter(path: str, download_dir: str | None, hf_token: str | bool | Non
     return folder
 
 
+def versions(folder: Path) -> tuple[tuple[int, int], ...]:
+    """(time of the last change in ns, bytes) of each file of an adapter. () if one is missing."""
+    try:
+        found = [(folder / name).stat() for name in (CONFIG, WEIGHTS)]
+    except OSError:
+        return ()
+    return tuple((stat.st_mtime_ns, stat.st_size) for stat in found)
+
+
 def read_adapter(
     folder: Path, shapes: Mapping[str, tuple[int, int]], max_rank: int
 ) -> dict[str, LowRank]:

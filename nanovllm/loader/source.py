@@ -80,6 +80,9 @@ class BlockTensor(Protocol):
     @property
     def type(self) -> str: ...
 
+    def in_blocks(self, part: tuple[slice, ...]) -> bool:
+        """Whether the slice of columns begins and ends with blocks. Reads nothing."""
+
     def blocks(self, part: tuple[slice, ...]) -> Blocks | None:
         """The slices of rows and columns. None if the columns do not begin and end with blocks."""
 

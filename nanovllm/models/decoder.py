@@ -7,9 +7,7 @@ knows tokens and an attention backend. It knows neither sequences nor ranks nor 
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from abc import abstractmethod
 from typing import ClassVar
 
 from torch import Tensor, nn
@@ -20,14 +18,13 @@ from nanovllm.cache.spec import CacheSpec, PagedKV
 from nanovllm.kernels.rope import Rope
 from nanovllm.layers.linear import (
     ColumnParallelLinear,
-    Matrix,
     RowParallelLinear,
     VocabParallelEmbedding,
 )
 from nanovllm.layers.norm import RMSNorm
 from nanovllm.layers.rotary import RotaryEmbedding
 from nanovllm.loader.fields import Fields
-from nanovllm.loader.source import LazyTensor, fill
+from nanovllm.models.base import LanguageModel
 from nanovllm.models.config import ModelConfig, read_sizes
 from nanovllm.parallel import TensorParallel
 
@@ -151,13 +148,11 @@ class Decoder(nn.Module):
         return hidden
 
 
-class CausalLM(nn.Module, ABC):
+class CausalLM(LanguageModel):
     """A decoder with its output head. A family's class says what its attention is."""
 
     def __init__(self, config: ModelConfig, max_model_len: int, tp: TensorParallel) -> None:
-        super().__init__()
-        self.config = config
-        self.tp = tp
+        super().__init__(config, tp)
         rotary_embs = self.rotary_embeddings(max_model_len)
         layers = [
             self.decoder_layer(self.attention(layer, rotary_embs[layer]), self.mlp(layer))
@@ -207,6 +202,10 @@ class CausalLM(nn.Module, ABC):
         sliding = RotaryEmbedding(config.sliding_rope, *sizes)
         return [table if window is None else sliding for window in config.sliding_windows]
 
+    @property
+    def head(self) -> VocabParallelEmbedding:
+        return self.lm_head
+
     def cache_specs(self) -> list[CacheSpec]:
         """What each layer remembers of a sequence."""
         return [module.cache_spec() for module in self.modules() if isinstance(module, Attention)]
@@ -218,32 +217,3 @@ class CausalLM(nn.Module, ABC):
     def logits(self, hidden: Tensor) -> Tensor:
         """[K, hidden] -> [K, vocabulary]."""
         return self.lm_head.logits(hidden)
-
-    # -- weights -------------------------------------------------------------------------
-
-    def load_weights(self, weights: Iterable[tuple[str, LazyTensor]]) -> set[str]:
-        """Writes new weights, under checkpoint names, into the running model.
-
-        Returns the names that were used. Reset the prefix cache after it. Raises
-        ValueError for a name or a shape that the model does not have.
-        """
-        with self.unpacked():
-            return fill(self, self.checkpoint_tensors(weights))
-
-    def checkpoint_tensors(
-        self, weights: Iterable[tuple[str, LazyTensor]]
-    ) -> Iterable[tuple[str, LazyTensor]]:
-        """The tensors under the names that the layers read, for checkpoints with other names."""
-        return weights
-
-    @contextmanager
-    def unpacked(self) -> Iterator[None]:
-        """Weights have the form of checkpoints inside the `with`, to be read or written."""
-        matrices = [module for module in self.modules() if isinstance(module, Matrix)]
-        for matrix in matrices:
-            matrix.begin_loading()
-        try:
-            yield
-        finally:
-            for matrix in matrices:
-                matrix.finish_loading()

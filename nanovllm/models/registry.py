@@ -1,6 +1,7 @@
 """Maps an architecture to the module of its model. A new family is a file and a line.
 
-The module has a class of the architecture's name, a subclass of `decoder.CausalLM`.
+The module has a class of the architecture's name, a subclass of `decoder.CausalLM`. Other
+architectures run as transformers' own code (`transformers_backend.py`).
 """
 
 from __future__ import annotations
@@ -8,15 +9,19 @@ from __future__ import annotations
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 from nanovllm.loader.fields import Fields
-from nanovllm.models.config import ModelConfig, refuse_quantised
+from nanovllm.models.config import ModelConfig, quant_method
 
 if TYPE_CHECKING:
-    from nanovllm.models.decoder import CausalLM
+    from transformers import PretrainedConfig
+
+    from nanovllm.models.base import LanguageModel
 
 MODELS = {
+    "GptOssForCausalLM": "nanovllm.models.gpt_oss",
     "LlamaForCausalLM": "nanovllm.models.llama",
     "MistralForCausalLM": "nanovllm.models.mistral",
     "MixtralForCausalLM": "nanovllm.models.mixtral",
@@ -34,6 +39,7 @@ MODELS = {
 # For a config without architectures. transformers 5 calls a Mistral with layer_types
 # "ministral".
 MODEL_TYPES = {
+    "gpt_oss": "GptOssForCausalLM",
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
     "ministral": "MistralForCausalLM",
@@ -51,20 +57,78 @@ MODEL_TYPES = {
 }
 
 
-def model_class(architecture: str) -> type[CausalLM]:
-    """The class of an architecture in MODELS."""
+# Runs any decoder of transformers. The name is vLLM's.
+TRANSFORMERS = "TransformersForCausalLM"
+
+
+def model_class(architecture: str) -> type[LanguageModel]:
+    """The class of an architecture in MODELS, or TRANSFORMERS."""
+    if architecture == TRANSFORMERS:
+        return import_module("nanovllm.models.transformers_backend").TransformersForCausalLM
     return getattr(import_module(MODELS[architecture]), architecture)
 
 
-def read_config(hf: object, source: str | Path = "config.json") -> ModelConfig:
+def read_config(
+    hf: PretrainedConfig | SimpleNamespace,
+    source: str | Path = "config.json",
+    model_impl: str = "auto",
+    trust_remote_code: bool = False,
+) -> ModelConfig:
     """A Hugging Face config, read by the model's own family.
 
-    Raises ValueError, naming `source` and the field, for what this engine does not run.
+    model_impl: "vllm" for our own models, "transformers" for transformers' own code, or
+    "auto": the latter for an architecture that the former lack. Raises ValueError, naming
+    `source` and the field, for what this engine does not run.
     """
     fields = Fields(source, lambda name: getattr(hf, name, None))
-    refuse_quantised(fields)
-    name = architecture(fields)
-    return replace(model_class(name).read_config(fields), architecture=name)
+    quantization = quant_method(fields)
+    foreign = None if model_impl == "vllm" else foreign_architecture(fields, model_impl)
+    if foreign is None:
+        name = architecture(fields)
+        family = import_module(MODELS[name])
+        config: ModelConfig = getattr(family, name).read_config(fields)
+        return replace(config, architecture=name, quantization=quantization)
+    if isinstance(hf, SimpleNamespace):
+        raise ValueError(
+            f"model_impl={model_impl!r}: {source} is a GGUF file; accepted for it are 'auto' and "
+            "'vllm'"
+        )
+    if quantization is not None:
+        raise ValueError(
+            f"model_impl={model_impl!r}: {source} has weights in {quantization}; accepted for it "
+            "are 'auto' and 'vllm'"
+        )
+    # The import of transformers is slow, and our own models do not need it.
+    from nanovllm.models.transformers_config import read_transformers_config
+
+    config = read_transformers_config(hf, fields, foreign, trust_remote_code)
+    return replace(config, architecture=TRANSFORMERS)
+
+
+def foreign_architecture(fields: Fields, model_impl: str) -> str | None:
+    """The architecture to run as transformers' own code. None: one of ours runs."""
+    listed = fields.get("architectures")
+    names = [listed] if isinstance(listed, str) else listed
+    is_list = isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names)
+    if not is_list or not names:
+        if model_impl == "transformers":
+            raise fields.refuse("architectures", "a list of one name such as 'LlamaForCausalLM'")
+        return None
+    if model_impl == "auto":
+        is_ours = any(name in MODELS for name in names)
+        is_known = is_ours or not runs_in_transformers(fields, names[0])
+        if is_known:
+            return None
+    return names[0]
+
+
+def runs_in_transformers(fields: Fields, name: str) -> bool:
+    """Whether transformers, or code beside the checkpoint, has a class of this name."""
+    import transformers
+
+    remote = fields.get("auto_map")
+    is_remote = isinstance(remote, dict) and "AutoModelForCausalLM" in remote
+    return is_remote or hasattr(transformers, name)
 
 
 def architecture(fields: Fields) -> str:

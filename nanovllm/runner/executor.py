@@ -19,7 +19,7 @@ import torch.distributed as dist
 from nanovllm.core.batch import Batch
 from nanovllm.core.step import StepResult
 from nanovllm.errors import ValidationError
-from nanovllm.models.decoder import CausalLM
+from nanovllm.models.base import LanguageModel
 from nanovllm.parallel import TensorParallel
 from nanovllm.runner import sleep
 from nanovllm.runner.model_runner import ModelRunner
@@ -133,7 +133,7 @@ class Worker:
         """Itself, because scripts for vLLM read `driver_worker.worker.model_runner`."""
         return self
 
-    def get_model(self) -> CausalLM:
+    def get_model(self) -> LanguageModel:
         return self.model_runner.model
 
     def reload_weights(self) -> None:

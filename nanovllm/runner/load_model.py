@@ -21,7 +21,7 @@ from nanovllm.loader.source import (
     expect,
     listing,
 )
-from nanovllm.models.decoder import CausalLM
+from nanovllm.models.base import LanguageModel
 from nanovllm.models.registry import model_class
 from nanovllm.parallel import TensorParallel
 from nanovllm.runner.setup import Setup
@@ -31,7 +31,7 @@ from nanovllm.weights.select import storage_format
 CACHE_LINE = 64  # bytes
 
 
-def make_model(setup: Setup, tp: TensorParallel) -> CausalLM:
+def make_model(setup: Setup, tp: TensorParallel) -> LanguageModel:
     """This rank's shard of the model, with its weights.
 
     Raises ValueError for a checkpoint whose tensors do not fit the model.
@@ -41,13 +41,13 @@ def make_model(setup: Setup, tp: TensorParallel) -> CausalLM:
     torch.set_default_dtype(setup.dtype)
     try:
         with setup.device, storage_format(setup.weight_format):
-            model: CausalLM = make(setup.config, setup.max_model_len, tp).eval()
+            model: LanguageModel = make(setup.config, setup.max_model_len, tp).eval()
     finally:
         torch.set_default_dtype(default)
     weights: Iterable[tuple[str, LazyTensor]] = loader.iter_weights(setup.files)
     if setup.weight_format is not None:
         weights = list(weights)
-        expect(model, weights)
+        expect(model, model.checkpoint_tensors(weights))
         report_dequantised(model)
     if setup.device.type == "cpu":
         lay_out(model)
@@ -71,7 +71,7 @@ def lay_out(model: nn.Module) -> None:
 
 
 def load_weights(
-    model: CausalLM,
+    model: LanguageModel,
     setup: Setup,
     tp: TensorParallel,
     weights: Iterable[tuple[str, LazyTensor]] | None = None,
@@ -91,7 +91,7 @@ def load_weights(
         raise ValueError(f"checkpoint: {name} has no tensor for {listing(missing)}{fields}")
 
 
-def fill_randomly(model: CausalLM, setup: Setup, tp: TensorParallel) -> None:
+def fill_randomly(model: LanguageModel, setup: Setup, tp: TensorParallel) -> None:
     """Random weights for load_format="dummy". They depend on the seed and on the rank."""
     generator = torch.Generator(setup.device).manual_seed(setup.args.seed + tp.rank)
     with model.unpacked():

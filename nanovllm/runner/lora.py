@@ -18,7 +18,7 @@ from nanovllm.layers.linear import Matrix
 from nanovllm.layers.moe import ExpertMatrices
 from nanovllm.loader.peft import LowRank, read_adapter
 from nanovllm.loader.source import Source
-from nanovllm.models.decoder import CausalLM
+from nanovllm.models.base import LanguageModel
 from nanovllm.parallel import TensorParallel
 from nanovllm.runner.setup import Setup
 from nanovllm.weights.lora import Factors, Group, LoRARows, LoRAWeight, change
@@ -38,7 +38,7 @@ class Place:
 class ModelAdapters:
     """Wraps every matrix of a model, and fills the wrappers with adapters."""
 
-    def __init__(self, model: CausalLM, setup: Setup, tp: TensorParallel) -> None:
+    def __init__(self, model: LanguageModel, setup: Setup, tp: TensorParallel) -> None:
         self.setup = setup
         self.tp = tp
         self.rows = LoRARows()
@@ -50,7 +50,7 @@ class ModelAdapters:
                 module.storage = LoRAWeight(module.storage, self.rows)
                 for name, place in places(module.storage, sources):
                     self.places.setdefault(name, []).append(place)
-        head = model.lm_head.storage
+        head = model.head.storage
         assert isinstance(head, LoRAWeight)
         tied = [found for found in self.places.values() if found[0].weight is head]
         self.places.setdefault("lm_head", tied[0])

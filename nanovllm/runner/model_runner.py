@@ -95,7 +95,7 @@ class ModelRunner:
         can_record = self.attention.can_capture and not setup.args.enforce_eager
         is_gpu = self.device.type == "cuda"
         self.programs: CpuPrograms | None = None
-        if can_record and not is_gpu and tp.size == 1:
+        if can_record and not is_gpu and tp.size == 1 and self.model.can_record:
             self.programs = CpuPrograms(self.model, self.attention)
         self.capture_stream = torch.cuda.Stream(self.device) if can_record and is_gpu else None
         self.graphs: DecodeGraphs | None = None

@@ -11,7 +11,7 @@ from torch import Tensor
 from nanovllm.core.batch import Batch
 from nanovllm.core.sequence import Sequence
 from nanovllm.core.step import Logprobs
-from nanovllm.models.decoder import CausalLM
+from nanovllm.models.base import LanguageModel
 
 Result = TypeVar("Result")  # tensors
 
@@ -22,7 +22,7 @@ class Readout(ABC, Generic[Result]):
     name: str
 
     @abstractmethod
-    def read(self, model: CausalLM, hidden: Tensor, batch: Batch[Tensor]) -> Result:
+    def read(self, model: LanguageModel, hidden: Tensor, batch: Batch[Tensor]) -> Result:
         """hidden: [T, hidden_size] of the step's tokens. Returns tensors, and waits for nothing."""
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from nanovllm.core.batch import Batch
 from nanovllm.core.step import Logprobs
-from nanovllm.models.decoder import CausalLM
+from nanovllm.models.base import LanguageModel
 from nanovllm.parallel import TensorParallel
 from nanovllm.runner.readouts.base import Readout
 from nanovllm.sampling.logprobs import LogprobsPart, logprobs, ranked
@@ -25,9 +25,9 @@ class Sampled:
     errors: dict[int, Exception] = field(default_factory=dict)  # token -> its request's error
 
 
-def logits_at(model: CausalLM, hidden: Tensor, at: Tensor) -> Tensor:
+def logits_at(model: LanguageModel, hidden: Tensor, at: Tensor) -> Tensor:
     """Logits [K, vocabulary] of the tokens `at` [K] of a step."""
-    head = model.lm_head.storage
+    head = model.head.storage
     if isinstance(head, LoRAWeight) and head.linear_changes:
         with head.rows.picked(at):
             return model.logits(hidden[at])
@@ -50,7 +50,7 @@ class NextTokens(Readout[Sampled]):
         self.is_raw = logprobs_mode.startswith("raw")
         self.is_log = logprobs_mode.endswith("logprobs")
 
-    def read(self, model: CausalLM, hidden: Tensor, batch: Batch[Tensor]) -> Sampled:
+    def read(self, model: LanguageModel, hidden: Tensor, batch: Batch[Tensor]) -> Sampled:
         logits = logits_at(model, hidden, batch.sample.at)
         part = batch.parts.get("logprobs")
         if not isinstance(part, LogprobsPart):

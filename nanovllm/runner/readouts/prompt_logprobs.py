@@ -13,7 +13,7 @@ from nanovllm.core.ability import ModelFacts, StepAbility
 from nanovllm.core.batch import Batch, Part
 from nanovllm.core.sequence import Columns, Sequence, SequenceTable
 from nanovllm.core.step import Array, Logprobs, Step
-from nanovllm.models.decoder import CausalLM
+from nanovllm.models.base import LanguageModel
 from nanovllm.runner.readouts.base import Readout, Requests
 from nanovllm.runner.readouts.next_tokens import logits_at
 from nanovllm.sampling.logprobs import logprobs
@@ -76,7 +76,7 @@ class PromptLogprobs(StepAbility, Readout[Logprobs[Tensor]]):
         self.asked.append(asked)
         return PromptLogprobsPart(np.concatenate(at), np.concatenate(targets), k)
 
-    def read(self, model: CausalLM, hidden: Tensor, batch: Batch[Tensor]) -> Logprobs[Tensor]:
+    def read(self, model: LanguageModel, hidden: Tensor, batch: Batch[Tensor]) -> Logprobs[Tensor]:
         part = batch.parts[self.name]
         assert isinstance(part, PromptLogprobsPart)
         found = [

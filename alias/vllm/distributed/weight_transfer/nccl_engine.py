@@ -1,19 +1,18 @@
-"""Names that trainers import for vLLM's server. There is no server here, so none can be made."""
-
 from typing import NoReturn
+
+from vllm.distributed.weight_transfer import refuse
 
 
 class NCCLWeightTransferEngine:
     def __init__(self, *_: object, **__: object) -> NoReturn:
-        raise ValueError(
-            "NCCLWeightTransferEngine is not supported: it sends weights to a vLLM server; give "
-            "(name, tensor) pairs to the model's load_weights instead (in TRL: "
-            "vllm_mode='colocate')"
-        )
+        refuse("NCCLWeightTransferEngine")
 
 
-class NCCLTrainerSendWeightsArgs(NCCLWeightTransferEngine):
+class NCCLTrainerSendWeightsArgs:
     """Arguments of the same transfer."""
+
+    def __init__(self, *_: object, **__: object) -> NoReturn:
+        refuse("NCCLTrainerSendWeightsArgs")
 
 
 __all__ = ["NCCLTrainerSendWeightsArgs", "NCCLWeightTransferEngine"]

@@ -1,3 +1,4 @@
 from nanovllm.async_llm import AsyncLLM
+from nanovllm.config import AsyncEngineArgs
 
-__all__ = ["AsyncLLM"]
+__all__ = ["AsyncEngineArgs", "AsyncLLM"]
