@@ -498,9 +498,7 @@ def layer_launch(
         shape["BLOCK_M"] = max(shape["BLOCK_M"], power_of_2(group))
         if torch.version.hip:  # an MI300 has 64 KB of shared memory
             shape |= {"TILE": min(shape["TILE"], 32), "num_stages": 2}
-    programs = decode_programs(
-        gpu.multiprocessors, gpu.shared_memory, decode, largest, cache_dtype
-    )
+    programs = decode_programs(gpu.multiprocessors, gpu.shared_memory, decode, largest, cache_dtype)
     fp8 = cache_dtype == torch.float8_e4m3fn
     compute = torch.float16 if fp8 and spec.dtype == torch.bfloat16 else spec.dtype
     constants: dict[str, object] = {
