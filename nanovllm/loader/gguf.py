@@ -146,6 +146,7 @@ ENDS = {
     "<REPO>",
     "<|file_sep|>",
 }
+SOFTMAX = 1  # llama.cpp's number of the router's function
 PLAIN_TEXT, CONTROL, USER_DEFINED = 1, 3, 4  # kinds of tokens
 # The tokenizer never cuts plain text into them.
 SPECIAL_KINDS = (CONTROL, USER_DEFINED)
@@ -631,6 +632,11 @@ class GGUF:
             return {}
         if fields.number("attention.clamp_kqv", default=0.0, zero=True):
             raise fields.refuse("attention.clamp_kqv", "0, because Q, K and V are not clipped here")
+        # llama.cpp multiplies the weights of experts if the scale is neither 0 nor 1.
+        if fields.number("expert_weights_scale", default=1.0, zero=True) not in (0.0, 1.0):
+            raise fields.refuse("expert_weights_scale", "1.0")
+        if fields.integer("expert_gating_func", default=1) != SOFTMAX:
+            raise fields.refuse("expert_gating_func", f"{SOFTMAX}, a softmax over all experts")
         width = fields.integer("feed_forward_length")
         return {
             "num_experts": count,
