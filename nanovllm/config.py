@@ -142,13 +142,7 @@ class EngineArgs:
         if dtype not in DTYPES:
             raise ValueError(f"dtype={self.dtype!r} is not known; accepted are {', '.join(DTYPES)}")
         self.dtype = DTYPES[dtype]
-        if self.load_format == "fastsafetensors":  # another reader of the same files
-            self.load_format = "safetensors"
-        one_of("load_format", self.load_format, ("auto", "safetensors", "gguf", "dummy"))
-        if self.model_impl == "nanovllm":
-            self.model_impl = "vllm"  # our own models, by either name
-        one_of("model_impl", self.model_impl, ("auto", "vllm", "transformers"))
-        one_of("tokenizer_mode", self.tokenizer_mode, ("auto", "slow"))
+        self._check_formats()
         one_of("scheduling_policy", self.scheduling_policy, ("fcfs", "priority"))
         one_of("logprobs_mode", self.logprobs_mode, LOGPROBS_MODES)
         if not isinstance(self.logits_processors, (list, tuple, type(None))):
@@ -208,6 +202,15 @@ class EngineArgs:
         dtype = str(self.lora_dtype).removeprefix("torch.")
         one_of("lora_dtype", dtype, tuple(DTYPES))
         self.lora_dtype = DTYPES[dtype]
+
+    def _check_formats(self) -> None:
+        if self.load_format == "fastsafetensors":  # another reader of the same files
+            self.load_format = "safetensors"
+        one_of("load_format", self.load_format, ("auto", "safetensors", "gguf", "dummy"))
+        if self.model_impl == "nanovllm":
+            self.model_impl = "vllm"  # our own models, by either name
+        one_of("model_impl", self.model_impl, ("auto", "vllm", "transformers"))
+        one_of("tokenizer_mode", self.tokenizer_mode, ("auto", "slow"))
 
     def _check_generation_config(self) -> None:
         """ "auto": the model's generation_config.json; "vllm": only its end tokens; or a folder."""

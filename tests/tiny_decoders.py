@@ -63,6 +63,7 @@ SIZES: dict[str, Any] = {
     "top_k_experts": 2,
     "n_group": 1,
     "topk_group": 1,
+    "num_expert_group": 1,
     "moe_intermediate_size": 24,
     "expert_ffn_hidden_size": 24,
     "ffn_hidden_size": 48,
@@ -89,7 +90,34 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "GraniteMoeHybridForCausalLM": {"mamba_n_heads": 4, "layer_types": ["attention"] * 2},
     "Llama4ForCausalLM": {"attention_chunk_size": 128},  # no shorter than the sequences
     "ZayaForCausalLM": {"num_experts_per_tok": 1},
-    "ZambaForCausalLM": {"layers_block_type": ["mamba", "hybrid"]},
+    "ZambaForCausalLM": {
+        "num_hidden_layers": 3,
+        "layers_block_type": ["mamba", "hybrid", "hybrid"],
+    },
+    "DbrxForCausalLM": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0}},
+    "DoryForCausalLM": {
+        "num_hidden_layers": 3,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "n_input_layers": 1,
+        "n_recurrent_layers": 1,
+        "n_output_layers": 1,
+    },
+    "CohereCompassForCausalLM": {
+        "text_config": {
+            "rope_parameters": {
+                kind: {"rope_type": "default", "rope_theta": 10000.0}
+                for kind in ("full_attention", "sliding_attention")
+            }
+        }
+    },
+    "Gemma4AssistantForCausalLM": {"text_config": {"hidden_size_per_layer_input": 0}},
+    "Qwen4ExpForCausalLM": {
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 8,
+        "indexer_budget": 16,
+        "indexer_compress_ratio": 4,
+    },
     "Zamba2ForCausalLM": {"layers_block_type": ["mamba", "hybrid"]},
     "Mamba2ForCausalLM": {"num_heads": 8},
     "Lfm2ForCausalLM": {"layer_types": ["conv", "full_attention"]},
@@ -148,7 +176,10 @@ def smaller(config: Any, overrides: dict[str, Any]) -> dict[str, Any]:
     for name, value in vars(config).items():
         if isinstance(value, transformers.PretrainedConfig):
             found[name] = smaller(value, {})
-    return {**found, **overrides}
+    for name, value in overrides.items():
+        inner = found.get(name)
+        found[name] = {**inner, **value} if isinstance(inner, dict) else value
+    return found
 
 
 def is_size(value: Any) -> bool:

@@ -67,7 +67,7 @@ class ColumnLinear(Matrix):
         out = self.storage.linear(self, flat, self.bias)
         if self.gather:
             out = self.tp.gather(out)
-        return out.view(*x.shape[:-1], -1)
+        return out.view(*x.shape[:-1], out.shape[-1])
 
 
 class RowLinear(RowParallelLinear):
@@ -94,7 +94,7 @@ class RowLinear(RowParallelLinear):
         if self.split_input:
             x = x[..., span(self.part)]
         out = super().forward(x.reshape(-1, self.in_features))
-        return out.view(*x.shape[:-1], -1)
+        return out.view(*x.shape[:-1], out.shape[-1])
 
 
 class TokenEmbedding(VocabParallelEmbedding):
