@@ -378,44 +378,7 @@ WINDOW = {"attention.sliding_window": 24}
 SOFTCAPS = {"attn_logit_softcapping": 3.0, "final_logit_softcapping": 5.0}
 # Layer 6 of 6 has no window, and the base below.
 GEMMA3 = {**WINDOW, "block_count": 6, "rope.freq_base": 1e6, **LINEAR}
-NO_MLP = dict.fromkeys(("ffn_gate.weight", "ffn_up.weight", "ffn_down.weight"))
-EXPERTS = {
-    **NO_MLP,
-    "ffn_gate_inp.weight": (4, 64),
-    "ffn_gate_exps.weight": (4, 32, 64),
-    "ffn_up_exps.weight": (4, 32, 64),
-    "ffn_down_exps.weight": (4, 64, 32),
-}
-SHARED = {
-    "ffn_gate_inp_shexp.weight": (64,),
-    "ffn_gate_shexp.weight": (48, 64),
-    "ffn_up_shexp.weight": (48, 64),
-    "ffn_down_shexp.weight": (64, 48),
-}
-# OLMoE has as many KV heads as heads, and one norm over all of them.
-OLMOE = {
-    "attn_k.weight": (64, 64),
-    "attn_v.weight": (64, 64),
-    "attn_q_norm.weight": (64,),
-    "attn_k_norm.weight": (64,),
-}
-GPT_OSS = {
-    **EXPERTS,
-    **BIASES,
-    "ffn_norm.weight": None,
-    "post_attention_norm.weight": (64,),
-    "attn_output.bias": (64,),
-    "attn_sinks.weight": (4,),
-    "ffn_gate_inp.bias": (4,),
-    "ffn_gate_exps.bias": (4, 32),
-    "ffn_up_exps.bias": (4, 32),
-    "ffn_down_exps.bias": (4, 64),
-}
-CHOSEN = {"expert_count": 4, "expert_used_count": 2, "expert_feed_forward_length": 32}
-NARROW = {"feed_forward_length": 32}
-SHARED_SIZE = {**CHOSEN, "expert_shared_feed_forward_length": 48}
-# Architecture, further tensors of a layer (None: the layer lacks it), further metadata; then
-# the first 3 tokens of
+# Architecture, further tensors of a layer, further metadata; then the first 3 tokens of
 # llama-cpp-python 0.3.36: Llama(path, n_ctx=128), eval(PROMPT), the largest of scores[-1], eval.
 RELATIVES: list[tuple[str, dict[str, Any], dict[str, Any], list[int]]] = [
     ("llama", {}, {}, [7, 20, 1]),
@@ -430,16 +393,6 @@ RELATIVES: list[tuple[str, dict[str, Any], dict[str, Any], list[int]]] = [
     ("qwen2vl", BIASES, SECTIONS, [70, 58, 54]),
     ("qwen3", QK_NORM, {}, [13, 83, 82]),
     ("qwen3vl", QK_NORM, SECTIONS, [13, 83, 82]),
-    ("llama", EXPERTS, {**CHOSEN, **NARROW}, [62, 74, 57]),
-    ("qwen3moe", {**EXPERTS, **QK_NORM}, CHOSEN, [27, 11, 87]),
-    ("qwen2moe", {**EXPERTS, **SHARED, **BIASES}, SHARED_SIZE, [25, 15, 83]),
-    (
-        "olmoe",
-        {**EXPERTS, **OLMOE},
-        {**CHOSEN, **NARROW, "attention.head_count_kv": 4},
-        [92, 4, 91],
-    ),
-    ("gpt-oss", GPT_OSS, {**CHOSEN, **WINDOW}, [42, 69, 22]),
     ("gemma2", POST_NORMS, {**WINDOW, **SOFTCAPS}, [20, 39, 39]),
     ("gemma3", {**POST_NORMS, **QK_NORM}, GEMMA3, [32, 52, 95]),
 ]
@@ -455,8 +408,7 @@ def write_relative(
     tensors["output_norm.weight"] = (64,)
     layer = {**{f"{name}.weight": shape for name, shape in SHAPES.items()}, **further}
     for i in range(metadata.get("block_count", 2)):
-        own = {name: shape for name, shape in layer.items() if shape is not None}
-        tensors.update({f"blk.{i}.{name}": shape for name, shape in own.items()})
+        tensors.update({f"blk.{i}.{name}": shape for name, shape in layer.items()})
     arrays = {
         name: 0.2 * generator.standard_normal(shape) + ("norm" in name)
         for name, shape in tensors.items()
