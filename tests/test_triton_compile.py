@@ -16,11 +16,15 @@ import torch
 triton = pytest.importorskip("triton", reason="no triton for this platform")
 
 from attention_reference import make_case  # noqa: E402
+from torch._subclasses.fake_tensor import (  # noqa: E402
+    DataDependentOutputException,
+    FakeTensorMode,
+)
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime.driver import driver  # noqa: E402
 
 from nanovllm.attention.triton_backend import TritonAttention, prefill_shape  # noqa: E402
-from nanovllm.kernels import triton_ops  # noqa: E402
+from nanovllm.kernels import moe_triton, triton_ops  # noqa: E402
 from nanovllm.kernels.rope import Rope  # noqa: E402
 
 RESOURCES = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -234,6 +238,59 @@ def test_elementwise(compiled, tmp_path, size, dtype):
         assert_wide(check(kernel, tmp_path))
 
 
+MOE = [  # experts, top_k, hidden, intermediate
+    (128, 8, 2048, 768),  # Qwen3-30B-A3B
+    (32, 4, 2880, 2880),  # gpt-oss-20b
+]
+
+
+def run_experts(tokens, experts, top_k, hidden, intermediate, dtype) -> None:
+    """Launches the kernels of one mixture, as `layers/moe.py` does, with random contents."""
+    x = torch.zeros(tokens, hidden, dtype=dtype)
+    weights, ids = moe_triton.route(torch.zeros(tokens, experts, dtype=dtype), top_k, True)
+    _, rows, offsets = moe_triton.group_by_expert(ids, 0, experts)
+    x = x.repeat(top_k, 1)
+    weight = torch.zeros(1, dtype=dtype).expand(experts * 2 * intermediate, hidden)
+    bias = torch.zeros(len(weight), dtype=dtype)
+    moe_triton.grouped_linear(x, weight, offsets, bias)
+    moe_triton.clamped_swiglu(x, 1.702, 7.0)
+    moe_triton.combine(x, rows, weights)
+
+
+@pytest.mark.parametrize("sizes", MOE)
+@pytest.mark.parametrize(
+    ("tokens", "dtype"), [(1, torch.bfloat16), (512, torch.float16), (2048, torch.bfloat16)]
+)
+def test_experts(compiled, tmp_path, sizes, tokens, dtype):
+    run_experts(tokens, *sizes, dtype)
+    route, group, grouped, activation, combine = compiled
+    check(route, tmp_path)
+    check(group, tmp_path)
+    assert_wide(check(activation, tmp_path))
+    assert_wide(check(combine, tmp_path))
+    ptx = check(grouped, tmp_path)
+    assert grouped.metadata.shared <= 160 * 1024
+    assert copies(ptx) == {16}
+    rows = tokens * sizes[1] // sizes[0]  # of a group
+    warp_groups = driver.active.capability == 90 and rows >= 64
+    assert ("wgmma" if warp_groups else "mma.sync") in ptx
+
+
+def test_experts_in_float32(compiled, tmp_path):
+    run_experts(16, *MOE[0], torch.float32)
+    for kernel in compiled:
+        check(kernel, tmp_path)
+
+
+def test_a_mixture_of_experts_never_waits_for_the_device(monkeypatch):
+    """Fake tensors have no contents: an operation that needs some on the host raises."""
+    monkeypatch.setattr(triton.JITFunction, "run", lambda *args, **options: None)
+    with FakeTensorMode():
+        run_experts(16, *MOE[0], torch.bfloat16)
+        with pytest.raises(DataDependentOutputException):
+            torch.zeros(1).item()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_sampling(compiled, tmp_path, dtype):
     logits, row, k = (
@@ -265,6 +322,8 @@ def test_every_kernel_compiles_for_an_mi300_too(monkeypatch):
     triton_ops.add_rms_norm(x, x.clone(), x[0], 1e-6)
     triton_ops.silu_and_mul(x)
     triton_ops.draw(x, row, row, triton_ops.filter_threshold(x, row, k, row, row))
+    for tokens in (1, 2048):
+        run_experts(tokens, *MOE[0], torch.bfloat16)
     rope = rope_of(64, 1e-6)
     triton_ops.write_qkv(x, k, k, rope, *torch.zeros(2, 4, 8, 64, 64, dtype=torch.bfloat16))
     for kernel in kernels:
@@ -273,4 +332,4 @@ def test_every_kernel_compiles_for_an_mi300_too(monkeypatch):
         )
         assert kernel.metadata.shared <= 64 * 1024
     names = {kernel.metadata.name for kernel in kernels}
-    assert len(names) == 9, names
+    assert len(names) == 14, names

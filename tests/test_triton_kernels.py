@@ -32,7 +32,7 @@ if RUNS:
         decode_shape,
     )
     from nanovllm.core.batch import AttentionMetadata
-    from nanovllm.kernels import qk_norm_rope, triton_ops
+    from nanovllm.kernels import moe_triton, qk_norm_rope, triton_ops
     from nanovllm.kernels.rope import Rope
 
 EPS = {torch.float32: 2e-6, torch.float16: 2**-10, torch.bfloat16: 2**-7}
@@ -46,7 +46,8 @@ def runs(test):
     return test if INTERPRETED else pytest.mark.gpu(test)
 
 
-ATTENTION = "test_attention or splits or decodes or same_bits or words or shapes"  # about half of the time
+# About half of the time.
+ATTENTION = "test_attention or splits or decodes or same_bits or words or shapes"
 
 
 @pytest.mark.skipif(RUNS, reason="this process runs the kernels itself")
@@ -196,9 +197,7 @@ def test_layers_of_different_shapes_in_one_model():
         outs = []
         for layer, case in enumerate(cases):
             new = [slice(*ends) for ends in zip(begins, ends)]
-            k, v = (
-                torch.cat([x[tokens] for x, tokens in zip(xs, new)]) for xs in (case.k, case.v)
-            )
+            k, v = (torch.cat([x[tokens] for x, tokens in zip(xs, new)]) for xs in (case.k, case.v))
             backend.store(layer, k, v)
             q = torch.randn(len(k), 4, layers[layer].head_dim, device=DEVICE)
             case.q = list(q.split([len(range(*ends)) for ends in zip(begins, ends)]))
@@ -632,6 +631,120 @@ def test_filters_on_ties_and_extremes(values):
             logits, tensor([1.0]), tensor([top_k], torch.int32), tensor([top_p]), tensor([0.0])
         )
         assert torch.equal(logits >= threshold, logits == max(values))
+
+
+# Mixtures of experts
+
+
+def experts_of(tokens: int, top_k: int, num_experts: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.rand(tokens, num_experts, generator=generator).argsort(-1)
+    return ids[:, :top_k].int()
+
+
+@runs
+@pytest.mark.parametrize("num_experts", [4, 60])
+@pytest.mark.parametrize("renormalise", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_routes_are_the_most_likely_experts(num_experts, renormalise, dtype):
+    logits = torch.randn(9, num_experts, generator=torch.Generator().manual_seed(1)).to(dtype)
+    logits[5] = 1.5  # a tie of all
+    logits[6, 1:3] = 9  # a tie at the top
+    logits[7] = torch.arange(num_experts) * 1e4  # the others have the probability 0
+    weights, experts = moe_triton.route(logits.to(DEVICE), 3, renormalise)
+    probs = logits.double().softmax(-1)
+    wanted, ids = probs.sort(dim=-1, descending=True, stable=True)
+    assert torch.equal(experts.cpu(), ids[:, :3].int())
+    wanted = wanted[:, :3]
+    if renormalise:
+        wanted = wanted / wanted.sum(-1, keepdim=True)
+    torch.testing.assert_close(weights.cpu(), wanted.float(), atol=1e-7, rtol=1e-5)
+
+
+@runs
+def test_a_row_of_nan_is_routed_to_experts_that_exist():
+    logits = torch.full((2, 5), float("nan"), device=DEVICE)
+    _, experts = moe_triton.route(logits, 3, True)
+    assert ((experts >= 0) & (experts < 5)).all()
+
+
+@runs
+@pytest.mark.parametrize(("first", "count"), [(0, 8), (2, 3), (4, 4)])
+@pytest.mark.parametrize("tokens", [1, 50, 700])
+def test_routes_are_sorted_by_expert(first, count, tokens):
+    experts = experts_of(tokens, 3, 8)
+    found = moe_triton.group_by_expert(experts.to(DEVICE), first, count)
+    local = experts.flatten().long() - first
+    local[(local < 0) | (local >= count)] = count
+    routes = local.argsort(stable=True)
+    counts = torch.bincount(local, minlength=count + 1)[:count]
+    token_of_row, rows, offsets = (each.cpu() for each in found)
+    assert torch.equal(token_of_row, (routes // 3).int())
+    assert torch.equal(rows.flatten().long().argsort(), routes)
+    assert offsets.tolist() == [0, *counts.cumsum(0).tolist()]
+
+
+# Groups without rows, with few and with many; the last rows belong to no group.
+GROUP_SIZES = [0, 1, 5, 0, 40, 2, 0]
+
+
+@runs
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("features", "depth", "sizes", "rest"),
+    [
+        (96, 64, GROUP_SIZES, 3),
+        (40, 144, GROUP_SIZES, 0),
+        (70, 32, [150, 0, 90], 20),
+        (16, 32, [0, 0], 5),
+        (16, 32, [1], 0),
+    ],
+)
+def test_a_grouped_product(dtype, features, depth, sizes, rest):
+    generator = torch.Generator().manual_seed(0)
+    rows = sum(sizes) + rest
+    x = torch.randn(rows, depth, generator=generator).to(dtype)
+    weight = torch.randn(len(sizes) * features, depth, generator=generator).to(dtype)
+    bias = torch.randn(len(sizes) * features, generator=generator).to(dtype)
+    offsets = torch.tensor([0, *sizes]).cumsum(0).int()
+    for added in (None, bias):
+        wanted = torch.zeros(rows, features, dtype=torch.float64)
+        for group, start in enumerate(offsets[:-1].tolist()):
+            own = slice(start, start + sizes[group])
+            matrix = slice(group * features, (group + 1) * features)
+            wanted[own] = x[own].double() @ weight[matrix].double().T
+            if added is not None:
+                wanted[own] += added[matrix].double()
+        on_device = (x.to(DEVICE), weight.to(DEVICE), offsets.to(DEVICE))
+        found = moe_triton.grouped_linear(*on_device, None if added is None else added.to(DEVICE))
+        assert found.dtype is dtype
+        atol = EPS[dtype] * depth**0.5
+        torch.testing.assert_close(found.cpu().double(), wanted, atol=atol, rtol=2 * EPS[dtype])
+        assert not found[sum(sizes) :].any()
+
+
+@runs
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_weighted_sum_of_a_token_s_rows(dtype):
+    y = torch.randn(15, 1100).to(dtype)
+    rows = torch.randperm(15).int().view(5, 3)
+    weights = torch.rand(5, 3)
+    found = moe_triton.combine(y.to(DEVICE), rows.to(DEVICE), weights.to(DEVICE)).cpu()
+    wanted = (weights.double()[..., None] * y.double()[rows.long()]).sum(1)
+    assert found.dtype is dtype
+    torch.testing.assert_close(found.double(), wanted, atol=3 * EPS[dtype], rtol=EPS[dtype])
+
+
+@runs
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_clamped_swiglu(dtype):
+    x = (torch.randn(3, 2200) * 5).to(dtype)
+    found = moe_triton.clamped_swiglu(x.to(DEVICE), 1.702, 7.0).cpu()
+    gate, up = x.double().chunk(2, -1)
+    gate = gate.clamp(max=7.0)
+    wanted = gate * torch.sigmoid(1.702 * gate) * (up.clamp(-7.0, 7.0) + 1)
+    assert found.dtype is dtype
+    torch.testing.assert_close(found.double(), wanted, atol=EPS[dtype], rtol=2 * EPS[dtype])
 
 
 # What stands beside the kernels

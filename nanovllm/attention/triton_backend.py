@@ -76,11 +76,12 @@ def _load_tile(
         mask = inside[:, None]
         if DIM > D:
             mask &= (dim < D)[None, :]
-        return tl.load(cache + offset, mask=mask, other=0.0)
+        tile = tl.load(cache + offset, mask=mask, other=0.0)
     elif DIM > D:
-        return tl.load(cache + offset, mask=(dim < D)[None, :], other=0.0)
+        tile = tl.load(cache + offset, mask=(dim < D)[None, :], other=0.0)
     else:
-        return tl.load(cache + offset)
+        tile = tl.load(cache + offset)
+    return tile
 
 
 @triton.jit
@@ -329,8 +330,8 @@ def _decode_kernel(
         q = _query(tl.load(q_ptr + q_offset + q_inner, mask=q_inside, other=0.0), COMPUTE)
         offset = place * (GROUP * DV)
         # The segment with the first tile takes the sinks, so that they count once.
-        takes_sinks = (row < GROUP) & (begin == 0)
-        m, prob_sum = _sinks(sinks_ptr, head * GROUP + row, takes_sinks, BLOCK_M)
+        takes = (row < GROUP) & (begin == 0)
+        m, prob_sum = _sinks(sinks_ptr, head * GROUP + row, takes, BLOCK_M)
         acc = tl.zeros([BLOCK_M, DIMV], tl.float32)
         m, prob_sum, acc = _fold_tiles(
             m, prob_sum, acc, q, tl.full([BLOCK_M], context - 1, tl.int32), k_cache, v_cache,
@@ -497,9 +498,7 @@ def layer_launch(
         shape["BLOCK_M"] = max(shape["BLOCK_M"], power_of_2(group))
         if torch.version.hip:  # an MI300 has 64 KB of shared memory
             shape |= {"TILE": min(shape["TILE"], 32), "num_stages": 2}
-    programs = decode_programs(
-        gpu.multiprocessors, gpu.shared_memory, decode, largest, cache_dtype
-    )
+    programs = decode_programs(gpu.multiprocessors, gpu.shared_memory, decode, largest, cache_dtype)
     fp8 = cache_dtype == torch.float8_e4m3fn
     compute = torch.float16 if fp8 and spec.dtype == torch.bfloat16 else spec.dtype
     constants: dict[str, object] = {
