@@ -153,9 +153,7 @@ def attend_once(
 
 WORDS = [  # heads, head_dim, block_size, window, dtype, kv_cache_dtype, what `make_case` gets
     ((64, 8), 64, 16, 128, torch.bfloat16, "auto", {"sinks": True}),  # gpt-oss
-    ((64, 8), 64, 64, None, torch.bfloat16, "fp8", {"sinks": True}),
     ((8, 4), 256, 64, 4096, torch.bfloat16, "auto", {"softcap": 50.0}),  # Gemma 2, 2B
-    ((32, 16), 128, 16, None, torch.bfloat16, "auto", {"softcap": 50.0}),  # Gemma 2, 27B
     ((8, 4), 256, 16, None, torch.bfloat16, "fp8", {"softcap": 50.0}),
     ((16, 16), 192, 64, None, torch.bfloat16, "auto", {"value_dim": 128}),  # DeepSeek-V2
     ((4, 2), 64, 16, None, torch.float32, "auto", {"softcap": 50.0, "sinks": True}),
@@ -257,9 +255,14 @@ def run_experts(tokens, experts, top_k, hidden, intermediate, dtype) -> None:
     moe_triton.combine(x, rows, weights)
 
 
-@pytest.mark.parametrize("sizes", MOE)
 @pytest.mark.parametrize(
-    ("tokens", "dtype"), [(1, torch.bfloat16), (512, torch.float16), (2048, torch.bfloat16)]
+    ("sizes", "tokens", "dtype"),
+    [
+        (MOE[0], 1, torch.bfloat16),
+        (MOE[1], 16, torch.bfloat16),
+        (MOE[0], 512, torch.float16),
+        (MOE[1], 2048, torch.bfloat16),
+    ],
 )
 def test_experts(compiled, tmp_path, sizes, tokens, dtype):
     run_experts(tokens, *sizes, dtype)
