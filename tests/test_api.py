@@ -634,7 +634,6 @@ def test_arguments_without_effect_and_neutral_values_are_accepted():
         ("speculative_config", {"method": "ngram"}),
         ("task", "embed"),
         ("scheduling_policy", "random"),
-        ("model_impl", "transformers"),
         ("limit_mm_per_prompt", {"image": 0, "video": 1}),
         ("step_timeout", 0),
         ("rope_scaling", {"type": "linear"}),

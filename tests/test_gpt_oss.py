@@ -352,7 +352,9 @@ def test_codes_without_scales_are_refused() -> None:
     with pytest.raises(ValueError, match=r"down_proj_blocks has no .*down_proj_scales beside it"):
         list(split_experts([(f"{name}_blocks", codes)]))
     pair = [(f"{name}_blocks", codes), (f"{name}_scales", torch.zeros(2, 6, 4))]
-    with pytest.raises(ValueError, match=r"accepted are uint8 blocks \[experts, rows, blocks, 16\]"):
+    with pytest.raises(
+        ValueError, match=r"accepted are uint8 blocks \[experts, rows, blocks, 16\]"
+    ):
         list(split_experts(pair))
 
 
@@ -362,7 +364,7 @@ def test_other_formats_are_refused(tmp_path: Path) -> None:
     config["quantization_config"] = {"quant_method": "fp8"}
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "model.safetensors").symlink_to(Path(source, "model.safetensors"))
-    with pytest.raises(ValueError, match="quant_method is 'fp8'; .* other than GGUF and mxfp4"):
+    with pytest.raises(ValueError, match=r"quant_method is 'fp8'; .* other than GGUF and mxfp4"):
         engine(str(tmp_path))
-    with pytest.raises(ValueError, match="quantization='mxfp4': .* holds no weights in mxfp4"):
+    with pytest.raises(ValueError, match=r"quantization='mxfp4': .* holds no weights in mxfp4"):
         engine(source, quantization="mxfp4")

@@ -105,7 +105,7 @@ def quantised(array: np.ndarray, stem: str) -> tuple[np.ndarray, Any]:
 def write(path: Path, arch: str, model: Any) -> Path:
     """The model as llama.cpp would convert it. The model gets the weights of the file."""
     config = model.config
-    writer = start_gguf(path, config, arch)
+    writer = start_gguf(path, config, arch, config.rope_parameters)
     count = getattr(config, "num_experts", None) or config.num_local_experts
     writer.add_expert_count(count)
     writer.add_expert_used_count(config.num_experts_per_tok)

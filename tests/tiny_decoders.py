@@ -85,9 +85,24 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "BambaForCausalLM": {"mamba_n_heads": 4, "attn_layer_indices": [1]},
     "GPTNeoForCausalLM": {"attention_types": [[["global", "local"], 1]], "window_size": 24},
     "Dots1ForCausalLM": {"n_shared_experts": 1},
-    "GraniteMoeHybridForCausalLM": {"mamba_n_heads": 4},
+    # As granite-4.0-micro has them. Checkpoints with Mamba layers are refused.
+    "GraniteMoeHybridForCausalLM": {"mamba_n_heads": 4, "layer_types": ["attention"] * 2},
     "Llama4ForCausalLM": {"attention_chunk_size": 128},  # no shorter than the sequences
     "ZayaForCausalLM": {"num_experts_per_tok": 1},
+    "ZambaForCausalLM": {"layers_block_type": ["mamba", "hybrid"]},
+    "Zamba2ForCausalLM": {"layers_block_type": ["mamba", "hybrid"]},
+    "Mamba2ForCausalLM": {"num_heads": 8},
+    "Lfm2ForCausalLM": {"layer_types": ["conv", "full_attention"]},
+    "Lfm2MoeForCausalLM": {"layer_types": ["conv", "full_attention"]},
+    "BailingHybridForCausalLM": {"head_dim": 16},
+    "Mistral4ForCausalLM": {"head_dim": 16},
+    "Gemma3nForCausalLM": {
+        "num_hidden_layers": 4,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "num_kv_shared_layers": 2,
+        "activation_sparsity_pattern": [0.5, 0.0, 0.0, 0.0],
+        "intermediate_size": 48,
+    },
 }
 
 
@@ -119,7 +134,7 @@ def smaller(config: Any, overrides: dict[str, Any]) -> dict[str, Any]:
         if is_size(fields.get(name)) or (name in UNSET and name in fields):
             found[name] = value
     types = fields.get("layer_types")
-    if types:
+    if types and len(types) > 1:
         layers = sorted({types.index(each) for each in types})
         layers = layers if len(layers) > 1 else [0, len(types) - 1]
         for name, value in fields.items():

@@ -200,11 +200,7 @@ class LLMEngine:
         with self.exclusive():
             if tokenization_kwargs:
                 prompt = self.tokenized(prompt, Tokenization.of(tokenization_kwargs))
-            if self.freed:
-                freed = " and ".join(sorted(self.freed))
-                raise ValidationError(
-                    f"the engine sleeps ({freed} are freed): call wake_up() first"
-                )
+            self._check_awake()
             if request_id in self.output_processor.requests:
                 raise ValidationError(f"request_id={request_id!r} is in use by another request")
             as_priorities(priority, 1, self.args.scheduling_policy)
@@ -226,6 +222,11 @@ class LLMEngine:
             if adapter is not None:
                 self._need_adapters("lora_request").keep(adapter)
             self.enqueue(request)
+
+    def _check_awake(self) -> None:
+        if self.freed:
+            freed = " and ".join(sorted(self.freed))
+            raise ValidationError(f"the engine sleeps ({freed} are freed): call wake_up() first")
 
     def enqueue(self, request: Request) -> None:
         """Queues a checked request."""

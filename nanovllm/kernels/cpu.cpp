@@ -435,7 +435,7 @@ void product(const T* x, int64_t x_stride, const T* w, int64_t panels, const T* 
   const int64_t stride = copied ? (depth + W - 1) / W * W + STEP : x_stride;
   const std::unique_ptr<Element<T>[]> copy(copied ? new Element<T>[rows * stride] : nullptr);
   const bool widened = !same && blocks > 2;  // converts each panel to floats once, not once a block
-#pragma omp parallel if (cols * depth > PARALLEL)
+#pragma omp parallel if (cols * depth * ((rows + 7) / 8) > PARALLEL)
   {
     const Element<T>* all = copy.get();
     if constexpr (same)

@@ -111,30 +111,18 @@ class TokenEmbedding(VocabParallelEmbedding):
 
 
 class OutputHead(VocabParallelEmbedding):
-    """Hidden states [..., hidden] -> logits [..., vocabulary], on every rank.
+    """Hidden states [..., hidden] -> logits [..., vocabulary], on every rank."""
 
-    tied_to: the module whose matrix of the checkpoint fills this one too, if there is one.
-    """
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool,
-        tp: TensorParallel,
-        *,
-        tied_to: str | None = None,
-    ) -> None:
+    def __init__(self, in_features: int, out_features: int, bias: bool, tp: TensorParallel) -> None:
         super().__init__(out_features, in_features, tp)
         self.in_features = in_features
         self.out_features = out_features
-        self.tied_to = tied_to
         if bias:
             self.bias = nn.Parameter(torch.zeros(self.rows), requires_grad=False)
 
     def sources(self, prefix: str) -> list[Source]:
-        """The bias has this module's own name, even if the matrix is tied."""
-        found = super().sources(prefix if self.tied_to is None else self.tied_to)
+        """The rows of this rank, and their biases."""
+        found = super().sources(prefix)
         if self.bias is not None:
             rows = slice(0, len(self.part))
             part = (span(self.part),)

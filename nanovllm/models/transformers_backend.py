@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from nanovllm.attention.base import AttentionBackend
 from nanovllm.cache.spec import CacheSpec
-from nanovllm.layers.foreign import OutputHead, TiedHead
+from nanovllm.layers.foreign import TiedHead
 from nanovllm.layers.linear import Matrix
 from nanovllm.loader.fields import cause, is_integer
 from nanovllm.loader.source import FLOATS, LazyTensor, Source, all_sources, fill
@@ -43,6 +43,7 @@ from nanovllm.models.transformers_modules import (
     materialise,
     replace_matrices,
     set_attention,
+    tied_names,
     unread,
 )
 from nanovllm.models.transformers_weights import renamed
@@ -74,6 +75,7 @@ class TransformersForCausalLM(LanguageModel):
         try:
             while True:
                 hf = make_on_meta(config)
+                self.tied = tied_names(hf)
                 replace_matrices(hf, tp, left)
                 materialise(hf)
                 self.outside = {"hf": hf}
@@ -81,13 +83,15 @@ class TransformersForCausalLM(LanguageModel):
                 if not found:
                     break
                 left |= found
+            self.adopt(hf)
         except Unsupported as err:
             raise ValueError(self.refusal(str(err))) from err
-        self.adopt(hf)
 
     def adopt(self, hf: nn.Module) -> None:
         """Makes the modules and tensors of transformers' model parts of this one."""
         for name, child in hf.named_children():
+            if hasattr(self, name):
+                raise Unsupported(f"it has a module called {name}, a name that is in use here")
             if not isinstance(child, TiedHead):
                 self.add_module(name, child)
         for name, parameter in hf._parameters.items():
@@ -172,9 +176,9 @@ class TransformersForCausalLM(LanguageModel):
         if not error <= tolerance * expected.abs().max():
             raise ValueError(
                 self.refusal(
-                    "the result of a token depends on other tokens outside of attention, or on the "
-                    f"longest position of the step (a smaller max_model_len than {longest} may "
-                    "help where a RoPE scaling does this)"
+                    "the result of a token depends on more than its own position and attention: "
+                    "on other tokens, on its place in the step, or on the longest position (where "
+                    f"a RoPE scaling does this, a smaller max_model_len than {longest} may help)"
                 )
             )
 
@@ -223,18 +227,24 @@ class TransformersForCausalLM(LanguageModel):
 
         Names that the model does not have are logged and ignored, as transformers does.
         """
-        wanted = {name: name for name in all_sources(self)}
-        for name, target in tied_names(self.hf):
-            if target in wanted:
-                wanted.setdefault(name, target)
+        wanted = self.targets()
         with self.unpacked():
-            given = fill(self, first_of_each(renamed(self.hf, weights, wanted)))
+            given = fill(self, renamed(self.hf, weights, wanted))
         if not self.is_checked:
             self.check_tokens()
             self.is_checked = True
         # A checkpoint may lack what the constructor computes.
         buffers = {name for name, _ in self.named_buffers()}
         return given | (buffers & wanted.keys())
+
+    def targets(self) -> dict[str, list[str]]:
+        """Name of a checkpoint tensor -> the names that it fills, of tied tensors all."""
+        names = all_sources(self)
+        found = {name: [name] for name in names}
+        for tied in self.tied:
+            filled = [name for name in tied if name in names]
+            found.update(dict.fromkeys(tied, filled))
+        return found
 
 
 def check_windows(hf: Any, notes: Notes) -> None:
@@ -254,31 +264,6 @@ def check_windows(hf: Any, notes: Notes) -> None:
             is_sliding = layer < len(types) and types[layer] == "sliding_attention"
         if is_sliding and spec.window is None:
             raise Unsupported("its config has a sliding window, and its masks have none")
-
-
-def first_of_each(
-    weights: Iterable[tuple[str, LazyTensor]],
-) -> Iterator[tuple[str, LazyTensor]]:
-    """Without the second copy of a tied tensor."""
-    seen: set[str] = set()
-    for name, tensor in weights:
-        if name not in seen:
-            seen.add(name)
-            yield name, tensor
-
-
-def tied_names(hf: nn.Module) -> Iterator[tuple[str, str]]:
-    """(other name, first name) of each tensor that has several names."""
-    first: dict[int, str] = {}
-    for name, parameter in hf.named_parameters(remove_duplicate=False):
-        target = first.setdefault(id(parameter), name)
-        if target != name:
-            yield name, target
-    for name, module in hf.named_modules():
-        if isinstance(module, TiedHead):
-            yield f"{name}.weight", first[id(module.weight)]
-        elif isinstance(module, OutputHead) and module.tied_to is not None:
-            yield f"{name}.weight", f"{module.tied_to}.weight"
 
 
 def source_of(name: str, tensor: Tensor) -> Source:

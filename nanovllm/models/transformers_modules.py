@@ -137,18 +137,24 @@ def make_on_meta(config: TransformersConfig) -> PreTrainedModel:
     for name in ("dtype", "torch_dtype"):
         if name in vars(hf_config):
             setattr(hf_config, name, dtype)
+    cls = model_class(config)
     try:
-        cls = model_class(config)
         with torch.device("cpu"), EmptyOnMeta():
             hf = cls._from_config(hf_config, attn_implementation=PAGED)
-    except KeyError as err:
-        if err.args != (PAGED,):
-            raise
-        reason = "its attention does not pass through the attention interface"
-        raise Unsupported(reason) from err
     except Exception as err:  # the code of a model may raise any type
+        if isinstance(err, KeyError) and err.args == (PAGED,):
+            reason = "its attention does not pass through the attention interface"
+            raise Unsupported(reason) from err
         raise Unsupported(f"its code fails while the model is made ({cause(err)})") from err
     return hf.eval().requires_grad_(False)
+
+
+def tied_names(hf: nn.Module) -> list[list[str]]:
+    """The names of each tensor that has several names."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in hf.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return [each for each in names.values() if len(each) > 1]
 
 
 def set_attention(hf: Any, name: str) -> None:
@@ -235,15 +241,17 @@ def tensor_parallel_plan(hf: Any) -> dict[str, str]:
 
 def replace_ends(hf: Any, tp: TensorParallel) -> None:
     """Puts our layers in the place of the token embedding and the output head."""
-    embedding, head = hf.get_input_embeddings(), hf.get_output_embeddings()
+    try:
+        embedding, head = hf.get_input_embeddings(), hf.get_output_embeddings()
+    except (AttributeError, NotImplementedError) as err:
+        raise Unsupported("its class has no get_input_embeddings that works") from err
     if not isinstance(embedding, nn.Embedding):
         raise Unsupported("it has no single token embedding")
     is_tied = isinstance(head, nn.Linear) and head.weight is embedding.weight
-    at = name_of(hf, embedding)
     ours: TokenEmbedding | None = None
     if type(embedding) is nn.Embedding:
         ours = TokenEmbedding(embedding.num_embeddings, embedding.embedding_dim, tp)
-        put(hf, at, ours)
+        put(hf, name_of(hf, embedding), ours)
     if type(head) is not nn.Linear:
         raise Unsupported("its output head is no linear layer")
     sizes = (head.in_features, head.out_features)
@@ -251,8 +259,7 @@ def replace_ends(hf: Any, tp: TensorParallel) -> None:
         put(hf, name_of(hf, head), TiedHead(ours))
         return
     has_bias = head.bias is not None
-    new = OutputHead(*sizes, has_bias, tp, tied_to=at if is_tied else None)
-    put(hf, name_of(hf, head), new)
+    put(hf, name_of(hf, head), OutputHead(*sizes, has_bias, tp))
 
 
 def head_of(hf: Any) -> Matrix:

@@ -22,27 +22,35 @@ logger = logging.getLogger("nanovllm")
 
 
 def renamed(
-    hf: nn.Module, weights: Iterable[tuple[str, LazyTensor]], wanted: dict[str, str]
+    hf: nn.Module, weights: Iterable[tuple[str, LazyTensor]], wanted: dict[str, list[str]]
 ) -> Iterator[tuple[str, LazyTensor]]:
-    """(name in the model, tensor) of each tensor that the model has.
+    """(name in the model, tensor) of each tensor that the model has, each name once.
 
-    wanted: each name in the model, other names of tied tensors included, and the name to
-    give. Logs the names that the model does not have, as transformers does.
+    wanted: each name of transformers' model, and the names that its tensor fills. Logs the
+    names that the model does not have, as transformers does.
     """
     table = Conversions(hf, wanted)
     unknown: list[str] = []
+    seen: set[str] = set()
     for name, tensor in weights:
         target = name if name in wanted else table.take(name, tensor)
         if target is None:
             unknown.append(name)
-        elif target in wanted:
-            yield wanted[target], tensor
+        for each in new_ones(wanted.get(target or "", []), seen):
+            yield each, tensor
     for target, converted in table.converted():
-        if target in wanted:
-            yield wanted[target], converted
-        else:
+        if target not in wanted:
             unknown.append(target)
+        for each in new_ones(wanted.get(target, []), seen):
+            yield each, converted
     report_unknown(hf, unknown)
+
+
+def new_ones(names: list[str], seen: set[str]) -> list[str]:
+    """The names that are not in `seen`, which gets them. A checkpoint may have both of a tie."""
+    found = [name for name in names if name not in seen]
+    seen.update(found)
+    return found
 
 
 def report_unknown(hf: nn.Module, names: list[str]) -> None:
@@ -61,7 +69,7 @@ class Conversions:
     Invariant: `groups` holds the tensors whose conversion waits for others.
     """
 
-    def __init__(self, hf: nn.Module, wanted: dict[str, str]) -> None:
+    def __init__(self, hf: nn.Module, wanted: dict[str, list[str]]) -> None:
         self.hf: Any = hf  # transformers has no types
         self.wanted = wanted
         self.groups: dict[str, Any] = {}  # first target -> a WeightConverter with its tensors

@@ -49,7 +49,7 @@ class BlockWeight(Weight):
         self.dtype = torch.get_default_dtype()
         self.types: dict[range, str] = {}  # rows -> the type that they are stored in
         self.pieces: dict[range, Piece] = {}
-        self.has_room = False  # whether `pieces` follow `types`
+        self.has_room = False  # whether `pieces` have the types of `types`
         self.segments = torch.empty(0, 4, dtype=torch.int64)
         self.dequantised: dict[range, str] = {}  # rows -> the type that the file has instead
         empty = nn.Parameter(torch.empty(0, dtype=torch.uint8), requires_grad=False)

@@ -27,7 +27,7 @@ class Sampled:
 
 def logits_at(model: LanguageModel, hidden: Tensor, at: Tensor) -> Tensor:
     """Logits [K, vocabulary] of the tokens `at` [K] of a step."""
-    head = model.lm_head.storage
+    head = model.head.storage
     if isinstance(head, LoRAWeight) and head.linear_changes:
         with head.rows.picked(at):
             return model.logits(hidden[at])
