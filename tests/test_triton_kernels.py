@@ -191,7 +191,8 @@ def test_layers_of_different_shapes_in_one_model():
     numbers = sum(layer.num_kv_heads * (layer.head_dim + layer.value_size) for layer in layers)
     assert backend.page_bytes() == numbers * 16 * 4
     backend.allocate(cases[0].num_blocks)
-    assert backend.cache.nbytes == backend.page_bytes() * cases[0].num_blocks
+    allocated = sum(pages.nbytes for pages in backend.cache)
+    assert allocated == backend.page_bytes() * cases[0].num_blocks
     for begins, ends in (([0, 0], [4, 39]), ([4, 39], [5, 40])):
         backend.begin(cases[0].metadata(begins, ends))
         outs = []
@@ -295,10 +296,10 @@ def test_padding_rows_and_stale_pages_change_no_output():
         33,
     )
     backend.begin(meta)
-    before = backend.cache.clone()
+    before = torch.cat(backend.cache)
     junk = torch.full((4, 2, 64), 9.0, device=DEVICE)
     backend.store(0, junk, junk)
-    torch.testing.assert_close(backend.cache, before, equal_nan=True)
+    torch.testing.assert_close(torch.cat(backend.cache), before, equal_nan=True)
     out = backend.attend(0, torch.cat([*case.q, torch.ones(2, 4, 64, device=DEVICE)]))
     torch.testing.assert_close(out[:2], case.expected(0), atol=2e-6, rtol=1e-5)
     assert not out[2:].any()
@@ -368,7 +369,7 @@ def test_write_equals_norm_rope_and_store(dim, eps, dtype):
 
 
 @runs
-@pytest.mark.parametrize(("dim", "rotary_dim"), [(64, 16), (80, 32), (128, 96), (96, 2)])
+@pytest.mark.parametrize(("dim", "rotary_dim"), [(64, 16), (128, 96), (96, 2)])
 @pytest.mark.parametrize(("eps", "offset"), [(None, 0.0), (0.0, 0.0), (1e-6, 1.0)])
 def test_write_turns_the_first_numbers_and_adds_the_norm_s_offset(dim, rotary_dim, eps, offset):
     assert_writes(dim, rotary_dim, eps, offset, torch.float32)
@@ -448,7 +449,7 @@ def test_fp8_cache(dtype):
 
     huge = torch.full((22, 2, 64), 1e4, device=DEVICE, dtype=dtype)
     backend.store(0, huge, -huge)
-    assert backend.cache.float().abs().max() == 448
+    assert all(pages.float().abs().max() == 448 for pages in backend.cache)
 
 
 @runs
@@ -733,6 +734,18 @@ def test_the_weighted_sum_of_a_token_s_rows(dtype):
     wanted = (weights.double()[..., None] * y.double()[rows.long()]).sum(1)
     assert found.dtype is dtype
     torch.testing.assert_close(found.double(), wanted, atol=3 * EPS[dtype], rtol=EPS[dtype])
+
+
+@runs
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_clamped_swiglu(dtype):
+    x = (torch.randn(3, 2200) * 5).to(dtype)
+    found = moe_triton.clamped_swiglu(x.to(DEVICE), 1.702, 7.0).cpu()
+    gate, up = x.double().chunk(2, -1)
+    gate = gate.clamp(max=7.0)
+    wanted = gate * torch.sigmoid(1.702 * gate) * (up.clamp(-7.0, 7.0) + 1)
+    assert found.dtype is dtype
+    torch.testing.assert_close(found.double(), wanted, atol=EPS[dtype], rtol=2 * EPS[dtype])
 
 
 # What stands beside the kernels

@@ -141,13 +141,16 @@ PageShapes = Sequence[tuple[tuple[int, ...], tuple[int, ...]]]  # of K and of V 
 
 def zeroed_pages(
     shapes: PageShapes, dtype: torch.dtype, device: torch.device
-) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-    """(all numbers in one line, K and V of each layer as views of it).
+) -> tuple[list[Tensor], list[tuple[Tensor, Tensor]]]:
+    """(all numbers of each layer [n], its K and V as views of them).
 
     One tensor holds all layers, because an allocator rounds the size of each tensor up.
     """
-    sizes = [prod(shape) for pair in shapes for shape in pair]
+    sizes = [prod(k) + prod(v) for k, v in shapes]
     numbers = torch.zeros(sum(sizes), dtype=dtype, device=device)
-    parts = iter(numbers.split(sizes))
-    pages = [(next(parts).view(k), next(parts).view(v)) for k, v in shapes]
-    return numbers, pages
+    layers = list(numbers.split(sizes))
+    pages = []
+    for layer, (k_shape, v_shape) in zip(layers, shapes, strict=True):
+        k, v = layer.split([prod(k_shape), prod(v_shape)])
+        pages.append((k.view(k_shape), v.view(v_shape)))
+    return layers, pages

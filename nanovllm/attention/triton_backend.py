@@ -330,8 +330,8 @@ def _decode_kernel(
         q = _query(tl.load(q_ptr + q_offset + q_inner, mask=q_inside, other=0.0), COMPUTE)
         offset = place * (GROUP * DV)
         # The segment with the first tile takes the sinks, so that they count once.
-        takes_sinks = (row < GROUP) & (begin == 0)
-        m, prob_sum = _sinks(sinks_ptr, head * GROUP + row, takes_sinks, BLOCK_M)
+        takes = (row < GROUP) & (begin == 0)
+        m, prob_sum = _sinks(sinks_ptr, head * GROUP + row, takes, BLOCK_M)
         acc = tl.zeros([BLOCK_M, DIMV], tl.float32)
         m, prob_sum, acc = _fold_tiles(
             m, prob_sum, acc, q, tl.full([BLOCK_M], context - 1, tl.int32), k_cache, v_cache,

@@ -167,6 +167,9 @@ def clamped_swiglu(x: Tensor, alpha: float, limit: float) -> Tensor:
         out = moe_cpu.clamped_swiglu(x, alpha, limit)
         if out is not None:
             return out
+    triton = triton_for(x)
+    if triton is not None:
+        return triton.clamped_swiglu(x, alpha, limit)
     gate, up = x.float().chunk(2, dim=-1)
     gate = gate.clamp(max=limit)
     up = up.clamp(-limit, limit)

@@ -169,7 +169,7 @@ def silu_and_mul(x: Tensor) -> Tensor:
 
 
 def gelu_and_mul(x: Tensor) -> Tensor:
-    """[T, 2I] contiguous -> [T, I]: gelu of the first half, by its tanh formula, times the second."""
+    """[T, 2I] contiguous -> [T, I]: gelu (its tanh formula) of the first half times the second."""
     return _activation_and_mul(x, gelu=True)
 
 
@@ -202,15 +202,17 @@ def _write_kernel(
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     i = tl.arange(0, HALF_BLOCK)
-    inside = (head < HQ + HK + HV)[:, None] & (i < HALF)[None, :]
+    exists = (head < HQ + HK + HV)[:, None]
+    inside = exists & (i < HALF)[None, :]
     start = qkv_ptr + token * ((HQ + HK + HV) * D) + (head * D)[:, None]
     source = start + i[None, :]
     x1 = tl.load(source, mask=inside, other=0.0).to(tl.float32)
     x2 = tl.load(source + HALF, mask=inside, other=0.0).to(tl.float32)
+    x3 = x1  # not read where REST is 0
     if REST > 0:
         j = tl.arange(0, triton.next_power_of_2(REST))
-        inside3 = (head < HQ + HK + HV)[:, None] & (j < REST)[None, :]
-        x3 = tl.load(start + j[None, :] + 2 * HALF, mask=inside3, other=0.0).to(tl.float32)
+        source = start + j[None, :] + 2 * HALF
+        x3 = tl.load(source, mask=exists & (j < REST)[None, :], other=0.0).to(tl.float32)
     if ROTATED > 0:
         is_rotated = (head < ROTATED)[:, None]
         if NORM:
@@ -235,37 +237,23 @@ def _write_kernel(
         x1 = rotated1
         x2 = rotated2
 
-    start = q_ptr + token * (HQ * D) + (head * D)[:, None]
-    is_q = (head < HQ)[:, None]
     if HQ > 0:
-        _store_halves(start + i[None, :], x1, x2, inside & is_q, HALF)
-        if REST > 0:
-            target = start + j[None, :] + 2 * HALF
-            tl.store(target, x3.to(q_ptr.dtype.element_ty), mask=inside3 & is_q)
+        is_q = (head < HQ)[:, None]
+        _store_heads(q_ptr + token * (HQ * D), (head * D)[:, None], x1, x2, x3, is_q, HALF, REST)
     slot = tl.load(slots + token).to(tl.int64)
-    dtype = k_cache.dtype.element_ty
-    if dtype == tl.float8e4nv:
+    if k_cache.dtype.element_ty == tl.float8e4nv:
         x1 = _clamped(x1)
         x2 = _clamped(x2)
+        x3 = _clamped(x3)
     kv_head = head - HQ
     is_v = kv_head >= HK
     place = slot // PAGE * PAGE_STRIDE + slot % PAGE * TOKEN_STRIDE
-    start = place + ((kv_head - tl.where(is_v, HK, 0)) * HEAD_STRIDE)[:, None]
-    offset = start + i[None, :]
+    offset = place + ((kv_head - tl.where(is_v, HK, 0)) * HEAD_STRIDE)[:, None]
     is_k = ((kv_head >= 0) & (kv_head < HK) & (slot >= 0))[:, None]
-    is_v = (is_v & (slot >= 0))[:, None]
-    k_inside = inside & is_k
-    v_inside = inside & is_v
-    _store_halves(k_cache + offset, x1, x2, k_inside, HALF)
+    is_v = (is_v & (slot >= 0))[:, None] & exists
+    _store_heads(k_cache, offset, x1, x2, x3, is_k, HALF, REST)
     if HV > 0:
-        _store_halves(v_cache + offset, x1, x2, v_inside, HALF)
-    if REST > 0:
-        if dtype == tl.float8e4nv:
-            x3 = _clamped(x3)
-        offset = start + j[None, :] + 2 * HALF
-        tl.store(k_cache + offset, x3.to(dtype), mask=inside3 & is_k)
-        if HV > 0:
-            tl.store(v_cache + offset, x3.to(dtype), mask=inside3 & is_v)
+        _store_heads(v_cache, offset, x1, x2, x3, is_v, HALF, REST)
 
 
 @triton.jit
@@ -283,11 +271,21 @@ def _clamped(x):
 
 
 @triton.jit
-def _store_halves(target, x1, x2, mask, HALF: tl.constexpr):
-    """Stores x1 at the addresses `target`, and x2 at the addresses HALF numbers further."""
-    dtype = target.dtype.element_ty
-    tl.store(target, x1.to(dtype), mask=mask)
-    tl.store(target + HALF, x2.to(dtype), mask=mask)
+def _store_heads(base, offset, x1, x2, x3, mask, HALF: tl.constexpr, REST: tl.constexpr):
+    """Stores the parts of heads that begin at base + offset [heads, 1].
+
+    mask [heads, 1]: which heads.
+    """
+    dtype = base.dtype.element_ty
+    i = tl.arange(0, x1.shape[1])[None, :]
+    inside = mask & (i < HALF)
+    target = base + (offset + i)
+    tl.store(target, x1.to(dtype), mask=inside)
+    tl.store(target + HALF, x2.to(dtype), mask=inside)
+    if REST > 0:
+        j = tl.arange(0, x3.shape[1])[None, :]
+        target = base + (offset + j + 2 * HALF)
+        tl.store(target, x3.to(dtype), mask=mask & (j < REST))
 
 
 @dataclass(frozen=True)
