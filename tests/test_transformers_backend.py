@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from tiny_decoders import VOCAB_SIZE, tiny_config, tiny_decoder
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.layers.linear import Matrix
+from nanovllm.models.registry import read_config
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 IDS = random_prompts([1, 30, 12, 50], VOCAB_SIZE)
@@ -80,6 +82,12 @@ def test_only_our_own_models_refuses_other_architectures(gpt2):
 def test_an_unknown_choice_is_refused(qwen3):
     with pytest.raises(ValueError, match="model_impl='torch' is not known; accepted are 'auto'"):
         make_llm(qwen3[0], model_impl="torch")
+
+
+def test_a_gguf_file_needs_a_model_of_ours():
+    fields = SimpleNamespace(architectures=["LlamaForCausalLM"])
+    with pytest.raises(ValueError, match=r"model\.gguf is a GGUF file; accepted for it are 'auto'"):
+        read_config(fields, "model.gguf", "transformers")
 
 
 def test_two_engines_of_different_models_work_in_turn(qwen3, gpt2):
@@ -378,5 +386,5 @@ def test_code_beside_the_checkpoint_runs_if_it_is_trusted(tmp_path):
     save_file(model.state_dict(), tmp_path / "model.safetensors")
     llm = make_llm(tmp_path, model_impl="auto", trust_remote_code=True)
     assert tokens_of(llm) == [without_cache(model, ids, 12) for ids in IDS]
-    with pytest.raises(ValueError, match="trust_remote_code"):
+    with pytest.raises(ValueError, match="cannot be used: ValueError: The repository"):
         make_llm(tmp_path, model_impl="auto")

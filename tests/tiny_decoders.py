@@ -94,7 +94,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 3,
         "layers_block_type": ["mamba", "hybrid", "hybrid"],
     },
-    "DbrxForCausalLM": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0}},
+    "DbrxForCausalLM": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8}},
     "DoryForCausalLM": {
         "num_hidden_layers": 3,
         "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
@@ -195,7 +195,8 @@ def tiny_decoder(folder: Path, architecture: str) -> tuple[str, Any]:
     """Saves a random model in float32. Returns (its folder, the transformers model)."""
     torch.manual_seed(len(architecture))
     config = tiny_config(architecture)
-    config.dtype = torch.float32
+    if hasattr(config, "dtype"):  # transformers 4 has torch_dtype
+        config.dtype = torch.float32
     model = getattr(transformers, architecture)(config).float().eval()
     for name, parameter in model.named_parameters():
         # Biases and norms begin as 0 and 1, which hides mistakes.

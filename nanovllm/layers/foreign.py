@@ -18,6 +18,7 @@ from nanovllm.layers.linear import (
 )
 from nanovllm.loader.source import Source
 from nanovllm.parallel import TensorParallel
+from nanovllm.weights.dense import matrix
 
 
 class ColumnLinear(Matrix):
@@ -150,7 +151,7 @@ class TiedHead(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The embedding's matrix."""
-        return self.embedding[0].weight
+        return matrix(self.embedding[0])
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., hidden] -> [..., vocabulary]."""

@@ -21,9 +21,10 @@ class LanguageModel(nn.Module, ABC):
 
     can_record = True  # as a program on a CPU: the model may call nothing but our kernels
 
-    def __init__(self, config: ModelConfig, tp: TensorParallel) -> None:
+    def __init__(self, config: ModelConfig, max_model_len: int, tp: TensorParallel) -> None:
         super().__init__()
         self.config = config
+        self.max_model_len = max_model_len
         self.tp = tp
 
     @abstractmethod

@@ -155,7 +155,7 @@ class CausalLM(LanguageModel):
     """A decoder with its output head. A family's class says what its attention is."""
 
     def __init__(self, config: ModelConfig, max_model_len: int, tp: TensorParallel) -> None:
-        super().__init__(config, tp)
+        super().__init__(config, max_model_len, tp)
         rotary_embs = self.rotary_embeddings(max_model_len)
         layers = [
             self.decoder_layer(self.attention(layer, rotary_embs[layer]), self.mlp(layer))

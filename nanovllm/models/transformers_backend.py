@@ -65,10 +65,9 @@ class TransformersForCausalLM(LanguageModel):
     can_record = False
 
     def __init__(self, config: ModelConfig, max_model_len: int, tp: TensorParallel) -> None:
-        super().__init__(config, tp)
+        super().__init__(config, max_model_len, tp)
         assert isinstance(config, TransformersConfig)
         self.name = config.hf_architecture
-        self.max_model_len = max_model_len
         register()
         self.is_checked = False
         left: set[str] = set()  # linear layers that must stay as they are
@@ -124,11 +123,15 @@ class TransformersForCausalLM(LanguageModel):
         notes = Notes(self.max_model_len)
         ids = torch.zeros(1, PROBE_TOKENS, dtype=torch.int64)
         positions = torch.arange(PROBE_TOKENS)[None]
+        mask = None
+        if has_packed_masks():
+            mask = torch.ones(1, PROBE_TOKENS, dtype=torch.int64)
+        inputs = {"input_ids": ids, "position_ids": positions, "attention_mask": mask}
         calls = TopCalls(hf)
         set_attention(hf, LEARN)
         try:
             with notes.learning(hf), calls.noted(), unread(hf) as used, torch.inference_mode():
-                out = hf(input_ids=ids, position_ids=positions, use_cache=False)
+                out = hf(**inputs, use_cache=False)
         except DirectUse as err:
             return {err.name}
         except Unsupported:
@@ -144,7 +147,7 @@ class TransformersForCausalLM(LanguageModel):
         partly = {name for name, weight in used.items() if weight.rows != {PROBE_TOKENS}}
         if partly:
             return partly
-        self.body = BodyCall(calls.body(notes.modules), ids, positions)
+        self.body = BodyCall(calls.body(notes.modules), inputs)
         self.specs = notes.specs
         check_windows(hf, notes)
         self.step = Step()
@@ -247,6 +250,16 @@ class TransformersForCausalLM(LanguageModel):
         return found
 
 
+def has_packed_masks() -> bool:
+    """Whether transformers without a mask of padding always makes masks for packed sequences.
+
+    Version 4 does, and such masks cannot be compared beyond the tokens of the step.
+    """
+    import transformers
+
+    return transformers.__version__.startswith("4.")
+
+
 def check_windows(hf: Any, notes: Notes) -> None:
     """Raises Unsupported where masks lack a window that transformers' cache has.
 
@@ -347,18 +360,20 @@ class TopCall:
 class BodyCall:
     """Calls the body of a model as the model's own forward calls it."""
 
-    def __init__(self, call: TopCall, ids: Tensor, positions: Tensor) -> None:
-        """ids and positions: the tensors that the model's forward got in `call`."""
+    def __init__(self, call: TopCall, inputs: dict[str, Tensor | None]) -> None:
+        """inputs: the tensors that the model's forward got in `call`."""
         self.module = call.module
         self.constants: dict[str, Any] = {}
         self.ids_name = self.positions_name = ""
         parameters = inspect.signature(self.module.forward).parameters
         positional = dict(zip(parameters, call.args))
         for name, value in {**positional, **call.kwargs}.items():
-            if value is ids:
+            if value is inputs["input_ids"]:
                 self.ids_name = name
-            elif value is positions:
+            elif value is inputs["position_ids"]:
                 self.positions_name = name
+            elif value is inputs["attention_mask"]:
+                self.constants[name] = None
             elif isinstance(value, Tensor):
                 raise Unsupported(f"it computes {name} before its body runs")
             else:

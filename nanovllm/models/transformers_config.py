@@ -52,6 +52,9 @@ def read_transformers_config(
     num_heads = size(inner, "num_attention_heads", 1)
     head_dim = max(hidden_size // num_heads, 1)
     num_layers = size(inner, "num_hidden_layers", 1)
+    is_tied = attribute(hf, "tie_word_embeddings")
+    if is_tied is None:
+        is_tied = attribute(text, "tie_word_embeddings")
     if hf.is_encoder_decoder:
         raise ValueError(
             f"{fields.source}: architectures: {architecture!r} is an encoder-decoder; accepted are "
@@ -67,7 +70,7 @@ def read_transformers_config(
         head_dim=size(inner, "head_dim", head_dim),
         rms_norm_eps=0.0,
         max_position=longest(inner),
-        tie_embeddings=bool(attribute(text, "tie_word_embeddings")),
+        tie_embeddings=bool(is_tied),
         rope=rope_of(inner),
         attention_bias=False,
         mlp_bias=False,

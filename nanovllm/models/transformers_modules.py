@@ -20,6 +20,7 @@ from nanovllm.models.transformers_attention import PAGED, Unsupported
 from nanovllm.models.transformers_config import TransformersConfig, model_class
 from nanovllm.parallel import TensorParallel
 from nanovllm.weights.base import Weight
+from nanovllm.weights.dense import matrix
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -75,8 +76,8 @@ class NoDirectUse(TorchFunctionMode):
         super().__init__()
         self.names = {
             id(parameter): name
-            for name, matrix in matrices.items()
-            for parameter in matrix.parameters()
+            for name, layer in matrices.items()
+            for parameter in layer.parameters()
         }
 
     def __torch_function__(
@@ -98,19 +99,19 @@ class NoDirectUse(TorchFunctionMode):
 def unread(hf: nn.Module) -> Iterator[dict[str, Unread]]:
     """Inside the `with` no matrix is read. Gives what stands for each linear layer."""
     matrices = {name: each for name, each in hf.named_modules() if isinstance(each, Matrix)}
-    before = [matrix.storage for matrix in matrices.values()]
+    before = [layer.storage for layer in matrices.values()]
     linear: dict[str, Unread] = {}
-    for name, matrix in matrices.items():
-        out_features, in_features = matrix.weight.shape
-        matrix.storage = stand_in = Unread(out_features, in_features)
-        if isinstance(matrix, (ColumnLinear, RowLinear)):
+    for name, layer in matrices.items():
+        out_features, in_features = matrix(layer).shape
+        layer.storage = stand_in = Unread(out_features, in_features)
+        if isinstance(layer, (ColumnLinear, RowLinear)):
             linear[name] = stand_in
     try:
         with NoDirectUse(matrices):
             yield linear
     finally:
-        for matrix, storage in zip(matrices.values(), before):
-            matrix.storage = storage
+        for layer, storage in zip(matrices.values(), before):
+            layer.storage = storage
 
 
 class EmptyOnMeta(TorchFunctionMode):
@@ -160,7 +161,7 @@ def tied_names(hf: nn.Module) -> list[list[str]]:
 def set_attention(hf: Any, name: str) -> None:
     """Makes all parts of a model attend by this name of the attention interface."""
     for module in hf.modules():
-        config = getattr(module, "config", None)
+        config: Any = getattr(module, "config", None)
         if hasattr(config, "_attn_implementation"):
             config._attn_implementation = name
 

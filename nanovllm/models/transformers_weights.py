@@ -90,8 +90,8 @@ class Conversions:
 
         None if the model has no such tensor.
         """
-        for pattern, replacement in self.patterns:
-            name = re.sub(pattern, replacement, name)
+        for old, new in self.patterns:
+            name = re.sub(old, new, name)
         target, pattern = self.target(name)
         if target not in self.wanted:
             target, pattern = self.with_prefix(name), None
