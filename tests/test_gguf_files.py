@@ -375,6 +375,11 @@ WIDE_QK_NORM = {**WIDE, "attn_q_norm.weight": (64,), "attn_k_norm.weight": (64,)
 SECTIONS = {"rope.dimension_sections": [2, 3, 3, 0]}
 LINEAR = {"rope.scaling.factor": 4.0}
 YARN = {**LINEAR, "rope.scaling.type": "yarn", "rope.scaling.original_context_length": 32}
+POST_NORMS = {"post_attention_norm.weight": (64,), "post_ffw_norm.weight": (64,)}
+WINDOW = {"attention.sliding_window": 24}
+SOFTCAPS = {"attn_logit_softcapping": 3.0, "final_logit_softcapping": 5.0}
+# Layer 6 of 6 has no window, and the base below.
+GEMMA3 = {**WINDOW, "block_count": 6, "rope.freq_base": 1e6, **LINEAR}
 EXPERTS = {
     **dict.fromkeys(("ffn_gate.weight", "ffn_up.weight", "ffn_down.weight")),
     "ffn_gate_inp.weight": (4, 64),
@@ -427,7 +432,9 @@ RELATIVES: list[tuple[str, dict[str, Any], dict[str, Any], list[int]]] = [
         [6, 19, 66],
     ),
     # llama.cpp rounds the ends of YaRN's ramp, also for gpt-oss. transformers does not.
-    ("gpt-oss", SINKS, {**ROUTES, "attention.sliding_window": 24}, [29, 68, 92]),
+    ("gpt-oss", SINKS, {**ROUTES, **WINDOW}, [29, 68, 92]),
+    ("gemma2", POST_NORMS, {**WINDOW, **SOFTCAPS}, [20, 39, 39]),
+    ("gemma3", {**POST_NORMS, **QK_NORM}, GEMMA3, [32, 52, 95]),
 ]
 
 
@@ -440,14 +447,14 @@ def write_relative(
         del tensors["output.weight"]  # llama.cpp's code ties the two
     tensors["output_norm.weight"] = (64,)
     layer = {**{f"{name}.weight": shape for name, shape in SHAPES.items()}, **further}
-    for i in range(2):
+    for i in range(metadata.get("block_count", 2)):
         tensors.update({f"blk.{i}.{name}": shape for name, shape in layer.items() if shape})
     arrays = {
         name: 0.2 * generator.standard_normal(shape) + ("norm" in name)
         for name, shape in tensors.items()
     }
     for name in arrays:
-        if "post_" in name:
+        if arch.startswith("gemma") and "post_" in name:
             arrays[name] *= 8  # otherwise Gemma's large embeddings repeat the last token
     fields = {"block_count": 2, "vocab_size": 96, "rope.dimension_count": 16, **metadata}
     fields = {f"{arch}.{name}": value for name, value in fields.items()}
