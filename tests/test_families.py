@@ -166,6 +166,10 @@ def test_configs_of_transformers_4_say_the_same():
     assert olmo3.sliding_rope == {"rope_type": "default", "rope_theta": 5e5}
     phi4 = config("Phi3ForCausalLM", partial_rotary_factor=0.75, sliding_window=None)
     assert phi4.rope["partial_rotary_factor"] == 0.75
+    factors = {"type": "su", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+    phi3 = config("Phi3ForCausalLM", rope_scaling=factors, original_max_position_embeddings=64)
+    assert phi3.rope["rope_type"] == "longrope"
+    assert phi3.rope["original_max_position_embeddings"] == 64
 
 
 NESTED = {"rope_type": "default", "rope_theta": 1e4}
