@@ -395,14 +395,14 @@ def test_gguf_that_cannot_be_used_is_an_error_that_names_it(
 
     for arch, tensor, match in (
         (
-            "qwen2moe",
+            "mamba",
             "token_embd.weight",
-            "architecture 'qwen2moe'; supported are llama, .*qwen2, .*qwen3",
+            "architecture 'mamba'; supported are llama, .*qwen2, .*qwen3",
         ),
         (
             "llama",
-            "blk.0.ffn_gate_exps.weight",
-            "holds 'blk.0.ffn_gate_exps.weight', which no llama model",
+            "blk.0.ssm_in.weight",
+            "holds 'blk.0.ssm_in.weight', which no llama model",
         ),
     ):
         writer = start_gguf(path, models["llama"].config, arch)

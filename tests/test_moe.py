@@ -292,6 +292,22 @@ def test_gather_and_the_weighted_sum(dtype: torch.dtype) -> None:
     assert_close(moe.add_gated(found.clone(), x, gate), wanted, dtype, 3)
 
 
+@on_every_cpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [1, 15, 16, 70])
+def test_the_clamped_swiglu(dtype: torch.dtype, size: int) -> None:
+    x = (normal(9, 2 * size, dtype=torch.float32) * 6).to(dtype)
+    x[0, 0], x[0, size] = float("inf"), float("-inf")  # gate and up
+    gate, up = x.double().chunk(2, dim=-1)
+    gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
+    wanted = gate * torch.sigmoid(1.7 * gate) * (up + 1)
+    found = moe.clamped_swiglu(x, 1.7, 7.0)
+    assert found.dtype is dtype
+    assert_close(found, wanted, dtype)
+    nothing = moe.clamped_swiglu(torch.full((1, 2), float("nan"), dtype=dtype), 1.7, 7.0)
+    assert nothing.isnan().all()
+
+
 def offsets_of(counts: list[int]) -> Tensor:
     return torch.tensor([0, *counts]).cumsum(0).int()
 
