@@ -19,7 +19,7 @@ EXPERTS, EXPERTS_PER_TOKEN, EXPERT_SIZE = 128, 8, 768
 Q = gguf.GGMLQuantizationType
 # The bytes of a block that hold float16 scales.
 SCALES = {"Q4_0": [0], "Q8_0": [0], "Q4_K": [0, 2], "Q6_K": [208]}
-# File format -> the types of most matrices, and of those that llama.cpp stores finer.
+# File format -> the types of most matrices, and of FINER, which llama.cpp stores finer.
 FORMATS = {"Q4_0": ("Q4_0", "Q4_0"), "Q8_0": ("Q8_0", "Q8_0"), "Q4_K_M": ("Q4_K", "Q6_K")}
 FINER = ("output", "attn_v", "ffn_down_exps")
 

@@ -38,6 +38,7 @@ LEVELS = (
         "llm",
         "async_llm",
         "data_parallel",
+        "adapters_of_engines",
         "control",
         "stream",
         "beam_search",

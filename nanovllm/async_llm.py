@@ -24,7 +24,6 @@ from nanovllm.config import EngineArgs, one_of
 from nanovllm.core.request import Request
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.errors import ValidationError
-from nanovllm.inputs import Tokenization
 from nanovllm.llm import make_engine
 from nanovllm.lora.request import LoRARequest
 from nanovllm.outputs import RequestOutput
@@ -70,24 +69,34 @@ class AsyncLLM:
         trace_headers: Mapping[str, str] | None = None,
         priority: int = 0,
         data_parallel_rank: int | None = None,
+        session_id: str | None = None,
+        kv_hints: object = None,
+        reasoning_ended: bool | None = None,
+        reasoning_parser_kwargs: Mapping[str, object] | None = None,
     ) -> AsyncGenerator[RequestOutput, None]:
         """Yields the request's outputs, as `output_kind` of the parameters says.
 
         CUMULATIVE: all text so far; a slow reader gets only the newest output. DELTA: the
         new text. FINAL_ONLY: one output. Raises ValueError or TypeError for a refused
         request, EngineDeadError if the engine is dead, and RuntimeError if a step failed.
-        trace_headers, data_parallel_rank: no effect.
+        lora_request and the arguments above it have the meaning of `LLM.generate`. The
+        arguments below priority, and trace_headers, have no effect.
         """
         if prompt_text is not None and not isinstance(prompt, Mapping):
             prompt = {"prompt": prompt_text, "prompt_token_ids": prompt}
-        how = Tokenization.of(tokenization_kwargs) if tokenization_kwargs else None
         kind = getattr(sampling_params, "output_kind", None)
         # Cumulative outputs show all completions, so the newest one holds all others.
         newest_only = kind is RequestOutputKind.CUMULATIVE
         outputs = AsyncOutputs(request_id, self._thread, newest_only)
         try:
             await self._call(
-                add_request, prompt, sampling_params, outputs, how, priority, lora_request
+                add_request,
+                prompt,
+                sampling_params,
+                outputs,
+                tokenization_kwargs,
+                priority,
+                lora_request,
             )
             while not outputs.finished:
                 yield await outputs.get()
@@ -95,8 +104,11 @@ class AsyncLLM:
             if not outputs.finished:
                 self._thread.send(end_request, outputs)
 
-    async def abort(self, request_id: str | Iterable[str]) -> None:
-        """Ends requests. The last output of each has finish_reason "abort"."""
+    async def abort(self, request_id: str | Iterable[str], internal: bool = False) -> None:
+        """Ends requests. The last output of each has finish_reason "abort".
+
+        internal: no effect, because a request has one id.
+        """
         ids = [request_id] if isinstance(request_id, str) else list(request_id)
         await self._call(abort_requests, ids)
 
@@ -116,6 +128,13 @@ class AsyncLLM:
 
     async def get_model_config(self) -> SimpleNamespace:
         return self.engine.model_config
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        return self.engine.tokenizer
+
+    def get_num_unfinished_requests(self) -> int:
+        return self.engine.get_num_unfinished_requests()
 
     async def get_tokenizer(self) -> PreTrainedTokenizerBase | None:
         """The engine's Hugging Face tokenizer. None with skip_tokenizer_init."""
@@ -149,11 +168,10 @@ class AsyncLLM:
     ) -> bool:
         """Unregisters all cached prefixes. Running requests go on.
 
-        reset_connector: no effect. Raises ValueError for reset_running_requests.
+        reset_connector: no effect. Raises ValueError for reset_running_requests while
+        requests are unfinished.
         """
-        if reset_running_requests:
-            raise ValidationError("reset_running_requests=True is not supported; accepted is False")
-        return await self._call(LLMEngine.reset_prefix_cache)
+        return await self._call(lambda engine: engine.reset_prefix_cache(reset_running_requests))
 
     async def sleep(self, level: int = 1, mode: str = "abort") -> None:
         """Frees the KV cache and the weights' device memory.
@@ -162,9 +180,7 @@ class AsyncLLM:
         mode: "abort" ends unfinished requests; "wait" and "keep" refuse to sleep then.
         """
         one_of("mode", mode, ("abort", "wait", "keep"))
-        if mode == "abort":
-            await self._call(abort_requests, None)
-        await self._call(control.sleep, level)
+        await self._call(sleep, level, mode)
 
     async def wake_up(self, tags: list[str] | None = None) -> None:
         """Undoes `sleep`. tags: "weights", "kv_cache" or both. None stands for both."""
@@ -184,7 +200,23 @@ class AsyncLLM:
 
         timeout: no effect.
         """
-        return await self._call(LLMEngine.collective_rpc, method, args, kwargs)
+        return await self._call(lambda engine: engine.collective_rpc(method, timeout, args, kwargs))
+
+    async def add_lora(self, lora_request: LoRARequest) -> bool:
+        """Loads an adapter before a request needs it. Returns True."""
+        return await self._call(lambda engine: engine.add_lora(lora_request))
+
+    async def remove_lora(self, lora_id: int) -> bool:
+        """Forgets an adapter. Returns whether it was known."""
+        return await self._call(lambda engine: engine.remove_lora(lora_id))
+
+    async def list_loras(self) -> set[int]:
+        """The lora_int_id of every adapter in memory."""
+        return await self._call(lambda engine: engine.list_loras())
+
+    async def pin_lora(self, lora_id: int) -> bool:
+        """Keeps an adapter in memory until `remove_lora`. Returns True."""
+        return await self._call(lambda engine: engine.pin_lora(lora_id))
 
     def shutdown(self, timeout: float | None = None) -> None:
         """Ends the engine. Unfinished requests get EngineDeadError. timeout: no effect."""
@@ -198,9 +230,9 @@ AsyncLLMEngine = AsyncLLM
 
 
 class AsyncOutputs:
-    """The outputs of one request. Invariant: only the event loop changes it.
+    """The outputs of one request.
 
-    The engine's thread calls `append`, and the loop calls `put`.
+    The engine's thread calls `append`, and the event loop calls all other methods.
     """
 
     def __init__(self, request_id: str, thread: EngineThread, newest_only: bool) -> None:
@@ -208,12 +240,16 @@ class AsyncOutputs:
         self.thread = thread
         self.loop = asyncio.get_running_loop()
         self.newest_only = newest_only  # a new output replaces the unread ones
+        self.is_complete = False  # the engine's thread has sent the last item
         self.finished = False  # the last item was read
         self._items: deque[Item] = deque()
         self._ready = asyncio.Event()
 
     def append(self, item: Item, /) -> None:
-        """Sends the item to the event loop after the step."""
+        """Sends the item to the event loop after the step. Nothing follows the last item."""
+        if self.is_complete:  # an error of a step that already ended the request
+            return
+        self.is_complete = isinstance(item, Exception) or item.finished
         self.thread.undelivered.setdefault(self.loop, []).append((self, item))
 
     def put(self, item: Item) -> None:
@@ -248,12 +284,10 @@ def add_request(
     prompt: object,
     params: SamplingParams,
     outputs: AsyncOutputs,
-    how: Tokenization | None,
+    tokenization_kwargs: Mapping[str, object] | None,
     priority: int,
     lora_request: LoRARequest | None,
 ) -> None:
-    if how is not None:
-        prompt = engine.tokenized(prompt, how)
     engine.add_request(
         outputs.request_id,
         prompt,
@@ -261,6 +295,7 @@ def add_request(
         queue=outputs,
         priority=priority,
         lora_request=lora_request,
+        tokenization_kwargs=tokenization_kwargs,
     )
 
 
@@ -279,6 +314,13 @@ def abort_requests(engine: LLMEngine, request_ids: list[str] | None) -> None:
         output = engine.end_request(request_id)
         if request is not None and request.queue is not None and output is not None:
             request.queue.append(output)
+
+
+def sleep(engine: LLMEngine, level: int, mode: str) -> None:
+    """One function, so that no request comes between the aborts and the sleep."""
+    if mode == "abort":
+        abort_requests(engine, None)
+    control.sleep(engine, level)
 
 
 def fail(requests: Iterable[Request], error: Exception) -> None:

@@ -54,6 +54,8 @@ def reading(field: Field[object]) -> dict[str, Any]:
         return {"nargs": "?", "const": True}
     if annotation.startswith("dict"):
         return {"type": json.loads}
+    if words[0] == "Sequence":
+        return {"nargs": "+"}
     if "int" in words:
         return {"type": int}
     if "float" in words:

@@ -129,6 +129,12 @@ class EngineArgs:
         return cls(**values)
 
     def _check(self) -> None:
+        self._check_names()
+        self._check_numbers()
+        self._check_generation_config()
+        self._check_lora()
+
+    def _check_names(self) -> None:
         if not isinstance(self.model, (str, os.PathLike)):
             raise TypeError(f"model={self.model!r} must be a folder, a .gguf file or a hub name")
         self.model = str(self.model)
@@ -144,15 +150,15 @@ class EngineArgs:
                 f"logits_processors={self.logits_processors!r} must be None or a list of classes "
                 "and names like 'module:Class'"
             )
-        one_of("quantization", self.quantization, (None, "none", "gguf"))
+        one_of("quantization", self.quantization, (None, "none", "gguf", "mxfp4"))
         one_of("kv_cache_dtype", self.kv_cache_dtype, ("fp8", *DTYPES))
-        self._check_generation_config()
-        self._check_lora()
         one_of(
             "distributed_executor_backend",
             self.distributed_executor_backend,
             (None, "uni", "mp", "external_launcher"),
         )
+
+    def _check_numbers(self) -> None:
         limits = ("max_model_len", "max_num_seqs", "max_num_batched_tokens")
         for name in (*limits, "block_size", "num_gpu_blocks_override", "kv_cache_memory_bytes"):
             positive(name, getattr(self, name), optional=True)

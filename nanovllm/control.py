@@ -62,11 +62,11 @@ def sleep(engine: LLMEngine, level: int) -> None:
         if count:
             raise ValidationError(f"sleep: {count} requests are unfinished; finish or abort them")
         engine.reset()
-        engine.collective_rpc("sleep", (level,))
+        engine.collective_rpc("sleep", args=(level,))
 
 
 def wake_up(engine: LLMEngine, tags: list[str] | None) -> None:
     if not set(TAGS).issuperset(tags or ()):
         raise ValidationError(f"tags={tags!r} are not known; accepted are 'weights' and 'kv_cache'")
     with engine.exclusive():
-        engine.collective_rpc("wake_up", (tags,))
+        engine.collective_rpc("wake_up", args=(tags,))

@@ -24,13 +24,18 @@ import numpy as np
 import torch
 import xxhash
 
+from nanovllm.adapters_of_engines import AdaptersOfEngines
 from nanovllm.config import EngineArgs
+from nanovllm.core import sequence as core
+from nanovllm.core.adapter import Adapter
 from nanovllm.core.request import Request
 from nanovllm.engine.detokenizer import Tokenizer
 from nanovllm.engine.llm_engine import LLMEngine
+from nanovllm.engine.output_processor import request_output
 from nanovllm.engine.stats import Metric
 from nanovllm.models.config import check_shards
-from nanovllm.outputs import RequestOutput
+from nanovllm.outputs import CompletionOutput, RequestOutput
+from nanovllm.runner import ranks
 from nanovllm.runner.executor import EngineDeadError
 from nanovllm.runner.ranks import (
     GRACE,
@@ -43,6 +48,7 @@ from nanovllm.runner.ranks import (
     unpickle,
     user_script,
 )
+from nanovllm.sampling.sampler import ENGINE_PROCESSORS
 
 START = (
     "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); "
@@ -70,17 +76,27 @@ class Start:
 
 @dataclass
 class Add:
-    """New requests. Their ids are numbers, because a user may use an id twice."""
+    """New requests: number -> the pickled `Request`.
 
-    requests: list[Request]
+    Their ids are the numbers, because a user may use an id twice.
+    """
+
+    requests: dict[str, bytes]
     longest_first: bool
 
 
 @dataclass
 class End:
-    """Abort these requests. None: drop all requests and the prefix cache."""
+    """Abort these requests."""
 
-    request_ids: list[str] | None
+    numbers: list[str]
+
+
+@dataclass
+class Reset:
+    """Drop all requests and the prefix cache. `era`: how often this has been asked."""
+
+    era: int
 
 
 @dataclass
@@ -88,8 +104,7 @@ class Call:
     """Call `function(engine, *args)`, and send an `Answer` of the same number."""
 
     number: int
-    function: Callable[..., object]
-    args: tuple[object, ...]
+    work: bytes  # the pickled (function, args)
 
 
 @dataclass
@@ -102,9 +117,18 @@ class Answer:
 
 @dataclass
 class Failed:
-    """A step raised, and the engine has dropped its requests."""
+    """A step raised, and the engine has dropped its requests of this era."""
 
     error: Exception
+    era: int
+
+
+@dataclass
+class Refused:
+    """The engine's process could not read a request."""
+
+    number: str
+    sentence: str
 
 
 # -- which engine gets a request -------------------------------------------------------------------
@@ -126,9 +150,12 @@ class Placement:
         self.max_lead = max_lead  # tokens of work
         self._engines_of: OrderedDict[int, set[int]] = OrderedDict()  # by the hash of a prefix
 
-    def choose(self, token_ids: Sequence[int]) -> int:
-        """The number of the engine, from 0."""
-        hashes = list(self._hashes(token_ids))
+    def choose(self, token_ids: Sequence[int], hash_seed: int = 0) -> int:
+        """The number of the engine, from 0.
+
+        hash_seed: of the sequence. Prompts of different adapters share no prefix.
+        """
+        hashes = list(self._hashes(token_ids, hash_seed))
         chosen = self._least(range(len(self.work)))
         known = next((each for each in reversed(hashes) if each in self._engines_of), None)
         if known is not None:
@@ -149,12 +176,12 @@ class Placement:
     def _least(self, engines: Iterable[int]) -> int:
         return min(engines, key=lambda engine: (self.work[engine], engine))
 
-    def _hashes(self, token_ids: Sequence[int]) -> Iterable[int]:
+    def _hashes(self, token_ids: Sequence[int], hash_seed: int) -> Iterable[int]:
         """Hashes of the first 1, 2, 4, 8, ... full blocks."""
         tokens = np.asarray(token_ids, np.int32)
         length = self.block_size
         while length <= len(tokens):
-            yield xxhash.xxh3_64_intdigest(tokens[:length].tobytes())
+            yield xxhash.xxh3_64_intdigest(tokens[:length].tobytes(), hash_seed)
             length *= 2
 
 
@@ -194,7 +221,8 @@ class DataParallelEngine(LLMEngine):
             self.size, self.setup.block_size, self.setup.max_num_batched_tokens
         )
         self.placed: dict[str, Placed] = {}  # by the number of the request
-        self.unsent: list[dict[str, Request]] = [{} for _ in starts]
+        self.unsent: list[dict[str, bytes]] = [{} for _ in starts]  # pickled
+        self.era = 0  # how often all requests were dropped
         self.longest_first = False
         self.call_numbers = itertools.count(1)
         self.answers: list[Answer] = []  # to the call that waits, whose number is `call_number`
@@ -202,6 +230,8 @@ class DataParallelEngine(LLMEngine):
         self.freed_tags: set[str] = set()
         self.workers = Workers(self.size + 1, [], NO_PROGRESS, threads, START, "engine")
         self.close_once = weakref.finalize(self, self.workers.close)
+        if self.args.enable_lora:
+            self.adapters = AdaptersOfEngines(self._call, self._adapters_in_use, self.args)
         try:
             for engine, start in enumerate(starts):
                 self._send(engine, start)
@@ -215,11 +245,6 @@ class DataParallelEngine(LLMEngine):
         args = self.args
         ranks = args.tensor_parallel_size
         check_shards(self.setup.config, ranks)
-        if args.enable_lora:
-            raise ValueError(
-                f"enable_lora=True is not supported with data_parallel_size="
-                f"{args.data_parallel_size}; accepted is False"
-            )
         if args.distributed_executor_backend not in (None, "mp"):
             raise ValueError(
                 f"distributed_executor_backend={args.distributed_executor_backend!r} is not "
@@ -246,14 +271,19 @@ class DataParallelEngine(LLMEngine):
     # -- requests ----------------------------------------------------------------------------------
 
     def enqueue(self, request: Request) -> None:
-        """Chooses the request's engine. The next step sends the request there."""
+        """Chooses the request's engine. The next step sends the request there.
+
+        Raises TypeError for a request that cannot be pickled.
+        """
         self._workers.check()
-        number = str(request.seqs[0].seq_id)
-        engine = self.placement.choose(request.prompt_token_ids)
+        first = request.seqs[0]
+        number = str(first.seq_id)
+        message = packed(replace(request, request_id=number, queue=None))
+        engine = self.placement.choose(request.prompt_token_ids, first.hash_seed)
         placed = Placed(request, engine, sum(seq.end for seq in request.seqs))
         self.placement.work[engine] += placed.work
         self.placed[number] = placed
-        self.unsent[engine][number] = replace(request, request_id=number, queue=None)
+        self.unsent[engine][number] = message
         self.output_processor.requests[request.request_id] = request
 
     def sort_waiting_longest_first(self) -> None:
@@ -303,9 +333,10 @@ class DataParallelEngine(LLMEngine):
             unsent.clear()
         self.longest_first = False
         self.placement.clear()
+        self.era += 1
         if self._workers.failure is None:
             for engine in range(self.size):
-                self._send(engine, packed(End(None)))
+                self._send(engine, packed(Reset(self.era)))
 
     def run_step(self) -> None:
         """Sends new requests, and waits a moment for outputs of any engine."""
@@ -346,9 +377,9 @@ class DataParallelEngine(LLMEngine):
     def _send_unsent(self) -> None:
         for engine, unsent in enumerate(self.unsent):
             if unsent:
-                requests = list(unsent.values())
+                message = packed(Add(unsent, self.longest_first))
                 unsent.clear()
-                self._send(engine, packed(Add(requests, self.longest_first)))
+                self._send(engine, message)
         self.longest_first = False
 
     def _receive(self) -> None:
@@ -369,11 +400,14 @@ class DataParallelEngine(LLMEngine):
                 raise EngineDeadError(self._workers.failure)
             message = pickle.loads(reply[1])
             if isinstance(message, Failed):
-                self.reset()
-                raise message.error
-            if isinstance(message, Answer):
+                if message.era == self.era:  # else it is of requests that were dropped before
+                    self.reset()
+                    raise message.error
+            elif isinstance(message, Answer):
                 if message.number == self.call_number:
                     self.answers.append(message)
+            elif isinstance(message, Refused):
+                self._refuse(message)
             else:
                 self._pass_on(message)
 
@@ -384,17 +418,34 @@ class DataParallelEngine(LLMEngine):
             if placed is None:  # it was aborted
                 continue
             output.request_id = placed.request.request_id
+            output.lora_request = placed.request.lora_request
             if output.finished:
                 self._take(number)
-            if placed.request.queue is None:
-                self.undelivered.append(output)
-            else:
-                placed.request.queue.append(output)
+            self._deliver(placed.request, output)
+
+    def _deliver(self, request: Request, output: RequestOutput) -> None:
+        if request.queue is None:
+            self.undelivered.append(output)
+        else:
+            request.queue.append(output)
+
+    def _refuse(self, refused: Refused) -> None:
+        """Ends a request with an error. Others go on."""
+        placed = self._take(refused.number)
+        if placed is None:  # it was aborted
+            return
+        request = placed.request
+        completions = [
+            CompletionOutput(i, "", [], None, None, "error", refused.sentence)
+            for i in range(len(request.seqs))
+        ]
+        self._deliver(request, request_output(request, completions, finished=True))
 
     def _wait_for_answers(self, count: int) -> list[Answer]:
         """The answers to the last call, by engine. Raises the first engine's error."""
         while len(self.answers) < count:
-            self._receive()
+            with uninterrupted():  # because an interrupt could lose an output of a request
+                self._receive()
         answers = sorted(self.answers, key=lambda answer: answer.engine)
         self.answers = []
         for answer in answers:
@@ -410,7 +461,8 @@ class DataParallelEngine(LLMEngine):
             self._workers.check()
             self.call_number = next(self.call_numbers)
             self.answers = []
-            message = packed(Call(self.call_number, function, args), "a function or its arguments")
+            work = packed((function, args), "a function or its arguments")
+            message = packed(Call(self.call_number, work))
             chosen = range(self.size) if engines is None else engines
             self.stepping = True
             try:
@@ -426,22 +478,37 @@ class DataParallelEngine(LLMEngine):
     def collective_rpc(
         self,
         method: str | Callable[..., object],
+        timeout: float | None = None,
         args: tuple[object, ...] = (),
         kwargs: dict[str, object] | None = None,
     ) -> list[object]:
         """One result for each rank of the first engine, then of the second, and so on."""
         with self.exclusive():
-            results = self._call(LLMEngine.collective_rpc, method, args, kwargs)
+            results = self._call(LLMEngine.collective_rpc, method, timeout, args, kwargs)
             self.freed_tags = set().union(*self._call(freed))
         return [result for of_engine in results for result in of_engine]
+
+    def list_loras(self) -> set[int]:
+        """The lora_int_id of every adapter in the memory of some engine."""
+        self._need_adapters("list_loras")
+        return set().union(*self._call(LLMEngine.list_loras))
+
+    def _adapters_in_use(self) -> set[Adapter | None]:
+        return {placed.request.seqs[0].adapter for placed in self.placed.values()}
+
+    def running_adapters(self) -> set[Adapter | None]:
+        return set()  # each engine knows its own
 
     def set_tokenizer(self, tokenizer: Tokenizer | None) -> None:
         super().set_tokenizer(tokenizer)
         if self.workers is not None:
             self._call(LLMEngine.set_tokenizer, tokenizer)
 
-    def reset_prefix_cache(self) -> bool:
+    def reset_prefix_cache(
+        self, reset_running_requests: bool = False, reset_connector: bool = False
+    ) -> bool:
         with self.exclusive():
+            self._check_reset(reset_running_requests)
             self.placement.clear()
             return all(self._call(LLMEngine.reset_prefix_cache))
 
@@ -505,59 +572,97 @@ def run_engine(number: int, connection_fd: int) -> None:
 
 def serve(connection: Connection, number: int) -> None:
     """Runs requests and calls until STOP."""
-
-    def reply(message: object) -> None:
-        connection.send_bytes(REPLY + pickle.dumps(message))
-
     start: Start = pickle.loads(connection.recv_bytes())
+    ranks.SCRIPT = start.script
     try:
         engine = LLMEngine(start.args)
     except Exception as error:
-        reply(Answer(0, number, None, sendable(error)))
+        reply(connection, Answer(0, number, None, sendable(error)))
         connection.recv_bytes()  # STOP
         return
-    reply(Answer(0, number, None))
-    while True:
-        while connection.poll() or not engine.has_unfinished_requests():
-            message = connection.recv_bytes()
-            if message == STOP:
-                engine.close()
-                return
-            answer = handle(engine, message, start.script, number)
-            if answer is not None:
-                reply(answer)
-        try:
-            outputs = engine.step()
-        except EngineDeadError:
-            raise
-        except Exception as error:
-            reply(Failed(sendable(error)))
-        else:
-            if outputs:
-                reply(outputs)
+    reply(connection, Answer(0, number, None))
+    Server(engine, connection, start.script, number).run()
 
 
-def handle(
-    engine: LLMEngine, message: bytes, script: dict[str, object], number: int
-) -> Answer | None:
-    request: object = unpickle(message, script)
-    if isinstance(request, Add):
-        is_alone = not engine.has_unfinished_requests()
-        for each in request.requests:
-            engine.enqueue(each)
-        if is_alone and request.longest_first:
-            engine.sort_waiting_longest_first()
-    elif isinstance(request, End):
-        if request.request_ids is None:
-            engine.reset()
-        else:
-            engine.abort_request(request.request_ids)
-    elif isinstance(request, Call):
+def reply(connection: Connection, message: object) -> None:
+    connection.send_bytes(REPLY + pickle.dumps(message))
+
+
+class Server:
+    """One engine at the other end of a connection."""
+
+    def __init__(
+        self, engine: LLMEngine, connection: Connection, script: dict[str, object], number: int
+    ) -> None:
+        self.engine = engine
+        self.connection = connection
+        self.script = script
+        self.number = number
+        self.era = 0  # of the last `Reset`
+
+    def run(self) -> None:
+        """Handles messages between steps, until STOP."""
+        while True:
+            while self.connection.poll() or not self.engine.has_unfinished_requests():
+                message = self.connection.recv_bytes()
+                if message == STOP:
+                    self.engine.close()
+                    return
+                self.handle(pickle.loads(message))
+            try:
+                outputs = self.engine.step()
+            except EngineDeadError:
+                raise
+            except Exception as error:
+                reply(self.connection, Failed(sendable(error), self.era))
+            else:
+                if outputs:
+                    reply(self.connection, outputs)
+
+    def handle(self, message: object) -> None:
+        if isinstance(message, Add):
+            is_alone = not self.engine.has_unfinished_requests()
+            for number, request in message.requests.items():
+                self.add(number, request)
+            if is_alone and message.longest_first:
+                self.engine.sort_waiting_longest_first()
+        elif isinstance(message, End):
+            self.engine.abort_request(message.numbers)
+        elif isinstance(message, Reset):
+            self.era = message.era
+            self.engine.reset()
+        elif isinstance(message, Call):
+            self.answer(message)
+
+    def add(self, number: str, message: bytes) -> None:
+        """Queues a pickled request, with this engine's own objects in it."""
         try:
-            return Answer(request.number, number, request.function(engine, *request.args))
+            request = unpickle(message, self.script)
+            assert isinstance(request, Request)
+            for seq in request.seqs:
+                self.use_own(seq)
+            self.engine.enqueue(request)
         except Exception as error:
-            return Answer(request.number, number, None, sendable(error))
-    return None
+            sentence = f"{type(error).__name__}: {error}"
+            reply(self.connection, Refused(number, sentence))
+
+    def use_own(self, seq: core.Sequence) -> None:
+        """Replaces the copies of what the engine has once: adapters, objects of user classes."""
+        if seq.adapter is not None:
+            assert self.engine.adapters is not None
+            seq.adapter = self.engine.adapters.adopt(seq.adapter)
+        if ENGINE_PROCESSORS.name in seq.prepared:
+            own = self.engine.input_processor.facts.logits_processors
+            seq.prepared = {**seq.prepared, ENGINE_PROCESSORS.name: own}
+
+    def answer(self, call: Call) -> None:
+        try:
+            work = unpickle(call.work, self.script)
+            function, args = cast(tuple[Callable[..., object], tuple[object, ...]], work)
+            answer = Answer(call.number, self.number, function(self.engine, *args))
+            reply(self.connection, answer)
+        except Exception as error:
+            reply(self.connection, Answer(call.number, self.number, None, sendable(error)))
 
 
 def sendable(error: Exception) -> Exception:

@@ -185,7 +185,8 @@ class LLM:
         if tokenization_kwargs:
             inputs = self._tokenized(inputs, Tokenization.of(tokenization_kwargs))
         stream = self._add(inputs, sampling_params, use_tqdm, priority, lora_request)
-        self._enqueued.append(stream)
+        with self.llm_engine.exclusive():
+            self._enqueued.append(stream)
         return list(stream.request_ids)
 
     def wait_for_completion(
@@ -203,8 +204,9 @@ class LLM:
             raise ValidationError(
                 f"output_type={output_type!r} is not supported; accepted are RequestOutput and None"
             )
-        streams = self._enqueued
-        self._enqueued = []
+        with self.llm_engine.exclusive():
+            streams = self._enqueued
+            self._enqueued = []
         return run(streams, use_tqdm)
 
     def stream(
@@ -389,11 +391,7 @@ class LLM:
         reset_connector: no effect, because all KV cache is inside the engine.
         Raises ValueError for reset_running_requests while requests are unfinished.
         """
-        if reset_running_requests and self.llm_engine.get_num_unfinished_requests():
-            raise ValidationError(
-                "reset_running_requests=True is not supported while requests are unfinished"
-            )
-        return self.llm_engine.reset_prefix_cache()
+        return self.llm_engine.reset_prefix_cache(reset_running_requests)
 
     def reset_mm_cache(self) -> None:
         """No effect, because the engine takes text only."""
@@ -426,7 +424,7 @@ class LLM:
 
         Returns one result for each rank. timeout: no effect.
         """
-        return self.llm_engine.collective_rpc(method, args, dict(kwargs or {}))
+        return self.llm_engine.collective_rpc(method, timeout, args, dict(kwargs or {}))
 
     def apply_model(self, func: Callable[[LanguageModel], Result]) -> list[Result]:
         """Calls `func(model)` on each rank. Returns one result for each rank."""

@@ -14,6 +14,10 @@ import numpy as np
 import pytest
 import torch
 from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
     Qwen2Config,
@@ -49,6 +53,22 @@ FAMILIES: dict[str, tuple[Any, Any, Any]] = {
         gguf.MODEL_ARCH.QWEN3,
         Qwen3ForCausalLM,
         Qwen3Config(**SIZES, tie_word_embeddings=True),
+    ),
+    "gemma2": (
+        gguf.MODEL_ARCH.GEMMA2,
+        Gemma2ForCausalLM,
+        Gemma2Config(
+            **SIZES,
+            sliding_window=16,
+            query_pre_attn_scalar=32,
+            attn_logit_softcapping=20.0,
+            final_logit_softcapping=15.0,
+        ),
+    ),
+    "gemma3": (
+        gguf.MODEL_ARCH.GEMMA3,
+        Gemma3ForCausalLM,
+        Gemma3TextConfig(**SIZES, sliding_window=16, query_pre_attn_scalar=32),
     ),
 }
 # The bytes of a block that hold float16 scales.
@@ -93,7 +113,14 @@ def start_gguf(path: Path, config: Any, arch: str, rope: dict[str, Any] | None =
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_pad_token_id(3)
+    if getattr(config, "sliding_window", None) and "gemma" in arch:
+        writer.add_sliding_window(config.sliding_window)
+    if getattr(config, "attn_logit_softcapping", None):
+        writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
+        writer.add_final_logit_softcapping(config.final_logit_softcapping)
     rope = rope or {}
+    if arch == "gemma3":
+        rope = config.rope_parameters["full_attention"]
     writer.add_rope_freq_base(rope.get("rope_theta", 10000.0))
     if rope.get("rope_type") in ("linear", "yarn"):
         writer.add_rope_scaling_type(gguf.RopeScalingType(rope["rope_type"]))
@@ -127,11 +154,18 @@ def write_mixture(path: Path, family: str, model: Any, kind_of: Callable[[str], 
         heads = rotated_heads(family, model.config, name)
         if heads:
             array = swap_rows(array, heads, 2, -1)
+        array = array + norm_offset(family, name)
         stored = names.get_name(name, (".weight", ".bias"))
         kind = kind_of(stored) if array.ndim == 2 else Q.F32
         writer.add_tensor(stored, pack(np.ascontiguousarray(array), kind), raw_dtype=kind)
     finish(writer)
     return path
+
+
+def norm_offset(family: str, name: str) -> np.float32:
+    """llama.cpp adds 1 to the weights of Gemma's norms."""
+    is_norm = family.startswith("gemma") and name.endswith("norm.weight")
+    return np.float32(1.0 if is_norm else 0.0)
 
 
 def rotated_heads(family: str, config: Any, name: str) -> int:
@@ -161,6 +195,7 @@ def read_back(path: Path, family: str, model: Any) -> Any:
         heads = rotated_heads(family, model.config, name)
         if heads:
             array = swap_rows(array, heads, -1, 2)
+        array = array - norm_offset(family, name)
         tensor.copy_(torch.from_numpy(array.astype(np.float32)))
     return model
 

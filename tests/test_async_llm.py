@@ -9,6 +9,7 @@ import asyncio
 import gc
 from collections.abc import Awaitable, Callable
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from nanovllm import (
     RequestOutputKind,
     SamplingParams,
 )
+from nanovllm.async_llm import AsyncOutputs, deliver
 
 CUMULATIVE, DELTA, FINAL_ONLY = RequestOutputKind
 PROMPTS = random_prompts([5, 33, 90, 12], seed=41)
@@ -224,6 +226,32 @@ def test_the_state_of_the_engine() -> None:
             await llm.encode(PROMPTS[0])
 
     run(test)
+
+
+def test_a_request_that_comes_while_the_engine_falls_asleep_is_refused() -> None:
+    async def test(llm: AsyncLLM) -> None:
+        sleeping = asyncio.create_task(llm.sleep(level=1))
+        late = asyncio.create_task(outputs(llm, PROMPTS[0], ENDLESS, "late"))
+        await sleeping
+        with pytest.raises(ValueError, match="sleeps"):
+            await late
+
+    run(test)
+
+
+def test_an_error_does_not_replace_the_last_output_of_a_request() -> None:
+    """Another engine's step may fail after the request ended in its own engine."""
+
+    async def test() -> None:
+        thread = SimpleNamespace(undelivered={})
+        found = AsyncOutputs("0", thread, newest_only=True)
+        last = SimpleNamespace(finished=True)
+        found.append(last)
+        found.append(RuntimeError("a step failed"))
+        deliver(thread.undelivered.popitem()[1])
+        assert await found.get() is last
+
+    asyncio.run(test())
 
 
 def test_vllms_addresses() -> None:

@@ -66,6 +66,8 @@ def quantised(family: str, **types: str) -> tuple[str, Any]:
     _, kind, config = FAMILIES[family]
     config = copy.deepcopy(config)
     config.update(LARGE)
+    if hasattr(config, "query_pre_attn_scalar"):
+        config.query_pre_attn_scalar = LARGE["head_dim"]  # as llama.cpp reads a file
     torch.manual_seed(0)
     model = kind(config).eval()
     for name, parameter in model.named_parameters():

@@ -32,6 +32,7 @@ def test_without_options_every_argument_has_its_default() -> None:
         (["-dp", "3"], "data_parallel_size", 3),
         (["--hf-token"], "hf_token", True),
         (["--hf-token", "abc"], "hf_token", "abc"),
+        (["--logits-processors", "m:A", "m:B"], "logits_processors", ["m:A", "m:B"]),
         (["--hf-overrides", '{"a": 1}'], "hf_overrides", {"a": 1}),
     ],
 )

@@ -350,7 +350,14 @@ class TestNormAndActivation:
                 x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-5).sqrt()
             ).to(dtype)
 
-        assert_close(kernels.rms_norm(x, weight, 1e-5, offset), reference(x), dtype)
+        alone = kernels.rms_norm(x, weight, 1e-5, offset)
+        assert_close(alone, reference(x), dtype)
+        if offset == 0:
+            wide = torch.cat((residual, x, residual), 1)  # [rows, 3 size]
+            assert torch.equal(
+                kernels.rms_norm_in_place(wide[:, size : 2 * size], weight, 1e-5), alone
+            )
+            assert torch.equal(wide, torch.cat((residual, alone, residual), 1))
         total = x + residual
         normed, summed = kernels.add_rms_norm(x.clone(), residual.clone(), weight, 1e-5, offset)
         assert torch.equal(summed, total)

@@ -5,9 +5,13 @@ from __future__ import annotations
 import asyncio
 import operator
 import os
+import pickle
 import signal
+import sys
+from collections import deque
 from collections.abc import Iterator
 from functools import cache
+from types import ModuleType
 from typing import Any
 
 import dp_functions
@@ -24,7 +28,7 @@ from nanovllm import (
     RequestOutputKind,
     SamplingParams,
 )
-from nanovllm.data_parallel import DataParallelEngine, Placement
+from nanovllm.data_parallel import DataParallelEngine, Failed, Placement
 
 PROMPTS = random_prompts([5, 33, 90, 12, 1, 64, 17], seed=41)
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
@@ -166,6 +170,16 @@ def test_placement_follows_the_longest_known_prefix() -> None:
     assert placement.choose([7, 7, 7]) == 2  # no full block
 
 
+def test_prompts_of_different_adapters_have_no_common_prefix() -> None:
+    placement = Placement(2, block_size=4, max_lead=100)
+    assert placement.choose(range(8), hash_seed=1) == 0
+    placement.work[0] = 50
+    assert placement.choose(range(8), hash_seed=2) == 1  # the least work
+    placement.work[1] = 60
+    assert placement.choose(range(8), hash_seed=1) == 0
+    assert placement.choose(range(8), hash_seed=2) == 1
+
+
 def test_placement_leaves_an_engine_that_is_far_ahead() -> None:
     placement = Placement(2, block_size=4, max_lead=100)
     assert placement.choose(range(8)) == 0
@@ -225,6 +239,90 @@ def test_a_failed_step_raises_and_the_engines_go_on(llm: LLM) -> None:
     assert tokens(llm.generate(PROMPTS[:2], GREEDY, use_tqdm=False)) == [
         [greedy(shared_model()[1], prompt, 12)] for prompt in PROMPTS[:2]
     ]
+
+
+def test_an_error_of_dropped_requests_does_not_end_later_ones(llm: LLM) -> None:
+    engine = llm.llm_engine
+    late = Failed(ArithmeticError("of two engines that failed together"), engine.era)
+    engine.reset()
+    engine.workers.inbox.put((2, pickle.dumps(late)))
+    assert tokens(llm.generate(PROMPTS[:2], GREEDY, use_tqdm=False)) == [
+        [greedy(shared_model()[1], prompt, 12)] for prompt in PROMPTS[:2]
+    ]
+
+
+def test_a_function_that_cannot_be_sent_refuses_its_own_request(llm: LLM) -> None:
+    stream = llm.stream(PROMPTS[:2], GREEDY)
+    mine = SamplingParams(logits_processors=[lambda output_ids, logits: logits])
+    with pytest.raises(TypeError, match="top level of a file"):
+        llm.generate(PROMPTS[2], mine, use_tqdm=False)
+    last = {output.request_id: output for output in stream}
+    assert tokens([last[key] for key in sorted(last, key=int)]) == [
+        [greedy(shared_model()[1], prompt, 12)] for prompt in PROMPTS[:2]
+    ]
+
+
+def test_a_function_that_an_engine_cannot_read_ends_its_own_request(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = ModuleType("only_here")
+    exec("def same(output_ids, logits): return logits", vars(module))
+    monkeypatch.setitem(sys.modules, "only_here", module)
+    params = [GREEDY, SamplingParams(logits_processors=[module.same]), GREEDY]
+    first, failed, third = llm.generate(PROMPTS[:3], params, use_tqdm=False)
+    assert tokens([first, third]) == [
+        [greedy(shared_model()[1], prompt, 12)] for prompt in (PROMPTS[0], PROMPTS[2])
+    ]
+    assert failed.outputs[0].finish_reason == "error"
+    assert "only_here" in failed.outputs[0].stop_reason
+    with pytest.raises(ModuleNotFoundError, match="only_here"):
+        llm.collective_rpc(module.same)
+
+
+def test_ctrl_c_in_a_call_loses_no_output(llm: LLM) -> None:
+    """The interrupt comes at the worst time: an output was taken from the inbox."""
+    params = GREEDY.clone()
+    params.output_kind = RequestOutputKind.DELTA
+    stream = llm.stream(PROMPTS[:1], params)
+    workers = llm.llm_engine.workers
+    inbox = workers.inbox
+
+    class Interrupting:
+        put = inbox.put
+
+        def get(self, timeout: float) -> Any:
+            reply = inbox.get(timeout=timeout)
+            if isinstance(pickle.loads(reply[1]), list):
+                workers.inbox = inbox
+                signal.raise_signal(signal.SIGINT)
+            return reply
+
+    llm.llm_engine._send_unsent()
+    workers.inbox = Interrupting()
+    with pytest.raises(KeyboardInterrupt):
+        deque(iter(llm.get_metrics, None))  # calls for ever
+    found = [token for output in stream for token in output.outputs[0].token_ids]
+    assert found == greedy(shared_model()[1], PROMPTS[0], 12)
+
+
+def test_every_engine_has_its_own_objects_of_the_users_classes() -> None:
+    llm = LLM(
+        shared_model()[0],
+        skip_tokenizer_init=True,
+        logits_processors=["dp_functions:OneStepOneToken"],
+        **ARGS,
+    )
+    engine = llm.llm_engine
+    lengths = {"0": 3, "1": 4, "2": 9, "3": 10}  # the first two end while the others run
+    found = {}
+    for key, length in lengths.items():
+        params = SamplingParams(temperature=0, max_tokens=length, ignore_eos=True)
+        engine.add_request(key, [1], params)
+        engine.run_step()
+    while engine.has_unfinished_requests():
+        found.update({out.request_id: out.outputs[0].token_ids for out in engine.step()})
+    assert found == {key: list(range(length)) for key, length in lengths.items()}
+    engine.close()
 
 
 def test_a_dead_engine_is_named_and_nothing_hangs() -> None:
@@ -305,6 +403,11 @@ def test_async_llm_over_several_engines() -> None:
         assert rest[-1].outputs[0].finish_reason in ("abort", "length")
         streamed = [t for output in [first, *rest] for t in output.outputs[0].token_ids]
         assert streamed == greedy(shared_model()[1], PROMPTS[0], len(streamed))
+        assert await llm.collective_rpc(operator.attrgetter("rank")) == [0, 0]
+        assert await llm.reset_prefix_cache()
+        await llm.sleep(level=1)
+        await llm.wake_up()
+        assert tokens([await last(PROMPTS[1], "awake")]) == tokens(found[1:2])
 
     args = AsyncEngineArgs(shared_model()[0], skip_tokenizer_init=True, **ARGS)
     llm = AsyncLLM.from_engine_args(args)

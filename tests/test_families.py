@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from tiny import MORE_FAMILIES, greedy, next_logits, random_prompts, tiny_model
+from tiny import (
+    MORE_FAMILIES,
+    greedy,
+    next_logits,
+    random_prompts,
+    session_folder,
+    tiny_model,
+)
 
 from nanovllm import LLM, SamplingParams
+from nanovllm.kernels import cpu
 from nanovllm.models.config import ModelConfig
 from nanovllm.models.registry import read_config
 
-# One token; about a block of 16 and the window of 24 tokens; longer than a step of 64.
-LENGTHS = [1, 15, 16, 24, 25, 100, 70]
+# One token; about a block of 16, growing; longer than the window of 24 tokens, than a step of 64.
+LENGTHS = [1, 14, 15, 16, 30, 100, 70]
+NUM_TOKENS = 12
 SHAPES: list[tuple[str, dict[str, Any]]] = [
     *((family, {}) for family in MORE_FAMILIES),
     ("Gemma2", {"attn_logit_softcapping": None, "final_logit_softcapping": None}),
@@ -22,7 +32,7 @@ SHAPES: list[tuple[str, dict[str, Any]]] = [
     ("Olmo2", {"num_key_value_heads": 1, "attention_bias": True}),
     ("Phi3", {"partial_rotary_factor": 1.0, "sliding_window": None}),
 ]
-GREEDY = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
+GREEDY = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True)
 
 
 def make_llm(folder: str, **kwargs: object) -> LLM:
@@ -33,7 +43,7 @@ def make_llm(folder: str, **kwargs: object) -> LLM:
         "max_model_len": 128,
         "max_num_batched_tokens": 64,
         "max_num_seqs": 16,
-        "num_gpu_blocks_override": 18,  # the prompts of LENGTHS take 28 blocks
+        "num_gpu_blocks_override": 9,  # the prompts of LENGTHS take 23 blocks
     }
     return LLM(folder, **{**defaults, **kwargs})
 
@@ -42,18 +52,25 @@ def tokens_of(llm: LLM, prompts: list[list[int]]) -> list[list[int]]:
     return [out.outputs[0].token_ids for out in llm.generate(prompts, GREEDY, use_tqdm=False)]
 
 
-@pytest.mark.parametrize("backend", ["torch", None])
-@pytest.mark.parametrize(("family", "shape"), SHAPES)
-def test_tokens_equal_transformers_with_chunks_preemption_and_prefix_hits(
-    tmp_path, family, shape, backend
-):
-    folder, model = tiny_model(tmp_path, family, **shape)
+@cache
+def oracle(case: int) -> tuple[str, list[list[int]], list[list[int]]]:
+    """(folder of SHAPES[case], prompts, transformers' tokens)."""
+    family, shape = SHAPES[case]
+    folder, model = tiny_model(session_folder() / f"families-{case}", family, **shape)
     prompts = random_prompts(LENGTHS)
-    expected = [greedy(model, prompt, 20) for prompt in prompts]
+    return folder, prompts, [greedy(model, prompt, NUM_TOKENS) for prompt in prompts]
+
+
+@pytest.mark.parametrize("backend", ["torch", None])
+@pytest.mark.parametrize("case", range(len(SHAPES)), ids=[family for family, _ in SHAPES])
+def test_tokens_equal_transformers_with_chunks_preemption_and_prefix_hits(case, backend, caplog):
+    folder, prompts, expected = oracle(case)
     llm = make_llm(folder, attention_backend=backend)
     assert tokens_of(llm, prompts) == expected
     assert llm.llm_engine.scheduler.stats.num_preemptions > 0
     assert tokens_of(llm, [prompts[5]] * 2) == [expected[5]] * 2, "on prefix hits"
+    if backend is None and cpu.load() is not None:
+        assert "module by module" not in caplog.text, "small steps are recorded"
 
 
 @pytest.mark.parametrize("family", MORE_FAMILIES)
@@ -78,7 +95,7 @@ def test_two_ranks_give_the_same_tokens(tmp_path, family, shape):
     prompts = random_prompts([1, 40, 70])
     llm = make_llm(folder, tensor_parallel_size=2)
     try:
-        assert tokens_of(llm, prompts) == [greedy(model, prompt, 20) for prompt in prompts]
+        assert tokens_of(llm, prompts) == [greedy(model, prompt, NUM_TOKENS) for prompt in prompts]
     finally:
         llm.llm_engine.executor.close()
 
@@ -92,7 +109,7 @@ LONG_ROPE = {
 }
 
 
-@pytest.mark.parametrize(("max_model_len", "lengths"), [(64, [10, 40]), (512, [70, 100])])
+@pytest.mark.parametrize(("max_model_len", "lengths"), [(64, [10, 40]), (128, [70, 100])])
 def test_longrope_has_long_factors_where_sequences_may_be_long(tmp_path, max_model_len, lengths):
     folder, model = tiny_model(
         tmp_path,
@@ -104,7 +121,7 @@ def test_longrope_has_long_factors_where_sequences_may_be_long(tmp_path, max_mod
     )
     prompts = random_prompts(lengths)
     assert tokens_of(make_llm(folder, max_model_len=max_model_len), prompts) == [
-        greedy(model, prompt, 20) for prompt in prompts
+        greedy(model, prompt, NUM_TOKENS) for prompt in prompts
     ]
 
 
@@ -149,6 +166,10 @@ def test_configs_of_transformers_4_say_the_same():
     assert olmo3.sliding_rope == {"rope_type": "default", "rope_theta": 5e5}
     phi4 = config("Phi3ForCausalLM", partial_rotary_factor=0.75, sliding_window=None)
     assert phi4.rope["partial_rotary_factor"] == 0.75
+    factors = {"type": "su", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+    phi3 = config("Phi3ForCausalLM", rope_scaling=factors, original_max_position_embeddings=64)
+    assert phi3.rope["rope_type"] == "longrope"
+    assert phi3.rope["original_max_position_embeddings"] == 64
 
 
 NESTED = {"rope_type": "default", "rope_theta": 1e4}

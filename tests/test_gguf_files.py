@@ -370,11 +370,45 @@ def test_rope_that_is_scaled_twice_is_a_sentence(tmp_path: Path) -> None:
 PROMPT = list(range(5, 45)) * 2
 BIASES = {f"{name}.bias": SHAPES[name][:1] for name in ("attn_q", "attn_k", "attn_v")}
 QK_NORM = {"attn_q_norm.weight": (16,), "attn_k_norm.weight": (16,)}
+WIDE = {f"{name}.weight": (64, 64) for name in ("attn_k", "attn_v")}
+WIDE_QK_NORM = {**WIDE, "attn_q_norm.weight": (64,), "attn_k_norm.weight": (64,)}
 SECTIONS = {"rope.dimension_sections": [2, 3, 3, 0]}
 LINEAR = {"rope.scaling.factor": 4.0}
 YARN = {**LINEAR, "rope.scaling.type": "yarn", "rope.scaling.original_context_length": 32}
-# Architecture, further tensors of a layer, further metadata; then the first 3 tokens of
-# llama-cpp-python 0.3.36: Llama(path, n_ctx=128), eval(PROMPT), the largest of scores[-1], eval.
+POST_NORMS = {"post_attention_norm.weight": (64,), "post_ffw_norm.weight": (64,)}
+WINDOW = {"attention.sliding_window": 24}
+SOFTCAPS = {"attn_logit_softcapping": 3.0, "final_logit_softcapping": 5.0}
+# Layer 6 of 6 has no window, and the base below.
+GEMMA3 = {**WINDOW, "block_count": 6, "rope.freq_base": 1e6, **LINEAR}
+EXPERTS = {
+    **dict.fromkeys(("ffn_gate.weight", "ffn_up.weight", "ffn_down.weight")),
+    "ffn_gate_inp.weight": (4, 64),
+    "ffn_gate_exps.weight": (4, 128, 64),
+    "ffn_up_exps.weight": (4, 128, 64),
+    "ffn_down_exps.weight": (4, 64, 128),
+}
+ROUTES = {"expert_count": 4, "expert_used_count": 2, "expert_feed_forward_length": 128}
+SHARED = {
+    "ffn_gate_inp_shexp.weight": (64,),
+    "ffn_gate_shexp.weight": (128, 64),
+    "ffn_up_shexp.weight": (128, 64),
+    "ffn_down_shexp.weight": (64, 128),
+}
+SINKS = {
+    **BIASES,
+    **EXPERTS,
+    "ffn_norm.weight": None,
+    "post_attention_norm.weight": (64,),
+    "attn_sinks.weight": (4,),
+    "attn_output.bias": (64,),
+    "ffn_gate_inp.bias": (4,),
+    "ffn_gate_exps.bias": (4, 128),
+    "ffn_up_exps.bias": (4, 128),
+    "ffn_down_exps.bias": (4, 64),
+}
+# Architecture, further tensors of a layer (None: the layer lacks it), further metadata; then the
+# first 3 tokens of llama-cpp-python 0.3.36: Llama(path, n_ctx=128), eval(PROMPT), the largest of
+# scores[-1], eval.
 RELATIVES: list[tuple[str, dict[str, Any], dict[str, Any], list[int]]] = [
     ("llama", {}, {}, [7, 20, 1]),
     ("llama", {}, LINEAR, [84, 74, 62]),
@@ -388,6 +422,19 @@ RELATIVES: list[tuple[str, dict[str, Any], dict[str, Any], list[int]]] = [
     ("qwen2vl", BIASES, SECTIONS, [70, 58, 54]),
     ("qwen3", QK_NORM, {}, [13, 83, 82]),
     ("qwen3vl", QK_NORM, SECTIONS, [13, 83, 82]),
+    ("llama", EXPERTS, ROUTES, [23, 69, 75]),
+    ("qwen2moe", {**BIASES, **EXPERTS, **SHARED}, ROUTES, [63, 71, 22]),
+    ("qwen3moe", {**QK_NORM, **EXPERTS}, ROUTES, [22, 33, 33]),
+    (
+        "olmoe",
+        {**WIDE_QK_NORM, **EXPERTS},
+        {**ROUTES, "attention.head_count_kv": 4},
+        [6, 19, 66],
+    ),
+    # llama.cpp rounds the ends of YaRN's ramp, also for gpt-oss. transformers does not.
+    ("gpt-oss", SINKS, {**ROUTES, **WINDOW}, [29, 68, 92]),
+    ("gemma2", POST_NORMS, {**WINDOW, **SOFTCAPS}, [20, 39, 39]),
+    ("gemma3", {**POST_NORMS, **QK_NORM}, GEMMA3, [32, 52, 95]),
 ]
 
 
@@ -395,15 +442,20 @@ def write_relative(
     path: Path, arch: str, further: dict[str, Any], metadata: dict[str, Any]
 ) -> Path:
     generator = np.random.default_rng(5)
-    tensors = {"token_embd.weight": (96, 64), "output.weight": (96, 64)}
+    tensors: dict[str, Any] = {"token_embd.weight": (96, 64), "output.weight": (96, 64)}
+    if arch.startswith("gemma"):
+        del tensors["output.weight"]  # llama.cpp's code ties the two
     tensors["output_norm.weight"] = (64,)
     layer = {**{f"{name}.weight": shape for name, shape in SHAPES.items()}, **further}
-    for i in range(2):
-        tensors.update({f"blk.{i}.{name}": shape for name, shape in layer.items()})
+    for i in range(metadata.get("block_count", 2)):
+        tensors.update({f"blk.{i}.{name}": shape for name, shape in layer.items() if shape})
     arrays = {
         name: 0.2 * generator.standard_normal(shape) + ("norm" in name)
         for name, shape in tensors.items()
     }
+    for name in arrays:
+        if arch.startswith("gemma") and "post_" in name:
+            arrays[name] *= 8  # otherwise Gemma's large embeddings repeat the last token
     fields = {"block_count": 2, "vocab_size": 96, "rope.dimension_count": 16, **metadata}
     fields = {f"{arch}.{name}": value for name, value in fields.items()}
     return write(path, {**fields, "tokenizer.ggml.model": "none"}, arrays, arch)

@@ -50,6 +50,9 @@ def models() -> dict[str, Any]:
         made[family] = kind(config).eval()
         for parameter in made[family].parameters():
             torch.nn.init.normal_(parameter)
+            if parameter.dim() == 1:
+                # Multiples of 1/256, to which 1 can be added and taken away without rounding.
+                parameter.data.mul_(256).round_().div_(256)
     return made
 
 
@@ -392,14 +395,14 @@ def test_gguf_that_cannot_be_used_is_an_error_that_names_it(
 
     for arch, tensor, match in (
         (
-            "qwen2moe",
+            "mamba",
             "token_embd.weight",
-            "architecture 'qwen2moe'; supported are llama, .*qwen2, .*qwen3",
+            "architecture 'mamba'; supported are llama, .*qwen2, .*qwen3",
         ),
         (
             "llama",
-            "blk.0.ffn_gate_exps.weight",
-            "holds 'blk.0.ffn_gate_exps.weight', which no llama model",
+            "blk.0.ssm_in.weight",
+            "holds 'blk.0.ssm_in.weight', which no llama model",
         ),
     ):
         writer = start_gguf(path, models["llama"].config, arch)
@@ -448,7 +451,12 @@ def test_gguf_config_is_the_one_that_it_was_converted_from(
     assert config.architectures == [type(models[family]).__name__]
     assert rope_of(config) == rope_of(original)
     assert config.head_dim == (original.head_dim or 16) if family != "qwen2" else 16
-    fields = {*SIZES, "model_type", "hidden_act", "tie_word_embeddings"} - {"head_dim"}
+    own = {
+        "gemma2": {"query_pre_attn_scalar", "layer_types", "sliding_window", "hidden_activation"}
+        | {"attn_logit_softcapping", "final_logit_softcapping"},
+        "gemma3": {"query_pre_attn_scalar", "layer_types", "sliding_window", "hidden_activation"},
+    }.get(family, {"hidden_act"})
+    fields = {*SIZES, *own, "model_type", "tie_word_embeddings"} - {"head_dim"}
     assert {name: getattr(config, name) for name in fields} == {
         name: getattr(original, name) for name in fields
     }
@@ -746,6 +754,49 @@ def test_gguf_sentencepiece_tokenizer(tmp_path: Path) -> None:
     assert cut("he</s>he") == ["<s>", "▁he", "</s>", "▁he"]
     for text in ("hello  world\n", "é東👍", " leading"):
         assert tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids) == text
+
+
+def test_gguf_tokenizer_of_gemma(tmp_path: Path) -> None:
+    """No space before a text. Tokens of several spaces or line ends are taken whole, as in
+    SentencePiece: they are "user-defined", and llama.cpp's conversion writes them with real spaces.
+    """
+    special = ["<pad>", "<eos>", "<bos>", "<unk>"]
+    user_defined = ["<start_of_turn>", "\n", "\n\n", "\n\n\n", "  ", "   ", "<h1>"]
+    words = ["he", "▁he", "▁▁", "lo", "▁", *"hel<1>o"]
+    pieces = [*special, *user_defined, *(f"<0x{i:02X}>" for i in range(256)), *words]
+    kind = gguf.TokenType
+    kinds = [kind.CONTROL] * 3 + [kind.UNKNOWN] + [kind.CONTROL]
+    kinds += [kind.USER_DEFINED] * (len(user_defined) - 1) + [kind.BYTE] * 256
+    writer = start_gguf(tmp_path / "m.gguf", LlamaConfig(**SIZES), "llama")
+    for name in ("bos", "eos", "padding"):
+        writer.kv_data[0].pop(f"tokenizer.ggml.{name}_token_id")
+    writer.add_tokenizer_model("llama")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(pieces)
+    writer.add_token_types(kinds + [kind.NORMAL] * len(words))
+    writer.add_token_scores(
+        [0.0] * (len(pieces) - len(words)) + [-float(i) for i in range(len(words))]
+    )
+    for add, token_id in (
+        (writer.add_pad_token_id, 0),
+        (writer.add_eos_token_id, 1),
+        (writer.add_bos_token_id, 2),
+        (writer.add_unk_token_id, 3),
+    ):
+        add(token_id)
+    writer.add_add_space_prefix(False)
+    finish(writer)
+    tokenizer = loader.load_tokenizer(loader.resolve(str(tmp_path)))
+
+    def cut(text: str) -> list[str]:
+        return [tokenizer.convert_ids_to_tokens(i) for i in tokenizer.encode(text)]
+
+    assert cut("he he") == ["<bos>", "he", "▁he"]
+    assert cut("he   he\n\n\n\nlo") == ["<bos>", "he", "   ", "he", "\n\n\n", "\n", "lo"]
+    assert cut("<h1>he<start_of_turn>he") == ["<bos>", "<h1>", "he", "<start_of_turn>", "he"]
+    assert cut("<he>") == ["<bos>", "<", "he", ">"]
+    for text in (" he  lo\n\n", "he é", "   <h1>\n"):
+        assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) == text
 
 
 def test_folder_tokenizer_with_its_chat_template_in_a_file(tmp_path: Path, byte_level: Any) -> None:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -117,6 +121,17 @@ def test_greedy_tokens_are_those_of_peft(family):
     for _ in range(3):  # module by module, then recorded, then replayed
         assert tokens_of(llm, name) == wanted
         assert tokens_of(llm, None) == without
+
+
+def test_an_adapter_of_projections_that_the_checkpoint_fuses_is_that_of_peft(tmp_path):
+    """Phi-3 has Q, K and V in one matrix."""
+    folder, _ = tiny_model(tmp_path / "model", "Phi3")
+    base = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    fused = {"target_modules": ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]}
+    model = save_adapter(tmp_path / "adapter", base, **fused)
+    llm = make_llm(folder, enable_lora=True, skip_tokenizer_init=True)
+    found = tokens_of(llm, LoRARequest("fused", 1, str(tmp_path / "adapter")))
+    assert found == [greedy(model, prompt, GREEDY.max_tokens or 0) for prompt in PROMPTS]
 
 
 @pytest.mark.parametrize("name", ["rslora", "patterns", "tables", "first-layer"])
@@ -308,6 +323,30 @@ def test_an_adapter_that_is_read_again_hits_no_page_of_the_old_one(tmp_path):
     assert llm.llm_engine.list_loras() == {1}
 
 
+def test_changed_files_of_an_adapter_that_left_memory_hit_no_page_of_the_old_ones(copied):
+    llm = engine(max_cpu_loras=1, max_loras=1)
+    mine = LoRARequest("mine", 77, str(copied))
+    (prompt,) = random_prompts([40], seed=3)
+    assert tokens_of(llm, mine, [prompt]) == [expected("all", prompt)]
+    tokens_of(llm, request("third"), [prompt])
+    shutil.copytree(adapter("Qwen3", "other")[0], copied, dirs_exist_ok=True)
+    assert tokens_of(llm, mine, [prompt]) == [expected("other", prompt)]
+
+
+def test_files_that_change_under_a_waiting_request_end_only_that_request(copied):
+    llm = engine(max_loras=1, max_cpu_loras=1)
+    core = llm.llm_engine
+    core.add_request("0", PROMPTS[0], GREEDY, lora_request=request("all"))
+    core.add_request("1", PROMPTS[1], GREEDY, lora_request=LoRARequest("bad", 77, str(copied)))
+    shutil.copytree(adapter("Qwen3", "other")[0], copied, dirs_exist_ok=True)
+    outs = {}
+    while core.has_unfinished_requests():
+        outs.update({out.request_id: out.outputs[0] for out in core.step() if out.finished})
+    assert outs["0"].token_ids == expected("all", PROMPTS[0])
+    assert outs["1"].finish_reason == "error"
+    assert "have changed since they were checked" in outs["1"].stop_reason
+
+
 # -- the life of adapters --------------------------------------------------------------------------
 
 
@@ -357,6 +396,34 @@ def test_an_adapter_in_use_is_neither_removed_nor_replaced():
     with pytest.raises(ValueError, match="give the adapter another number"):
         llm.generate(PROMPTS, GREEDY, lora_request=other)
     stream.close()
+
+
+def test_a_refused_request_does_not_replace_an_adapter():
+    llm = engine()
+    core = llm.llm_engine
+    core.add_lora(request("all"))
+    core.pin_lora(request("all").lora_int_id)
+    folder = adapter("Qwen3", "other")[0]
+    other = LoRARequest("x", request("all").lora_int_id, folder, load_inplace=True)
+    bad = GREEDY.clone()
+    bad.top_p = 7
+    with pytest.raises(ValueError, match="top_p"):
+        llm.generate(PROMPTS, bad, use_tqdm=False, lora_request=other)
+    assert core.list_loras() == {request("all").lora_int_id}
+    assert core.adapters.known[other.lora_int_id].is_pinned
+    assert tokens_of(llm, request("all")) == [expected("all", prompt) for prompt in PROMPTS]
+
+
+def test_threads_list_adapters_in_turn():
+    core = engine().llm_engine
+    loaded = core.adapters.loaded
+
+    def checked() -> Any:
+        assert core.lock.mine
+        return loaded()
+
+    core.adapters.loaded = checked
+    assert core.list_loras() == set()
 
 
 def test_sleep_keeps_the_adapters():
@@ -556,6 +623,121 @@ def test_two_ranks_load_their_slices():
     assert tokens_of(llm, loras) == wanted
     assert tokens_of(llm, request("tables")) == [expected("tables", p) for p in PROMPTS]
     llm.llm_engine.executor.close()
+
+
+def test_two_engines_of_two_ranks_and_functions_of_a_script():
+    folder = Path(__file__).parent
+    script = folder / "tp_scripts" / "engines_of_ranks.py"
+    done = subprocess.run(
+        [sys.executable, str(script), shared_model()[0], adapter("Qwen3", "all")[0]],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        env={**os.environ, "PYTHONPATH": str(folder.parent), "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    prompts = [[5, 6, 7], [8, 9], [10, 11, 12, 13], [14]]
+    names = ["all", None, "all", None]
+    wanted = [expected(name, prompt)[:8] for name, prompt in zip(names, prompts)]
+    assert found["tokens"] == wanted
+    assert found["ranks"] == [[0, 2], [1, 2]] * 2
+    assert (found["world"], found["loras"]) == (4, [1])
+
+
+# -- several engines -------------------------------------------------------------------------------
+
+
+@cache
+def two_engines() -> LLM:
+    return LLM(
+        shared_model()[0],
+        dtype="float32",
+        device="cpu",
+        num_gpu_blocks_override=64,
+        max_num_batched_tokens=256,
+        data_parallel_size=2,
+        enable_lora=True,
+        max_loras=2,
+        max_cpu_loras=3,
+    )
+
+
+@pytest.fixture
+def several() -> Iterator[LLM]:
+    """The shared engines, at first without adapters. Afterwards nothing is left of a request."""
+    llm = two_engines()
+    core = llm.llm_engine
+    for number in list(core.adapters.known):
+        core.remove_lora(number)
+    llm.reset_prefix_cache()
+    assert core.list_loras() == set()
+    yield llm
+    assert not core.placed
+    assert core.placement.work == [0, 0]
+    assert next(m.value for m in llm.get_metrics() if m.name.endswith("usage_perc")) == 0
+
+
+def test_adapters_reach_every_engine(several):
+    names = ["all", None, "tables", "third", "other", None, "all"]
+    prompts = random_prompts([5, 20, 9, 40, 1, 16, 33], seed=8)
+    loras = [None if name is None else request(name) for name in names]
+    outs = several.generate(prompts, GREEDY, use_tqdm=False, lora_request=loras)
+    wanted = [expected(name, prompt) for name, prompt in zip(names, prompts)]
+    assert [out.outputs[0].token_ids for out in outs] == wanted
+    assert [out.lora_request for out in outs] == loras
+    params = BeamSearchParams(beam_width=1, max_tokens=10, ignore_eos=True)
+    beams = several.beam_search(PROMPTS[:2], params, lora_request=[request("all"), None])
+    for out, prompt, name in zip(beams, PROMPTS, ["all", None]):
+        assert out.sequences[0].tokens == prompt + expected(name, prompt)
+    (out,) = several.chat([{"role": "user", "content": "the"}], GREEDY, False, request("all"))
+    assert out.outputs[0].token_ids == expected("all", out.prompt_token_ids)
+
+
+def test_a_prefix_is_found_again_with_the_same_adapter_only(several):
+    (prompt,) = random_prompts([64], seed=2)
+    cached = []
+    for name in ["all", "other", "all", "other"]:
+        (out,) = several.generate([prompt], GREEDY, use_tqdm=False, lora_request=request(name))
+        cached.append(out.num_cached_tokens)
+    assert cached == [0, 0, 63, 63]
+
+
+def test_adapters_of_several_engines_are_listed_pinned_replaced_and_removed(several, tmp_path):
+    core = several.llm_engine
+    folder = tmp_path / "adapter"
+    shutil.copytree(adapter("Qwen3", "all")[0], folder)
+    mine = LoRARequest("mine", 50, str(folder))
+    assert core.add_lora(mine)
+    assert core.pin_lora(50)
+    shutil.rmtree(folder)  # the engines have read it
+    for name in ("other", "third", "rslora", "tables"):
+        assert core.add_lora(request(name))
+    assert len(core.list_loras()) == 3
+    assert 50 in core.list_loras()
+    assert tokens_of(several, mine) == [expected("all", prompt) for prompt in PROMPTS]
+    stream = several.stream(PROMPTS, GREEDY, lora_request=mine)
+    with pytest.raises(ValueError, match="lora_int_id=50 is used by unfinished requests"):
+        core.remove_lora(50)
+    stream.close()
+    with pytest.raises(ValueError, match="give the adapter another number"):
+        several.generate(PROMPTS, GREEDY, lora_request=LoRARequest("x", 50, "/elsewhere"))
+    other = LoRARequest("x", 50, adapter("Qwen3", "other")[0], load_inplace=True)
+    assert tokens_of(several, other) == [expected("other", prompt) for prompt in PROMPTS]
+    assert core.remove_lora(50)
+    assert not core.remove_lora(50)
+    assert 50 not in core.list_loras()
+    with pytest.raises(ValueError, match="lora_id=99 is not known"):
+        core.pin_lora(99)
+
+
+def test_a_refused_adapter_changes_nothing_in_several_engines(several):
+    bad = LoRARequest("bad", 77, adapter("Qwen3", "all")[0] + "-nowhere")
+    for call in (several.llm_engine.add_lora, lambda lora: tokens_of(several, lora)):
+        with pytest.raises(ValueError, match="is no folder here"):
+            call(bad)
+    assert several.llm_engine.list_loras() == set()
+    assert tokens_of(several, None) == [expected(None, prompt) for prompt in PROMPTS]
 
 
 @pytest.mark.skipif(cpu.load() is None, reason="no C++ compiler")

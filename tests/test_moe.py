@@ -34,8 +34,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "Mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "Olmoe": {"num_experts": 6, "num_experts_per_tok": 2},
 }
-GREEDY = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True)
-PROMPTS = random_prompts([1, 15, 16, 17, 60, 33, 5, 40], seed=3)
+GREEDY = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
+PROMPTS = random_prompts([1, 15, 16, 17, 100, 33, 5, 70, 64, 80])
 
 
 @cache
@@ -46,7 +46,7 @@ def model_of(family: str) -> tuple[str, Any]:
 
 @cache
 def expected(family: str) -> list[list[int]]:
-    return [greedy(model_of(family)[1], prompt, 16) for prompt in PROMPTS]
+    return [greedy(model_of(family)[1], prompt, 20) for prompt in PROMPTS]
 
 
 def engine(family: str, **kwargs: Any) -> LLM:
@@ -66,7 +66,8 @@ def metric(llm: LLM, name: str) -> float:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_tokens_equal_transformers_with_chunks_preemption_and_prefix_hits(family: str) -> None:
-    llm = engine(family, max_num_batched_tokens=32, num_gpu_blocks_override=13, max_model_len=96)
+    sizes = {"max_num_batched_tokens": 64, "num_gpu_blocks_override": 34, "max_num_seqs": 16}
+    llm = engine(family, **sizes)
     assert tokens_of(llm) == expected(family)
     assert metric(llm, "preemptions") > 0
     hits = metric(llm, "prefix_cache_hits")
@@ -289,6 +290,22 @@ def test_gather_and_the_weighted_sum(dtype: torch.dtype) -> None:
     gate = normal(9, 1, dtype=dtype)
     wanted = found.double() + gate.double().sigmoid() * x.double()
     assert_close(moe.add_gated(found.clone(), x, gate), wanted, dtype, 3)
+
+
+@on_every_cpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [1, 15, 16, 70])
+def test_the_clamped_swiglu(dtype: torch.dtype, size: int) -> None:
+    x = (normal(9, 2 * size, dtype=torch.float32) * 6).to(dtype)
+    x[0, 0], x[0, size] = float("inf"), float("-inf")  # gate and up
+    gate, up = x.double().chunk(2, dim=-1)
+    gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
+    wanted = gate * torch.sigmoid(1.7 * gate) * (up + 1)
+    found = moe.clamped_swiglu(x, 1.7, 7.0)
+    assert found.dtype is dtype
+    assert_close(found, wanted, dtype)
+    nothing = moe.clamped_swiglu(torch.full((1, 2), float("nan"), dtype=dtype), 1.7, 7.0)
+    assert nothing.isnan().all()
 
 
 def offsets_of(counts: list[int]) -> Tensor:

@@ -102,10 +102,13 @@ def quantised(array: np.ndarray, stem: str) -> tuple[np.ndarray, Any]:
 
 
 @torch.no_grad()
-def write(path: Path, arch: str, model: Any) -> Path:
-    """The model as llama.cpp would convert it. The model gets the weights of the file."""
+def write(path: Path, arch: str, model: Any, further: dict[str, Any] | None = None) -> Path:
+    """The model as llama.cpp would convert it. The model gets the weights of the file.
+
+    further: fields of the architecture.
+    """
     config = model.config
-    writer = start_gguf(path, config, arch)
+    writer = start_gguf(path, config, arch, config.rope_parameters)
     count = getattr(config, "num_experts", None) or config.num_local_experts
     writer.add_expert_count(count)
     writer.add_expert_used_count(config.num_experts_per_tok)
@@ -113,6 +116,9 @@ def write(path: Path, arch: str, model: Any) -> Path:
         writer.add_expert_feed_forward_length(config.moe_intermediate_size)
     if arch == "qwen2moe":
         writer.add_expert_shared_feed_forward_length(config.shared_expert_intermediate_size)
+    for key, value in (further or {}).items():
+        add = writer.add_uint32 if isinstance(value, int) else writer.add_float32
+        add(f"{arch}.{key}", value)
     for name, tensor in parameters(model).items():
         array = tensor.numpy()
         heads = heads_of(arch, name, config)
@@ -186,3 +192,15 @@ def test_new_weights_replace_blocks() -> None:
     model.load_weights(one)
     llm.reset_prefix_cache()
     assert tokens_of(llm) != file_of("qwen3moe")[1]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("expert_gating_func", 2), ("expert_weights_scale", 2.5)]
+)
+def test_a_router_of_another_kind_is_a_sentence(tmp_path: Path, key: str, value: Any) -> None:
+    family, overrides = FAMILIES["qwen2moe"]
+    sizes = {**SIZES, "intermediate_size": 64, **overrides, "num_hidden_layers": 1}
+    _, model = tiny_model(tmp_path, family, **sizes)
+    path = write(tmp_path / "model.gguf", "qwen2moe", model, {key: value})
+    with pytest.raises(ValueError, match=f"{key} is {value}; accepted is 1"):
+        make_llm(str(path), skip_tokenizer_init=True, device="cpu")

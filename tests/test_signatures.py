@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tiny import make_llm, nothing_is_left, random_prompts, shared_llm, shared_model  # noqa: F401
 
 import nanovllm
-from nanovllm import LLM, BeamSearchParams, EngineArgs, SamplingParams
+from nanovllm import LLM, AsyncLLM, BeamSearchParams, EngineArgs, LLMEngine, SamplingParams
+from nanovllm.lora.request import LoRARequest
 
 # Read off the released wheel, in order; positional ones first, then "*", then those by name only.
 REQUEST = "lora_request priority"
@@ -28,7 +30,7 @@ VLLM = {
     "generate": f"prompts sampling_params * use_tqdm {REQUEST} {KWARGS}",
     "chat": f"messages sampling_params use_tqdm {REQUEST} {TEMPLATE} {KWARGS}",
     "beam_search": "prompts params lora_request use_tqdm concurrency_limit priority",
-    "enqueue": f"prompts sampling_params {REQUEST} * use_tqdm tokenization_kwargs",
+    "enqueue": f"prompts sampling_params {REQUEST} use_tqdm {KWARGS}",
     "enqueue_chat": f"messages sampling_params use_tqdm {REQUEST} {TEMPLATE} {KWARGS}",
     "wait_for_completion": "output_type * use_tqdm",
     "collective_rpc": "method timeout args kwargs",
@@ -95,6 +97,46 @@ def test_every_name_of_vllm_stands_where_vllm_has_it(method):
     found = list(inspect.signature(getattr(shared_llm(), method)).parameters)
     assert found[: len(positional.split())] == positional.split()
     assert set(by_name.split()) <= set(found)
+
+
+# vLLM 0.32's, up to the arguments that no client passes by place.
+OTHERS = {
+    (LLMEngine, "add_request"): "request_id prompt params arrival_time lora_request "
+    "tokenization_kwargs trace_headers priority",
+    (LLMEngine, "abort_request"): "request_ids internal",
+    (LLMEngine, "collective_rpc"): "method timeout args kwargs",
+    (LLMEngine, "reset_prefix_cache"): "reset_running_requests reset_connector",
+    (LLMEngine, "add_lora"): "lora_request",
+    (LLMEngine, "remove_lora"): "lora_id",
+    (LLMEngine, "pin_lora"): "lora_id",
+    (AsyncLLM, "generate"): "prompt sampling_params request_id prompt_text lora_request "
+    "tokenization_kwargs trace_headers priority data_parallel_rank session_id kv_hints "
+    "reasoning_ended reasoning_parser_kwargs",
+    (AsyncLLM, "abort"): "request_id internal",
+    (AsyncLLM, "collective_rpc"): "method timeout args kwargs",
+    (AsyncLLM, "reset_prefix_cache"): "reset_running_requests reset_connector",
+    (AsyncLLM, "sleep"): "level mode",
+    (AsyncLLM, "wake_up"): "tags",
+    (AsyncLLM, "shutdown"): "timeout",
+    (AsyncLLM, "add_lora"): "lora_request",
+    (AsyncLLM, "remove_lora"): "lora_id",
+    (AsyncLLM, "list_loras"): "",
+    (AsyncLLM, "pin_lora"): "lora_id",
+    (LoRARequest, "__init__"): "lora_name lora_int_id lora_path base_model_name load_inplace "
+    "is_3d_lora_weight",
+}
+
+
+@pytest.mark.parametrize(("owner", "method"), OTHERS)
+def test_every_name_of_engines_stands_where_vllm_has_it(owner, method):
+    wanted = OTHERS[owner, method].split()
+    found = list(inspect.signature(getattr(owner, method)).parameters)
+    assert found[1 : 1 + len(wanted)] == wanted
+
+
+def test_prompt_embeds_are_refused_by_a_sentence():
+    with pytest.raises(ValueError, match="prompt_embeds are not supported"):
+        shared_llm().generate({"prompt_embeds": torch.zeros(3, 64)}, use_tqdm=False)
 
 
 @pytest.mark.parametrize("method", LACKING)

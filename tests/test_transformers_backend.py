@@ -260,7 +260,7 @@ def test_a_mask_that_pages_do_not_have_is_refused(tmp_path):
 
 # -- the checkpoint's own code ---------------------------------------------------------------------
 
-REMOTE = '''
+REMOTE = """
 import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel, GenerationMixin
@@ -355,7 +355,7 @@ class SketchForCausalLM(PreTrainedModel, GenerationMixin):
     def forward(self, input_ids, position_ids=None, attention_mask=None, **_):
         out = self.model(input_ids, position_ids=position_ids, attention_mask=attention_mask)
         return CausalLMOutputWithPast(logits=self.lm_head(out.last_hidden_state))
-'''
+"""
 
 
 @torch.no_grad()

@@ -16,11 +16,15 @@ import torch
 triton = pytest.importorskip("triton", reason="no triton for this platform")
 
 from attention_reference import make_case  # noqa: E402
+from torch._subclasses.fake_tensor import (  # noqa: E402
+    DataDependentOutputException,
+    FakeTensorMode,
+)
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime.driver import driver  # noqa: E402
 
 from nanovllm.attention.triton_backend import TritonAttention, prefill_shape  # noqa: E402
-from nanovllm.kernels import triton_ops  # noqa: E402
+from nanovllm.kernels import moe_triton, triton_ops  # noqa: E402
 from nanovllm.kernels.rope import Rope  # noqa: E402
 
 RESOURCES = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -120,21 +124,60 @@ SHAPES = [  # heads, head_dim, block_size, window, dtype, kv_cache_dtype
 ]
 
 
+def attend_once(
+    heads, dim, page, window, dtype, cache="auto", *, capability=None, **words
+) -> TritonAttention:
+    """Launches all kernels of attention, with the options for `capability` where it is given."""
+    case = make_case(
+        [3, 1],
+        [70, 80],
+        heads=heads,
+        head_dim=dim,
+        block_size=page,
+        windows=(window,),
+        dtype=dtype,
+        **words,
+    )
+    backend = TritonAttention(case.spec, cache)
+    (launch,) = backend.shapes.values()
+    if capability is not None:
+        largest = max(dim, case.spec.layers[0].value_size)
+        options = (largest, dtype, backend.cache_dtype, divmod(capability, 10))
+        launch.prefill = prefill_shape(*options)
+        launch.programs = 264
+    backend.allocate(case.num_blocks)
+    backend.begin(case.metadata([67, 79], [70, 80]))
+    backend.attend(0, torch.cat(case.q), case.sinks)
+    return backend
+
+
+WORDS = [  # heads, head_dim, block_size, window, dtype, kv_cache_dtype, what `make_case` gets
+    ((64, 8), 64, 16, 128, torch.bfloat16, "auto", {"sinks": True}),  # gpt-oss
+    ((8, 4), 256, 64, 4096, torch.bfloat16, "auto", {"softcap": 50.0}),  # Gemma 2, 2B
+    ((8, 4), 256, 16, None, torch.bfloat16, "fp8", {"softcap": 50.0}),
+    ((16, 16), 192, 64, None, torch.bfloat16, "auto", {"value_dim": 128}),  # DeepSeek-V2
+    ((4, 2), 64, 16, None, torch.float32, "auto", {"softcap": 50.0, "sinks": True}),
+]
+
+
+@pytest.mark.parametrize(("heads", "dim", "page", "window", "dtype", "cache", "words"), WORDS)
+def test_attention_with_words(compiled, tmp_path, heads, dim, page, window, dtype, cache, words):
+    if cache == "fp8" and driver.active.capability < 89:
+        pytest.skip("float8 needs compute capability 8.9")
+    capability = driver.active.capability
+    attend_once(heads, dim, page, window, dtype, cache, capability=capability, **words)
+    _, decode, prefill = compiled
+    for kernel in (prefill, decode):
+        check(kernel, tmp_path)
+        assert kernel.metadata.shared <= 160 * 1024
+
+
 @pytest.mark.parametrize(("heads", "dim", "page", "window", "dtype", "cache"), SHAPES)
 def test_attention(compiled, tmp_path, heads, dim, page, window, dtype, cache):
     if cache == "fp8" and driver.active.capability < 89:
         pytest.skip("float8 needs compute capability 8.9")
-    case = make_case(
-        [3, 1], [70, 80], heads=heads, head_dim=dim, block_size=page, windows=(window,), dtype=dtype
-    )
-    backend = TritonAttention(case.spec, cache)
-    backend.prefill = prefill_shape(
-        dim, dtype, backend.cache_dtype, divmod(driver.active.capability, 10)
-    )
-    backend.programs = 264
-    backend.allocate(case.num_blocks)
-    backend.begin(case.metadata([67, 79], [70, 80]))
-    backend.attend(0, torch.cat(case.q))
+    capability = driver.active.capability
+    backend = attend_once(heads, dim, page, window, dtype, cache, capability=capability)
     plan, decode, prefill = compiled
     check(plan, tmp_path)
     for kernel in (prefill, decode):
@@ -149,20 +192,31 @@ def test_attention(compiled, tmp_path, heads, dim, page, window, dtype, cache):
             warp_groups = (
                 kernel is prefill
                 and driver.active.capability == 90
-                and backend.prefill["BLOCK_M"] >= 64
+                and backend.launches[0].prefill["BLOCK_M"] >= 64
             )
             assert ("wgmma" if warp_groups else "mma.sync") in ptx
 
 
-def rope_of(dim: int, eps: float | None) -> Rope:
+def rope_of(dim: int, eps: float | None, rotary_dim: int | None = None, offset=0.0) -> Rope:
     norm = None if eps is None else torch.zeros(dim, dtype=torch.bfloat16)
-    return Rope(16, 8, dim, torch.zeros(64, dim), norm, norm, eps or 0.0)
+    cos_sin = torch.zeros(64, rotary_dim or dim)
+    return Rope(16, 8, dim, cos_sin, norm, norm, eps or 0.0, offset)
 
 
-@pytest.mark.parametrize("dim", [80, 128])
-@pytest.mark.parametrize("norm", [None, 1e-6])
-def test_write(compiled, tmp_path, dim, norm):
-    rope = rope_of(dim, norm)
+@pytest.mark.parametrize(
+    ("dim", "norm", "rotary_dim", "offset"),
+    [
+        (80, None, None, 0.0),
+        (128, None, None, 0.0),
+        (80, 1e-6, None, 0.0),
+        (128, 1e-6, None, 0.0),
+        (256, 1e-6, None, 1.0),  # Gemma 3
+        (128, None, 96, 0.0),  # Phi-4-mini
+        (128, 1e-6, 64, 0.0),  # GLM-4.5
+    ],
+)
+def test_write(compiled, tmp_path, dim, norm, rotary_dim, offset):
+    rope = rope_of(dim, norm, rotary_dim, offset)
     slots = torch.zeros(2, dtype=torch.int32)
     cache = torch.zeros(2, 4, 8, 64, dim, dtype=torch.bfloat16)
     triton_ops.write_qkv(torch.zeros(2, 32 * dim, dtype=torch.bfloat16), slots, slots, rope, *cache)
@@ -176,8 +230,68 @@ def test_elementwise(compiled, tmp_path, size, dtype):
     triton_ops.rms_norm(x, x[0], 1e-6)
     triton_ops.add_rms_norm(x, x.clone(), x[0], 1e-6)
     triton_ops.silu_and_mul(x)
+    triton_ops.gelu_and_mul(x)
+    triton_ops.add_rms_norm(x, x.clone(), x[0], 1e-6, 1.0)
     for kernel in compiled:
         assert_wide(check(kernel, tmp_path))
+
+
+MOE = [  # experts, top_k, hidden, intermediate
+    (128, 8, 2048, 768),  # Qwen3-30B-A3B
+    (32, 4, 2880, 2880),  # gpt-oss-20b
+]
+
+
+def run_experts(tokens, experts, top_k, hidden, intermediate, dtype) -> None:
+    """Launches the kernels of one mixture, as `layers/moe.py` does, with random contents."""
+    x = torch.zeros(tokens, hidden, dtype=dtype)
+    weights, ids = moe_triton.route(torch.zeros(tokens, experts, dtype=dtype), top_k, True)
+    _, rows, offsets = moe_triton.group_by_expert(ids, 0, experts)
+    x = x.repeat(top_k, 1)
+    weight = torch.zeros(1, dtype=dtype).expand(experts * 2 * intermediate, hidden)
+    bias = torch.zeros(len(weight), dtype=dtype)
+    moe_triton.grouped_linear(x, weight, offsets, bias)
+    moe_triton.clamped_swiglu(x, 1.702, 7.0)
+    moe_triton.combine(x, rows, weights)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "tokens", "dtype"),
+    [
+        (MOE[0], 1, torch.bfloat16),
+        (MOE[1], 16, torch.bfloat16),
+        (MOE[0], 512, torch.float16),
+        (MOE[1], 2048, torch.bfloat16),
+    ],
+)
+def test_experts(compiled, tmp_path, sizes, tokens, dtype):
+    run_experts(tokens, *sizes, dtype)
+    route, group, grouped, activation, combine = compiled
+    check(route, tmp_path)
+    check(group, tmp_path)
+    assert_wide(check(activation, tmp_path))
+    assert_wide(check(combine, tmp_path))
+    ptx = check(grouped, tmp_path)
+    assert grouped.metadata.shared <= 160 * 1024
+    assert copies(ptx) == {16}
+    rows = tokens * sizes[1] // sizes[0]  # of a group
+    warp_groups = driver.active.capability == 90 and rows >= 64
+    assert ("wgmma" if warp_groups else "mma.sync") in ptx
+
+
+def test_experts_in_float32(compiled, tmp_path):
+    run_experts(16, *MOE[0], torch.float32)
+    for kernel in compiled:
+        check(kernel, tmp_path)
+
+
+def test_a_mixture_of_experts_never_waits_for_the_device(monkeypatch):
+    """Fake tensors have no contents: an operation that needs some on the host raises."""
+    monkeypatch.setattr(triton.JITFunction, "run", lambda *args, **options: None)
+    with FakeTensorMode():
+        run_experts(16, *MOE[0], torch.bfloat16)
+        with pytest.raises(DataDependentOutputException):
+            torch.zeros(1).item()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -199,19 +313,10 @@ def test_every_kernel_compiles_for_an_mi300_too(monkeypatch):
     kernels = compile_launches(monkeypatch, NoInstinct(942))
     for heads, dim, page, window, dtype, cache in SHAPES[::3]:
         if cache == "auto":
-            case = make_case(
-                [3, 1],
-                [70, 80],
-                heads=heads,
-                head_dim=dim,
-                block_size=page,
-                windows=(window,),
-                dtype=dtype,
-            )
-            backend = TritonAttention(case.spec)
-            backend.allocate(case.num_blocks)
-            backend.begin(case.metadata([67, 79], [70, 80]))
-            backend.attend(0, torch.cat(case.q))
+            attend_once(heads, dim, page, window, dtype)
+    for heads, dim, page, window, dtype, cache, words in WORDS[::2]:
+        if cache == "auto":
+            attend_once(heads, dim, page, window, dtype, **words)
     x, row, k = (
         torch.zeros(2, 2048, dtype=torch.bfloat16),
         torch.zeros(2),
@@ -220,6 +325,8 @@ def test_every_kernel_compiles_for_an_mi300_too(monkeypatch):
     triton_ops.add_rms_norm(x, x.clone(), x[0], 1e-6)
     triton_ops.silu_and_mul(x)
     triton_ops.draw(x, row, row, triton_ops.filter_threshold(x, row, k, row, row))
+    for tokens in (1, 2048):
+        run_experts(tokens, *MOE[0], torch.bfloat16)
     rope = rope_of(64, 1e-6)
     triton_ops.write_qkv(x, k, k, rope, *torch.zeros(2, 4, 8, 64, 64, dtype=torch.bfloat16))
     for kernel in kernels:
@@ -228,4 +335,4 @@ def test_every_kernel_compiles_for_an_mi300_too(monkeypatch):
         )
         assert kernel.metadata.shared <= 64 * 1024
     names = {kernel.metadata.name for kernel in kernels}
-    assert len(names) == 9, names
+    assert len(names) == 14, names

@@ -10,6 +10,7 @@ import itertools
 import os
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ DEVICE = "cpu" if INTERPRETED else "cuda"
 pytest.importorskip("triton", reason="no triton for this platform")
 
 if RUNS:
+    from nanovllm.attention.base import AttentionSpec
     from nanovllm.attention.triton_backend import (
         TritonAttention,
         decode_plan,
@@ -30,7 +32,7 @@ if RUNS:
         decode_shape,
     )
     from nanovllm.core.batch import AttentionMetadata
-    from nanovllm.kernels import qk_norm_rope, triton_ops
+    from nanovllm.kernels import moe_triton, qk_norm_rope, triton_ops
     from nanovllm.kernels.rope import Rope
 
 EPS = {torch.float32: 2e-6, torch.float16: 2**-10, torch.bfloat16: 2**-7}
@@ -44,7 +46,8 @@ def runs(test):
     return test if INTERPRETED else pytest.mark.gpu(test)
 
 
-ATTENTION = "test_attention or splits or decodes or same_bits"  # about half of the time
+# About half of the time.
+ATTENTION = "test_attention or splits or decodes or same_bits or words or shapes"
 
 
 @pytest.mark.skipif(RUNS, reason="this process runs the kernels itself")
@@ -75,7 +78,8 @@ def attend(query_lens, context_lens, programs=7, cache="auto", **shape):
     """(backend, what it gives, what the reference gives) for the last of the case's layers."""
     case = make_case(query_lens, context_lens, device=DEVICE, **shape)
     backend = TritonAttention(case.spec, cache)
-    backend.programs = programs
+    for launch in backend.launches:
+        launch.programs = programs
     layer = len(case.spec.layers) - 1
     return backend, case.run(backend, layer).float(), case.expected(layer)
 
@@ -121,6 +125,87 @@ def test_attention_in_float32_is_exact(query_lens, context_lens, window):
     backend, out, expected = attend(query_lens, context_lens, windows=(window,))
     torch.testing.assert_close(out, expected, atol=2e-6, rtol=1e-5)
     assert not backend.arrived.any()  # left as the next launch needs it
+
+
+# A word is what a layer asks for beside plain attention: see `PagedKV`.
+WORDS = [
+    {"softcap": 2.0},
+    {"sinks": True},
+    {"value_dim": 24},
+    {"softcap": 5.0, "sinks": True, "value_dim": 80, "windows": (20,)},
+]
+
+
+@runs
+@pytest.mark.parametrize("words", WORDS, ids=str)
+def test_words_of_attention_in_float32(words):
+    _, out, expected = attend([5, 1, 9], [5, 60, 30], head_dim=32, **words)
+    torch.testing.assert_close(out, expected, atol=2e-6, rtol=1e-5)
+
+
+@runs
+@pytest.mark.parametrize(
+    ("heads", "dim", "words", "dtype"),
+    [
+        ((8, 1), 64, {"sinks": True, "windows": (None, 40)}, torch.bfloat16),  # gpt-oss
+        ((4, 2), 128, {"softcap": 50.0, "windows": (40,)}, torch.bfloat16),  # Gemma 2
+        ((2, 2), 192, {"value_dim": 128}, torch.float16),  # DeepSeek
+    ],
+)
+def test_words_of_attention_in_half_precision(heads, dim, words, dtype):
+    lens = ([5, 1, 20], [5, 70, 50])
+    _, out, expected = attend(*lens, heads=heads, head_dim=dim, dtype=dtype, **words)
+    torch.testing.assert_close(out, expected, atol=2 * EPS[dtype], rtol=EPS[dtype])
+
+
+@runs
+@pytest.mark.parametrize(("programs", "window"), [(1, None), (5, 30), (40, None)])
+def test_sinks_count_once_however_the_work_splits(programs, window):
+    options = {"heads": (2, 2), "head_dim": 32, "windows": (window,), "sinks": True}
+    _, out, expected = attend([1, 1, 1], [3, 100, 77], programs, **options)
+    torch.testing.assert_close(out, expected, atol=2e-6, rtol=1e-5)
+
+
+@runs
+@pytest.mark.parametrize("sink", [-1e4, 1e4, float("-inf")])
+def test_sinks_of_any_size(sink):
+    case = make_case([2, 1], [40, 30], device=DEVICE, sinks=True)
+    case.sinks[:] = sink
+    backend = TritonAttention(case.spec)
+    torch.testing.assert_close(case.run(backend, 0), case.expected(0), atol=2e-6, rtol=1e-5)
+
+
+@runs
+def test_layers_of_different_shapes_in_one_model():
+    """Each layer has pages of its own shape, and layers share plans and scratch memory."""
+    cases = [
+        make_case([5, 1], [5, 40], device=DEVICE, **shape)
+        for shape in (
+            {"heads": (4, 2), "head_dim": 32},
+            {"heads": (4, 1), "head_dim": 64, "windows": (16,), "softcap": 3.0},
+            {"heads": (4, 2), "head_dim": 32, "value_dim": 16, "sinks": True},
+        )
+    ]
+    layers = tuple(case.spec.layers[0] for case in cases)
+    backend = TritonAttention(AttentionSpec(layers, 16, torch.float32, torch.device(DEVICE)))
+    numbers = sum(layer.num_kv_heads * (layer.head_dim + layer.value_size) for layer in layers)
+    assert backend.page_bytes() == numbers * 16 * 4
+    backend.allocate(cases[0].num_blocks)
+    allocated = sum(pages.nbytes for pages in backend.cache)
+    assert allocated == backend.page_bytes() * cases[0].num_blocks
+    for begins, ends in (([0, 0], [4, 39]), ([4, 39], [5, 40])):
+        backend.begin(cases[0].metadata(begins, ends))
+        outs = []
+        for layer, case in enumerate(cases):
+            new = [slice(*ends) for ends in zip(begins, ends)]
+            k, v = (torch.cat([x[tokens] for x, tokens in zip(xs, new)]) for xs in (case.k, case.v))
+            backend.store(layer, k, v)
+            q = torch.randn(len(k), 4, layers[layer].head_dim, device=DEVICE)
+            case.q = list(q.split([len(range(*ends)) for ends in zip(begins, ends)]))
+            outs.append(backend.attend(layer, q, case.sinks))
+    for case, out in zip(cases, outs):
+        torch.testing.assert_close(out, case.expected(0), atol=2e-6, rtol=1e-5)
+    assert len(backend.plans) == 2
 
 
 @runs
@@ -190,7 +275,8 @@ def test_padding_rows_and_stale_pages_change_no_output():
     for row, context in zip(case.block_tables, case.context_lens):
         for position in range(context):
             used[row[position // 16], position % 16] = True
-    backend.cache.masked_fill_(~used[None, None, :, None, :, None].to(DEVICE), float("nan"))
+    for pages in backend.pages[0]:
+        pages.masked_fill_(~used[:, None, :, None].to(DEVICE), float("nan"))
 
     def int32(*values):
         return torch.tensor(values, dtype=torch.int32, device=DEVICE)
@@ -210,10 +296,10 @@ def test_padding_rows_and_stale_pages_change_no_output():
         33,
     )
     backend.begin(meta)
-    before = backend.cache.clone()
+    before = torch.cat(backend.cache)
     junk = torch.full((4, 2, 64), 9.0, device=DEVICE)
     backend.store(0, junk, junk)
-    torch.testing.assert_close(backend.cache, before, equal_nan=True)
+    torch.testing.assert_close(torch.cat(backend.cache), before, equal_nan=True)
     out = backend.attend(0, torch.cat([*case.q, torch.ones(2, 4, 64, device=DEVICE)]))
     torch.testing.assert_close(out[:2], case.expected(0), atol=2e-6, rtol=1e-5)
     assert not out[2:].any()
@@ -279,13 +365,24 @@ def test_decode_launch_fills_the_gpu_once():
 @pytest.mark.parametrize("eps", [None, 1e-6])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_write_equals_norm_rope_and_store(dim, eps, dtype):
+    assert_writes(dim, dim, eps, 0.0, dtype)
+
+
+@runs
+@pytest.mark.parametrize(("dim", "rotary_dim"), [(64, 16), (128, 96), (96, 2)])
+@pytest.mark.parametrize(("eps", "offset"), [(None, 0.0), (0.0, 0.0), (1e-6, 1.0)])
+def test_write_turns_the_first_numbers_and_adds_the_norm_s_offset(dim, rotary_dim, eps, offset):
+    assert_writes(dim, rotary_dim, eps, offset, torch.float32)
+
+
+def assert_writes(dim, rotary_dim, eps, offset, dtype):
     torch.manual_seed(0)
     case = make_case([5, 3], [20, 35], heads=(3, 1), head_dim=dim, dtype=dtype, device=DEVICE)
-    angles = torch.rand(64, dim // 2) * 6
+    angles = torch.rand(64, rotary_dim // 2) * 6
     rope = Rope(3, 1, dim, torch.cat((angles.cos(), angles.sin()), 1).to(DEVICE))
     if eps is not None:
         q_norm, k_norm = torch.randn(2, dim, device=DEVICE).to(dtype)
-        rope = Rope(3, 1, dim, rope.cos_sin, q_norm, k_norm, eps)
+        rope = Rope(3, 1, dim, rope.cos_sin, q_norm, k_norm, eps, offset)
     backend, plain = TritonAttention(case.spec), TritonAttention(case.spec)
     for each in (backend, plain):
         each.allocate(case.num_blocks)
@@ -301,7 +398,25 @@ def test_write_equals_norm_rope_and_store(dim, eps, dtype):
     }  # the definition rounds after every product
     torch.testing.assert_close(backend.write(0, qkv, rope), q, **tolerance)
     torch.testing.assert_close(backend.cache, plain.cache, **tolerance)
-    assert backend.cache[0, 0].any(-1).sum() == 7
+    keys, _ = backend.pages[0]
+    assert keys.any(-1).sum() == 7
+
+
+@runs
+@pytest.mark.parametrize("sizes", [(64, 64), (64, 40), (9, 7)])
+def test_store_keeps_keys_and_values_of_any_size(sizes):
+    dim, value_dim = sizes
+    case = make_case([3], [20], head_dim=dim, value_dim=value_dim, device=DEVICE)
+    backend = TritonAttention(case.spec)
+    backend.allocate(case.num_blocks)
+    backend.begin(case.metadata([17], [20]))
+    k, v = case.k[0][17:], case.v[0][17:]
+    backend.store(0, k, v)
+    for stored, pages in zip((k, v), backend.pages[0]):
+        slots = pages.transpose(1, 2).flatten(0, 1)  # [slots, Hkv, size]
+        written = backend.meta.slot_mapping.long()
+        assert torch.equal(slots[written], stored)
+        assert slots.any(-1).sum() == stored.any(-1).sum()
 
 
 @runs
@@ -334,7 +449,7 @@ def test_fp8_cache(dtype):
 
     huge = torch.full((22, 2, 64), 1e4, device=DEVICE, dtype=dtype)
     backend.store(0, huge, -huge)
-    assert backend.cache.float().abs().max() == 448
+    assert all(pages.float().abs().max() == 448 for pages in backend.cache)
 
 
 @runs
@@ -354,14 +469,16 @@ def test_norms_and_activation(size, dtype):
     x, residual = (torch.randn(3, size, device=DEVICE).to(dtype) for _ in range(2))
     weight = torch.rand(size, device=DEVICE).to(dtype) + 0.5
 
-    def norm(x):
-        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * weight.double()
+    def norm(x, offset=0.0):
+        factor = weight.double() + offset
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * factor
 
     def close(actual, expected):
         assert actual.dtype == dtype
         torch.testing.assert_close(actual.double(), expected, atol=EPS[dtype], rtol=3 * EPS[dtype])
 
     close(triton_ops.rms_norm(x, weight, 1e-6), norm(x.double()))
+    close(triton_ops.rms_norm(x, weight, 1e-6, 1.0), norm(x.double(), 1.0))
     close(
         triton_ops.rms_norm(x.view(3, 2, -1)[:, :1], weight[: size // 2], 1e-6)[:, 0],
         halved(x, weight),
@@ -372,6 +489,18 @@ def test_norms_and_activation(size, dtype):
     normed, added = triton_ops.add_rms_norm(x, residual, weight, 1e-6)
     close(added, total)
     close(normed, norm(added.double()))
+    normed, added = triton_ops.add_rms_norm(x.clone(), residual.clone(), weight, 1e-6, 1.0)
+    close(normed, norm(added.double(), 1.0))
+    gelu = torch.nn.functional.gelu(x.double(), approximate="tanh")
+    close(triton_ops.gelu_and_mul(torch.cat((x, residual), 1)), gelu * residual.double())
+
+
+@runs
+def test_gelu_of_numbers_of_any_size():
+    x = torch.tensor([[-1e4, -90.0, -6.0, -1e-3, 0.0, 1e-3, 6.0, 1e4] + [1.0] * 8], device=DEVICE)
+    expected = torch.nn.functional.gelu(x[:, :8].double(), approximate="tanh")
+    out = triton_ops.gelu_and_mul(x).double()
+    torch.testing.assert_close(out, expected, atol=1e-7, rtol=1e-6)
 
 
 def halved(x, weight):
@@ -505,6 +634,120 @@ def test_filters_on_ties_and_extremes(values):
         assert torch.equal(logits >= threshold, logits == max(values))
 
 
+# Mixtures of experts
+
+
+def experts_of(tokens: int, top_k: int, num_experts: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.rand(tokens, num_experts, generator=generator).argsort(-1)
+    return ids[:, :top_k].int()
+
+
+@runs
+@pytest.mark.parametrize("num_experts", [4, 60])
+@pytest.mark.parametrize("renormalise", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_routes_are_the_most_likely_experts(num_experts, renormalise, dtype):
+    logits = torch.randn(9, num_experts, generator=torch.Generator().manual_seed(1)).to(dtype)
+    logits[5] = 1.5  # a tie of all
+    logits[6, 1:3] = 9  # a tie at the top
+    logits[7] = torch.arange(num_experts) * 1e4  # the others have the probability 0
+    weights, experts = moe_triton.route(logits.to(DEVICE), 3, renormalise)
+    probs = logits.double().softmax(-1)
+    wanted, ids = probs.sort(dim=-1, descending=True, stable=True)
+    assert torch.equal(experts.cpu(), ids[:, :3].int())
+    wanted = wanted[:, :3]
+    if renormalise:
+        wanted = wanted / wanted.sum(-1, keepdim=True)
+    torch.testing.assert_close(weights.cpu(), wanted.float(), atol=1e-7, rtol=1e-5)
+
+
+@runs
+def test_a_row_of_nan_is_routed_to_experts_that_exist():
+    logits = torch.full((2, 5), float("nan"), device=DEVICE)
+    _, experts = moe_triton.route(logits, 3, True)
+    assert ((experts >= 0) & (experts < 5)).all()
+
+
+@runs
+@pytest.mark.parametrize(("first", "count"), [(0, 8), (2, 3), (4, 4)])
+@pytest.mark.parametrize("tokens", [1, 50, 700])
+def test_routes_are_sorted_by_expert(first, count, tokens):
+    experts = experts_of(tokens, 3, 8)
+    found = moe_triton.group_by_expert(experts.to(DEVICE), first, count)
+    local = experts.flatten().long() - first
+    local[(local < 0) | (local >= count)] = count
+    routes = local.argsort(stable=True)
+    counts = torch.bincount(local, minlength=count + 1)[:count]
+    token_of_row, rows, offsets = (each.cpu() for each in found)
+    assert torch.equal(token_of_row, (routes // 3).int())
+    assert torch.equal(rows.flatten().long().argsort(), routes)
+    assert offsets.tolist() == [0, *counts.cumsum(0).tolist()]
+
+
+# Groups without rows, with few and with many; the last rows belong to no group.
+GROUP_SIZES = [0, 1, 5, 0, 40, 2, 0]
+
+
+@runs
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("features", "depth", "sizes", "rest"),
+    [
+        (96, 64, GROUP_SIZES, 3),
+        (40, 144, GROUP_SIZES, 0),
+        (70, 32, [150, 0, 90], 20),
+        (16, 32, [0, 0], 5),
+        (16, 32, [1], 0),
+    ],
+)
+def test_a_grouped_product(dtype, features, depth, sizes, rest):
+    generator = torch.Generator().manual_seed(0)
+    rows = sum(sizes) + rest
+    x = torch.randn(rows, depth, generator=generator).to(dtype)
+    weight = torch.randn(len(sizes) * features, depth, generator=generator).to(dtype)
+    bias = torch.randn(len(sizes) * features, generator=generator).to(dtype)
+    offsets = torch.tensor([0, *sizes]).cumsum(0).int()
+    for added in (None, bias):
+        wanted = torch.zeros(rows, features, dtype=torch.float64)
+        for group, start in enumerate(offsets[:-1].tolist()):
+            own = slice(start, start + sizes[group])
+            matrix = slice(group * features, (group + 1) * features)
+            wanted[own] = x[own].double() @ weight[matrix].double().T
+            if added is not None:
+                wanted[own] += added[matrix].double()
+        on_device = (x.to(DEVICE), weight.to(DEVICE), offsets.to(DEVICE))
+        found = moe_triton.grouped_linear(*on_device, None if added is None else added.to(DEVICE))
+        assert found.dtype is dtype
+        atol = EPS[dtype] * depth**0.5
+        torch.testing.assert_close(found.cpu().double(), wanted, atol=atol, rtol=2 * EPS[dtype])
+        assert not found[sum(sizes) :].any()
+
+
+@runs
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_weighted_sum_of_a_token_s_rows(dtype):
+    y = torch.randn(15, 1100).to(dtype)
+    rows = torch.randperm(15).int().view(5, 3)
+    weights = torch.rand(5, 3)
+    found = moe_triton.combine(y.to(DEVICE), rows.to(DEVICE), weights.to(DEVICE)).cpu()
+    wanted = (weights.double()[..., None] * y.double()[rows.long()]).sum(1)
+    assert found.dtype is dtype
+    torch.testing.assert_close(found.double(), wanted, atol=3 * EPS[dtype], rtol=EPS[dtype])
+
+
+@runs
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_clamped_swiglu(dtype):
+    x = (torch.randn(3, 2200) * 5).to(dtype)
+    found = moe_triton.clamped_swiglu(x.to(DEVICE), 1.702, 7.0).cpu()
+    gate, up = x.double().chunk(2, -1)
+    gate = gate.clamp(max=7.0)
+    wanted = gate * torch.sigmoid(1.702 * gate) * (up.clamp(-7.0, 7.0) + 1)
+    assert found.dtype is dtype
+    torch.testing.assert_close(found.double(), wanted, atol=EPS[dtype], rtol=2 * EPS[dtype])
+
+
 # What stands beside the kernels
 
 
@@ -519,8 +762,9 @@ def test_the_bandwidth_measurement_runs():
 
 
 def attend_as_flash_attn_says(
-    q, k_cache, v_cache, starts, lens, table, softmax_scale, causal, window_size
-):
+    q, k_cache, v_cache, starts, lens, table, softmax_scale, causal, window_size, softcap=0.0,
+    s_aux=None,
+):  # fmt: skip
     """The documented meaning of flash-attn's paged calls; causal and window are aligned to the last key."""
     assert causal
     outs = []
@@ -533,7 +777,14 @@ def attend_as_flash_attn_says(
         ] - torch.arange(context).to(q.device)
         visible = (distance >= 0) & ((distance <= window_size[0]) | (window_size[0] < 0))
         scores = torch.einsum("qhd,khd->hqk", rows, k) * softmax_scale
-        weights = scores.masked_fill(~visible, float("-inf")).softmax(-1)
+        if softcap:
+            scores = softcap * torch.tanh(scores / softcap)
+        scores = scores.masked_fill(~visible, float("-inf"))
+        if s_aux is not None:
+            assert s_aux.dtype == q.dtype
+            sinks = s_aux.float()[:, None, None].expand(-1, len(rows), 1)
+            scores = torch.cat((scores, sinks), -1)
+        weights = scores.softmax(-1)[..., :context]
         outs.append(torch.einsum("hqk,khd->qhd", weights, v))
     return torch.cat(outs).to(q.dtype)
 
@@ -574,9 +825,11 @@ class FlashAttn3:
     ("query_lens", "context_lens", "window"),
     [([1, 1], [258, 4], None), ([1, 1], [30, 4], 9), ([1, 7], [20, 30], 9)],
 )
-@pytest.mark.parametrize("version", [2, 3])
+@pytest.mark.parametrize(
+    ("version", "words"), [(2, {}), (3, {}), (2, {"softcap": 2.0}), (3, {"sinks": True})]
+)
 def test_flash_backend_calls_flash_attn_as_documented(
-    monkeypatch, query_lens, context_lens, window, version
+    monkeypatch, query_lens, context_lens, window, version, words
 ):
     from nanovllm.attention import flash_backend
 
@@ -592,6 +845,7 @@ def test_flash_backend_calls_flash_attn_as_documented(
         windows=(window,),
         dtype=torch.float16,
         device=DEVICE,
+        **words,
     )
     out = case.run(flash_backend.FlashAttention(case.spec), 0)
     torch.testing.assert_close(out.float(), case.expected(0), atol=2e-3, rtol=1e-3)
@@ -606,3 +860,28 @@ def test_backends_say_what_they_cannot_run():
     assert "256, not 512" in TritonAttention.refuses(
         make_case([1], [1], head_dim=512, device=DEVICE).spec
     )
+    sizes = make_case([1], [1], value_dim=32, dtype=torch.float16, device=DEVICE).spec
+    if DEVICE == "cuda":
+        assert "values of the size of keys, not 32 and 64" in FlashAttention.refuses(sizes)
+    assert TritonAttention.refuses(sizes) is None
+
+
+@runs
+def test_flash_backend_names_what_the_installed_package_has_no_argument_for():
+    from nanovllm.attention.flash_backend import missing_word
+
+    def old(q, k_cache, v_cache, softmax_scale): ...
+
+    def new(q, k_cache, v_cache, softmax_scale, softcap=0.0): ...
+
+    def newest(q, k_cache, v_cache, softmax_scale, softcap=0.0, s_aux=None): ...
+
+    def missing(words, function):
+        package = types.SimpleNamespace(flash_attn_with_kvcache=function)
+        return missing_word(make_case([1], [1], device=DEVICE, **words).spec, package)
+
+    assert missing({}, old) is None
+    assert missing({"softcap": 2.0}, old) == "softcap of the scores"
+    assert missing({"softcap": 2.0}, new) is None
+    assert missing({"sinks": True}, new) == "sinks in the softmax"
+    assert missing({"softcap": 2.0, "sinks": True}, newest) is None

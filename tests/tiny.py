@@ -92,7 +92,7 @@ def tiny_model(folder: Path, family: str, **overrides: Any) -> tuple[str, Any]:
     model = model_class(config_class(**sizes)).float().eval()
     # Biases and norms begin as 0 and 1, which hides mistakes.
     for name, parameter in model.named_parameters():
-        if parameter.dim() == 1:
+        if parameter.dim() == 1 or name.endswith("_bias"):
             parameter.data.normal_(1.0 if "norm" in name else 0.0, 0.2)
     model.save_pretrained(folder)
     return str(folder), model

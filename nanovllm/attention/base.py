@@ -134,3 +134,23 @@ def zeroed(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     memory = torch.from_numpy(np.zeros(size + line, np.uint8))
     start = -memory.data_ptr() % line
     return memory[start : start + size].view(dtype).view(shape)
+
+
+PageShapes = Sequence[tuple[tuple[int, ...], tuple[int, ...]]]  # of K and of V for each layer
+
+
+def zeroed_pages(
+    shapes: PageShapes, dtype: torch.dtype, device: torch.device
+) -> tuple[list[Tensor], list[tuple[Tensor, Tensor]]]:
+    """(all numbers of each layer [n], its K and V as views of them).
+
+    One tensor holds all layers, because an allocator rounds the size of each tensor up.
+    """
+    sizes = [prod(k) + prod(v) for k, v in shapes]
+    numbers = torch.zeros(sum(sizes), dtype=dtype, device=device)
+    layers = list(numbers.split(sizes))
+    pages = []
+    for layer, (k_shape, v_shape) in zip(layers, shapes, strict=True):
+        k, v = layer.split([prod(k_shape), prod(v_shape)])
+        pages.append((k.view(k_shape), v.view(v_shape)))
+    return layers, pages

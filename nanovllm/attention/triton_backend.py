@@ -10,16 +10,20 @@ capture a step, `begin` included.
 # (kernel parameters have no Python types)
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from nanovllm.attention.base import AttentionBackend, AttentionSpec
+from nanovllm.attention.base import AttentionBackend, AttentionSpec, zeroed_pages
+from nanovllm.cache.spec import PagedKV
 from nanovllm.core.batch import AttentionMetadata, ceil_div
 from nanovllm.kernels.rope import Rope
 from nanovllm.kernels.triton_ops import (
     INTERPRETED,
+    DeviceProperties,
     compute_type,
     device_properties,
     power_of_2,
@@ -29,6 +33,8 @@ from nanovllm.kernels.triton_ops import (
 )
 
 LOG2E = 1.4426950408889634
+
+PlanKey = tuple[int, int, int | None, int]  # the arguments of `decode_plan` after the first
 
 
 @triton.jit
@@ -50,10 +56,64 @@ def _query(q, dtype: tl.constexpr):
 
 
 @triton.jit
+def _load_tile(
+    cache, page, head, t, inside, HKV: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr,
+    PAGE: tl.constexpr, TILE: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Key tile t of K or V of one head, [TILE, DIM]. MASKED: only keys that are `inside`.
+
+    Masked keys must not be read, because 0 times a stale NaN in V is NaN.
+    """
+    column = tl.arange(0, TILE)
+    dim = tl.arange(0, DIM)
+    if PAGE % TILE == 0:
+        cache += (page * HKV + head) * (PAGE * D) + t * TILE % PAGE * D
+        offset = (column * D)[:, None] + dim[None, :]
+    else:
+        key = t * TILE + column
+        offset = ((page * HKV + head) * (PAGE * D) + key % PAGE * D)[:, None] + dim[None, :]
+    if MASKED:
+        mask = inside[:, None]
+        if DIM > D:
+            mask &= (dim < D)[None, :]
+        tile = tl.load(cache + offset, mask=mask, other=0.0)
+    elif DIM > D:
+        tile = tl.load(cache + offset, mask=(dim < D)[None, :], other=0.0)
+    else:
+        tile = tl.load(cache + offset)
+    return tile
+
+
+@triton.jit
+def _capped(s, SCALE: tl.constexpr, SOFTCAP: tl.constexpr):
+    """SOFTCAP * tanh(s * SCALE / SOFTCAP), by tanh(x) = 1 - 2 / (1 + e^(2 x))."""
+    FACTOR: tl.constexpr = 2.8853900817779268 * SCALE / SOFTCAP  # 2 log2(e)
+    return SOFTCAP - (2.0 * SOFTCAP) / (1.0 + tl.exp2(s * FACTOR))
+
+
+@triton.jit
+def _sinks(sinks_ptr, q_head, mask, ROWS: tl.constexpr):
+    """(m, prob_sum), [ROWS] each, before the first key.
+
+    A sink is one more score of a head, which has no value. So a row begins with the sink as
+    its maximum and 2^0 as its sum. Rows that `mask` excludes begin with nothing.
+    """
+    if sinks_ptr is None:
+        m = tl.full([ROWS], -1e30, tl.float32)
+        prob_sum = tl.zeros([ROWS], tl.float32)
+    else:
+        sink = tl.load(sinks_ptr + q_head, mask=mask, other=float("-inf")).to(tl.float32)
+        m = tl.maximum(sink * 1.4426950408889634, -1e30)  # in units of log2
+        prob_sum = tl.where(mask, tl.full([ROWS], 1.0, tl.float32), 0.0)
+    return m, prob_sum
+
+
+@triton.jit
 def _fold_tiles(
     m, prob_sum, acc, q, q_position, k_cache, v_cache, table, head, tile, end, low, high,
-    SCALE: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr,
-    WINDOW: tl.constexpr, MASKED: tl.constexpr,
+    SCALE: tl.constexpr, SOFTCAP: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr,
+    DV: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr, WINDOW: tl.constexpr,
+    MASKED: tl.constexpr,
 ):  # fmt: skip
     """Folds key tiles tile:end into (m, prob_sum, acc) by online softmax.
 
@@ -62,61 +122,44 @@ def _fold_tiles(
     v. Keys outside low:high are not read. MASKED applies causality (key <= q_position)
     and the window. Without MASKED every row must see every key.
     """
+    UNIT: tl.constexpr = SCALE if SOFTCAP == 0.0 else 1.0  # of s below, in units of log2
     column = tl.arange(0, TILE)
-    dim = tl.arange(0, q.shape[1])
     page = _pages(table, tile, high, PAGE, TILE)
     for t in range(tile, end):
         key = t * TILE + column
-        if PAGE % TILE == 0:
-            start = (page * HKV + head) * (PAGE * D) + t * TILE % PAGE * D
-            offset = (column * D)[:, None] + dim[None, :]
-            k_tile = k_cache + start
-            v_tile = v_cache + start
-        else:
-            offset = ((page * HKV + head) * (PAGE * D) + key % PAGE * D)[:, None] + dim[None, :]
-            k_tile = k_cache
-            v_tile = v_cache
+        inside = key < high
+        if WINDOW > 0:
+            inside &= key >= low
         # Page ids are loaded one iteration early, because Triton would otherwise spend
         # stages of its pipeline on them and not on K and V.
-        page = _pages(table, t + 1, high, PAGE, TILE)
-        # Masked keys must not be read, because 0 times a stale NaN in V is NaN.
-        if MASKED:
-            inside = key < high
-            if WINDOW > 0:
-                inside &= key >= low
-            mask = inside[:, None]
-            if dim.shape[0] > D:
-                mask &= (dim < D)[None, :]
-            k = tl.load(k_tile + offset, mask=mask, other=0.0)
-            v = tl.load(v_tile + offset, mask=mask, other=0.0)
-        elif dim.shape[0] > D:
-            k = tl.load(k_tile + offset, mask=(dim < D)[None, :], other=0.0)
-            v = tl.load(v_tile + offset, mask=(dim < D)[None, :], other=0.0)
-        else:
-            k = tl.load(k_tile + offset)
-            v = tl.load(v_tile + offset)
+        next_page = _pages(table, t + 1, high, PAGE, TILE)
+        k = _load_tile(k_cache, page, head, t, inside, HKV, D, q.shape[1], PAGE, TILE, MASKED)
+        v = _load_tile(v_cache, page, head, t, inside, HKV, DV, acc.shape[1], PAGE, TILE, MASKED)
         s = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee")
+        if SOFTCAP > 0.0:
+            s = _capped(s, SCALE, SOFTCAP)
         if MASKED:
             visible = key[None, :] <= q_position[:, None]
             if WINDOW > 0:
                 visible &= key[None, :] > q_position[:, None] - WINDOW
             s = tl.where(visible, s, float("-inf"))
-        m_new = tl.maximum(m, tl.max(s, 1) * SCALE)
-        p = tl.exp2(s * SCALE - m_new[:, None])
+        m_new = tl.maximum(m, tl.max(s, 1) * UNIT)
+        p = tl.exp2(s * UNIT - m_new[:, None])
         shrink = tl.exp2(m - m_new)
         prob_sum = prob_sum * shrink + tl.sum(p, 1)
         acc = tl.dot(p.to(q.dtype), v.to(q.dtype), acc * shrink[:, None], input_precision="ieee")
         m = m_new
+        page = next_page
     return m, prob_sum, acc
 
 
 @triton.jit(do_not_specialize=["table_stride", "num_sequences"])
 def _prefill_kernel(
-    q_ptr, out_ptr, k_cache, v_cache, tables, table_stride, context_lens, query_start,
+    q_ptr, out_ptr, k_cache, v_cache, sinks_ptr, tables, table_stride, context_lens, query_start,
     num_sequences,
-    SCALE: tl.constexpr, HKV: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr,
-    PAGE: tl.constexpr, BLOCK_M: tl.constexpr, TILE: tl.constexpr, WINDOW: tl.constexpr,
-    COMPUTE: tl.constexpr,
+    SCALE: tl.constexpr, SOFTCAP: tl.constexpr, HKV: tl.constexpr, GROUP: tl.constexpr,
+    D: tl.constexpr, DIM: tl.constexpr, DV: tl.constexpr, DIMV: tl.constexpr, PAGE: tl.constexpr,
+    BLOCK_M: tl.constexpr, TILE: tl.constexpr, WINDOW: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_M // GROUP queries of a sequence, with all heads of a KV head.
 
@@ -152,8 +195,10 @@ def _prefill_kernel(
     token = first_query + row // GROUP
     q_position = past + token
     q_head = head * GROUP + row % GROUP
-    offset = ((start + token).to(tl.int64) * (HKV * GROUP * D) + q_head * D)[:, None] + dim[None, :]
-    inside = ((row < BLOCK_Q * GROUP) & (token < count))[:, None] & (dim < D)[None, :]
+    place = (start + token).to(tl.int64)
+    offset = (place * (HKV * GROUP * D) + q_head * D)[:, None] + dim[None, :]
+    is_query = (row < BLOCK_Q * GROUP) & (token < count)
+    inside = is_query[:, None] & (dim < D)[None, :]
     q = _query(tl.load(q_ptr + offset, mask=inside, other=0.0), COMPUTE)
 
     low = tl.maximum(past + first_query - WINDOW + 1, 0) if WINDOW > 0 else 0
@@ -161,19 +206,22 @@ def _prefill_kernel(
     tile = low // TILE
     # All rows see every key of the tiles before `full`.
     full = tile if WINDOW > 0 else (past + first_query + 1) // TILE
-    m = tl.full([BLOCK_M], -1e30, tl.float32)
-    prob_sum = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, DIM], tl.float32)
+    m, prob_sum = _sinks(sinks_ptr, q_head, is_query, BLOCK_M)
+    acc = tl.zeros([BLOCK_M, DIMV], tl.float32)
     table = tables + tl.cast(sequence, tl.int64) * table_stride
     if WINDOW == 0:
         m, prob_sum, acc = _fold_tiles(
             m, prob_sum, acc, q, q_position, k_cache, v_cache, table, head, tile, full, low, high,
-            SCALE, HKV, D, PAGE, TILE, WINDOW, False,
+            SCALE, SOFTCAP, HKV, D, DV, PAGE, TILE, WINDOW, False,
         )  # fmt: skip
     m, prob_sum, acc = _fold_tiles(
         m, prob_sum, acc, q, q_position, k_cache, v_cache, table, head,
-        full, tl.cdiv(high, TILE), low, high, SCALE, HKV, D, PAGE, TILE, WINDOW, True,
+        full, tl.cdiv(high, TILE), low, high,
+        SCALE, SOFTCAP, HKV, D, DV, PAGE, TILE, WINDOW, True,
     )  # fmt: skip
+    dim = tl.arange(0, DIMV)
+    offset = (place * (HKV * GROUP * DV) + q_head * DV)[:, None] + dim[None, :]
+    inside = is_query[:, None] & (dim < DV)[None, :]
     tl.store(out_ptr + offset, acc / tl.maximum(prob_sum, 1e-30)[:, None], mask=inside)
 
 
@@ -239,11 +287,11 @@ def _tiles(
 
 @triton.jit(do_not_specialize=["table_stride"])
 def _decode_kernel(
-    q_ptr, out_ptr, k_cache, v_cache, tables, table_stride, context_lens, query_start,
+    q_ptr, out_ptr, k_cache, v_cache, sinks_ptr, tables, table_stride, context_lens, query_start,
     share_ptr, first_ptr, start_ptr, sequence_ptr, partial_ptr, arrived_ptr,
-    SCALE: tl.constexpr, HKV: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr,
-    PAGE: tl.constexpr, BLOCK_M: tl.constexpr, TILE: tl.constexpr, WINDOW: tl.constexpr,
-    COMPUTE: tl.constexpr,
+    SCALE: tl.constexpr, SOFTCAP: tl.constexpr, HKV: tl.constexpr, GROUP: tl.constexpr,
+    D: tl.constexpr, DIM: tl.constexpr, DV: tl.constexpr, DIMV: tl.constexpr, PAGE: tl.constexpr,
+    BLOCK_M: tl.constexpr, TILE: tl.constexpr, WINDOW: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """One program: its share of key tiles, one segment after the other.
 
@@ -259,11 +307,14 @@ def _decode_kernel(
 
     row = tl.arange(0, BLOCK_M)
     dim = tl.arange(0, DIM)
-    inside = (row < GROUP)[:, None] & (dim < D)[None, :]
-    inner = row[:, None] * D + dim[None, :]
-    # A partial result: acc [GROUP, D], then m [GROUP], then prob_sum [GROUP].
-    STATS: tl.constexpr = GROUP * D
-    PARTIAL: tl.constexpr = GROUP * (D + 2)
+    q_inside = (row < GROUP)[:, None] & (dim < D)[None, :]
+    q_inner = row[:, None] * D + dim[None, :]
+    dim = tl.arange(0, DIMV)
+    inside = (row < GROUP)[:, None] & (dim < DV)[None, :]
+    inner = row[:, None] * DV + dim[None, :]
+    # A partial result: acc [GROUP, DV], then m [GROUP], then prob_sum [GROUP].
+    STATS: tl.constexpr = GROUP * DV
+    PARTIAL: tl.constexpr = GROUP * (DV + 2)
     while tile < end:
         base = tl.load(start_ptr + index)
         count = (tl.load(start_ptr + index + 1) - base) // HKV  # tiles of one head
@@ -274,16 +325,19 @@ def _decode_kernel(
         begin = tile - segment
         stop = tl.minimum(count, end - segment)
         low = tl.maximum(context - WINDOW, 0) if WINDOW > 0 else 0
-        offset = (tl.load(query_start + sequence).to(tl.int64) * HKV + head) * (GROUP * D)
-        q = _query(tl.load(q_ptr + offset + inner, mask=inside, other=0.0), COMPUTE)
-        m = tl.full([BLOCK_M], -1e30, tl.float32)
-        prob_sum = tl.zeros([BLOCK_M], tl.float32)
-        acc = tl.zeros([BLOCK_M, DIM], tl.float32)
+        place = tl.load(query_start + sequence).to(tl.int64) * HKV + head
+        q_offset = place * (GROUP * D)
+        q = _query(tl.load(q_ptr + q_offset + q_inner, mask=q_inside, other=0.0), COMPUTE)
+        offset = place * (GROUP * DV)
+        # The segment with the first tile takes the sinks, so that they count once.
+        takes = (row < GROUP) & (begin == 0)
+        m, prob_sum = _sinks(sinks_ptr, head * GROUP + row, takes, BLOCK_M)
+        acc = tl.zeros([BLOCK_M, DIMV], tl.float32)
         m, prob_sum, acc = _fold_tiles(
             m, prob_sum, acc, q, tl.full([BLOCK_M], context - 1, tl.int32), k_cache, v_cache,
             tables + sequence.to(tl.int64) * table_stride, head,
             low // TILE + begin, low // TILE + stop, low, context,
-            SCALE, HKV, D, PAGE, TILE, WINDOW, True,
+            SCALE, SOFTCAP, HKV, D, DV, PAGE, TILE, WINDOW, True,
         )  # fmt: skip
 
         if stop - begin < count:
@@ -299,11 +353,10 @@ def _decode_kernel(
             tl.debug_barrier()  # all threads have stored before one counts the arrival
             if tl.atomic_add(arrived_ptr + leader, 1, sem="acq_rel") == last - leader:
                 tl.store(arrived_ptr + leader, 0)  # for the next launch
-                _combine(partial_ptr, leader, last, out_ptr + offset, GROUP, D, DIM)
+                _combine(partial_ptr, leader, last, out_ptr + offset, GROUP, DV, DIMV)
         else:
-            tl.store(
-                out_ptr + offset + inner, acc / tl.maximum(prob_sum, 1e-30)[:, None], mask=inside
-            )
+            out = out_ptr + offset + inner
+            tl.store(out, acc / tl.maximum(prob_sum, 1e-30)[:, None], mask=inside)
         tile = segment + stop
         index += (tile == base + count * HKV).to(tl.int32)
 
@@ -404,8 +457,68 @@ def decode_programs(
     return multiprocessors * max(1, min(by_registers, by_memory))
 
 
+@dataclass
+class LayerLaunch:
+    """How both kernels are launched for layers of one shape."""
+
+    layer: PagedKV
+    constants: dict[str, object]  # of both kernels
+    prefill: dict[str, int]
+    decode: dict[str, int]
+    programs: int  # of a decode launch
+
+    @property
+    def group(self) -> int:
+        """Query heads of a KV head."""
+        return self.layer.num_heads // self.layer.num_kv_heads
+
+    @property
+    def plan_key(self) -> PlanKey:
+        """What the plan of a step depends on: layers of one key share a plan."""
+        tile = self.decode["TILE"]
+        return (self.layer.num_kv_heads, tile, self.layer.window, self.programs)
+
+    @property
+    def partial_size(self) -> int:
+        """Numbers of the partial results of a decode launch, two for each program."""
+        return 2 * self.programs * self.group * (self.layer.value_size + 2)
+
+
+def layer_launch(
+    layer: PagedKV, spec: AttentionSpec, cache_dtype: torch.dtype, gpu: DeviceProperties
+) -> LayerLaunch:
+    """The launches for `layer`, one of the layers of `spec`."""
+    head_dim = layer.head_dim
+    value_dim = layer.value_size
+    largest = max(head_dim, value_dim)
+    group = layer.num_heads // layer.num_kv_heads
+    prefill = prefill_shape(largest, spec.dtype, cache_dtype, gpu.capability)
+    decode = decode_shape(largest, spec.dtype, cache_dtype, spec.block_size)
+    for shape in (prefill, decode):
+        shape["BLOCK_M"] = max(shape["BLOCK_M"], power_of_2(group))
+        if torch.version.hip:  # an MI300 has 64 KB of shared memory
+            shape |= {"TILE": min(shape["TILE"], 32), "num_stages": 2}
+    programs = decode_programs(gpu.multiprocessors, gpu.shared_memory, decode, largest, cache_dtype)
+    fp8 = cache_dtype == torch.float8_e4m3fn
+    compute = torch.float16 if fp8 and spec.dtype == torch.bfloat16 else spec.dtype
+    constants: dict[str, object] = {
+        "SCALE": layer.score_scale * LOG2E,
+        "SOFTCAP": (layer.softcap or 0.0) * LOG2E,
+        "HKV": layer.num_kv_heads,
+        "GROUP": group,
+        "D": head_dim,
+        "DIM": max(power_of_2(head_dim), 16),  # matrix instructions take at least 16
+        "DV": value_dim,
+        "DIMV": max(power_of_2(value_dim), 16),
+        "PAGE": spec.block_size,
+        "WINDOW": layer.window or 0,
+        "COMPUTE": compute_type(compute),
+    }
+    return LayerLaunch(layer, constants, prefill, decode, programs)
+
+
 class TritonAttention(AttentionBackend):
-    """Pages are [num_blocks, Hkv, block_size, D], K and V apart.
+    """Pages are [num_blocks, Hkv, block_size, D], K and V of each layer apart.
 
     One head of one page is thus one run of memory. With kv_cache_dtype "fp8" pages hold
     float8 e4m3 with a scale of 1. Its range (448) is enough for the K and V of trained
@@ -424,8 +537,7 @@ class TritonAttention(AttentionBackend):
             return "it needs compute capability 8.0 or higher, not {}.{}".format(*capability)
         if spec.largest_head > 256:
             return f"its tiles hold head sizes up to 256, not {spec.largest_head}"
-        uncommon = spec.uncommon()
-        return None if uncommon is None else f"it has no {uncommon}"
+        return None
 
     def __init__(self, spec: AttentionSpec, kv_cache_dtype: str = "auto") -> None:
         super().__init__(spec)
@@ -441,44 +553,26 @@ class TritonAttention(AttentionBackend):
                 "(Ada, Hopper)"
             )
         self.cache_dtype = torch.float8_e4m3fn if fp8 else spec.dtype
-        compute = torch.float16 if fp8 and spec.dtype == torch.bfloat16 else spec.dtype
-        first = spec.layers[0]
-        group = first.num_heads // first.num_kv_heads
-        head_dim = first.head_dim
-        self.prefill = prefill_shape(head_dim, spec.dtype, self.cache_dtype, gpu.capability)
-        self.decode = decode_shape(head_dim, spec.dtype, self.cache_dtype, spec.block_size)
-        for shape in (self.prefill, self.decode):
-            shape["BLOCK_M"] = max(shape["BLOCK_M"], power_of_2(group))
-            if torch.version.hip:  # an MI300 has 64 KB of shared memory
-                shape |= {"TILE": min(shape["TILE"], 32), "num_stages": 2}
-        self.programs = decode_programs(
-            gpu.multiprocessors, gpu.shared_memory, self.decode, head_dim, self.cache_dtype
-        )
-        self.constants = {
-            "SCALE": first.score_scale * LOG2E,
-            "HKV": first.num_kv_heads,
-            "GROUP": group,
-            "D": head_dim,
-            "DIM": max(power_of_2(head_dim), 16),  # matrix instructions take at least 16
-            "PAGE": spec.block_size,
-            "COMPUTE": compute_type(compute),
+        self.shapes = {
+            layer: layer_launch(layer, spec, self.cache_dtype, gpu) for layer in set(spec.layers)
         }
+        self.launches = [self.shapes[layer] for layer in spec.layers]
 
     def page_bytes(self) -> int:
         return super().page_bytes() // self.spec.dtype.itemsize * self.cache_dtype.itemsize
 
     def allocate(self, num_blocks: int) -> None:
         spec = self.spec
-        first = spec.layers[0]
-        page = (first.num_kv_heads, spec.block_size, first.head_dim)
-        shape = (len(spec.layers), 2, num_blocks, *page)
-        self.cache = torch.zeros(shape, dtype=self.cache_dtype, device=spec.device)
-        # (K, V) of each layer. Made once, because each new view costs the host time.
-        self.pages = [tuple(layer) for layer in self.cache]
-        group = first.num_heads // first.num_kv_heads
-        partial_size = group * (first.head_dim + 2)
-        self.partial = torch.empty(2 * self.programs, partial_size, device=spec.device)
-        self.arrived = torch.zeros(self.programs, dtype=torch.int32, device=spec.device)
+        shapes = []
+        for layer in spec.layers:
+            page = (num_blocks, layer.num_kv_heads, spec.block_size)
+            shapes.append(((*page, layer.head_dim), (*page, layer.value_size)))
+        # The pages of each layer are made once, because each new view costs the host time.
+        self.cache, self.pages = zeroed_pages(shapes, self.cache_dtype, spec.device)
+        partial_size = max(launch.partial_size for launch in self.shapes.values())
+        programs = max(launch.programs for launch in self.shapes.values())
+        self.partial = torch.empty(partial_size, device=spec.device)
+        self.arrived = torch.zeros(programs, dtype=torch.int32, device=spec.device)
 
     def begin(self, meta: AttentionMetadata[Tensor]) -> None:
         """Plans the decoding of the step.
@@ -487,12 +581,8 @@ class TritonAttention(AttentionBackend):
         layers.
         """
         super().begin(meta)
-        kv_heads = self.spec.layers[0].num_kv_heads
-        tile = self.decode["TILE"]
-        self.plans = {
-            window: decode_plan(meta, kv_heads, tile, window, self.programs)
-            for window in {layer.window for layer in self.spec.layers}
-        }
+        keys = {launch.plan_key for launch in self.shapes.values()}
+        self.plans = {key: decode_plan(meta, *key) for key in keys}
 
     def write(self, layer: int, qkv: Tensor, rope: Rope) -> Tensor:
         return write_qkv(qkv, self.meta.positions, self.meta.slot_mapping, rope, *self.pages[layer])
@@ -501,27 +591,25 @@ class TritonAttention(AttentionBackend):
         write_kv(k, v, self.meta.slot_mapping, *self.pages[layer])
 
     def attend(self, layer: int, q: Tensor, sinks: Tensor | None = None) -> Tensor:
-        assert sinks is None
-        spec, meta = self.spec.layers[layer], self.meta
-        out = torch.empty_like(q)
-        window = spec.window
+        spec, meta, launch = self.spec.layers[layer], self.meta, self.launches[layer]
+        out = q.new_empty(*q.shape[:2], spec.value_size)
         tables = (
             meta.block_tables,
             meta.block_tables.stride(0),
             meta.context_lens,
             meta.query_start,
         )
-        _decode_kernel[(self.programs,)](
-            q, out, *self.pages[layer], *tables, *self.plans[window], self.partial, self.arrived,
-            WINDOW=window or 0, **self.constants, **self.decode,
+        _decode_kernel[(launch.programs,)](
+            q, out, *self.pages[layer], sinks, *tables, *self.plans[launch.plan_key],
+            self.partial, self.arrived, **launch.constants, **launch.decode,
         )  # fmt: skip
         if meta.num_prefills:
-            block = self.prefill["BLOCK_M"] // self.constants["GROUP"]
+            block = launch.prefill["BLOCK_M"] // launch.group
             # At least the sum of ceil(query_len / block) over the sequences with prefill.
             grid = (len(q) // block + meta.num_prefills, spec.num_kv_heads)
             _prefill_kernel[grid](
-                q, out, *self.pages[layer], *tables, len(meta.context_lens),
-                WINDOW=window or 0, **self.constants, **self.prefill,
+                q, out, *self.pages[layer], sinks, *tables, len(meta.context_lens),
+                **launch.constants, **launch.prefill,
             )  # fmt: skip
         return out.flatten(1)
 

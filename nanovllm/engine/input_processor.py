@@ -267,6 +267,11 @@ def read_dict(prompt: Mapping[str, object]) -> tuple[object, object]:
     """The text and the token ids of a dict. One of them may be None."""
     text = prompt.get("prompt")
     token_ids = prompt.get("prompt_token_ids")
+    if is_given(prompt.get("prompt_embeds")):
+        raise ValidationError(
+            "prompt: prompt_embeds are not supported, because prompts are token ids in the cache "
+            "and in the model; accepted are 'prompt' and 'prompt_token_ids'"
+        )
     if text is None and token_ids is None:
         raise TypeError(
             f"prompt: a dict needs 'prompt' or 'prompt_token_ids', got the keys {list(prompt)}"

@@ -12,7 +12,7 @@ import itertools
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -178,12 +178,15 @@ class LLMEngine:
         request_id: str,
         prompt: object,
         params: SamplingParams,
+        arrival_time: float | None = None,
+        lora_request: LoRARequest | None = None,
+        tokenization_kwargs: Mapping[str, object] | None = None,
+        trace_headers: Mapping[str, str] | None = None,
+        priority: int = 0,
         *,
         max_logprobs: int | None = None,
         output_kind: RequestOutputKind | None = None,
         queue: OutputQueue | None = None,
-        priority: int = 0,
-        lora_request: LoRARequest | None = None,
     ) -> None:
         """Checks a request and queues it.
 
@@ -192,19 +195,18 @@ class LLMEngine:
         max_logprobs: replaces the engine's limit. output_kind: replaces the params' kind.
         queue: gets the request's outputs. Without a queue `step` returns them.
         priority: lower runs first. Not 0 only with scheduling_policy="priority".
+        arrival_time, trace_headers: no effect.
         """
         with self.exclusive():
-            if self.freed:
-                freed = " and ".join(sorted(self.freed))
-                raise ValidationError(
-                    f"the engine sleeps ({freed} are freed): call wake_up() first"
-                )
+            if tokenization_kwargs:
+                prompt = self.tokenized(prompt, Tokenization.of(tokenization_kwargs))
+            self._check_awake()
             if request_id in self.output_processor.requests:
                 raise ValidationError(f"request_id={request_id!r} is in use by another request")
             as_priorities(priority, 1, self.args.scheduling_policy)
             adapter = None
             if lora_request is not None:
-                adapter = self._need_adapters("lora_request").get(lora_request)
+                adapter = self._need_adapters("lora_request").find(lora_request)
             request = self.input_processor.process(
                 request_id,
                 prompt,
@@ -217,7 +219,14 @@ class LLMEngine:
                 lora_request=lora_request,
                 adapter=adapter,
             )
+            if adapter is not None:
+                self._need_adapters("lora_request").keep(adapter)
             self.enqueue(request)
+
+    def _check_awake(self) -> None:
+        if self.freed:
+            freed = " and ".join(sorted(self.freed))
+            raise ValidationError(f"the engine sleeps ({freed} are freed): call wake_up() first")
 
     def enqueue(self, request: Request) -> None:
         """Queues a checked request."""
@@ -232,8 +241,11 @@ class LLMEngine:
         requests = self.output_processor.requests
         return next(i for i in self.request_ids if i not in requests)
 
-    def abort_request(self, request_ids: str | list[str]) -> None:
-        """Ends requests and frees their blocks. Ids of no unfinished request are ignored."""
+    def abort_request(self, request_ids: str | list[str], internal: bool = False) -> None:
+        """Ends requests and frees their blocks. Ids of no unfinished request are ignored.
+
+        internal: no effect, because a request has one id.
+        """
         ids = [request_ids] if isinstance(request_ids, str) else list(request_ids)
         if not ids or os.getpid() != self.pid:  # a forked copy of the process has nothing to end
             return
@@ -403,7 +415,7 @@ class LLMEngine:
         """
         with self.exclusive():
             adapters = self._need_adapters("add_lora")
-            adapters.load(adapters.get(lora_request), self._running_adapters())
+            adapters.load(adapters.get(lora_request), self.running_adapters())
         return True
 
     def remove_lora(self, lora_id: int) -> bool:
@@ -416,19 +428,14 @@ class LLMEngine:
 
     def list_loras(self) -> set[int]:
         """The lora_int_id of every adapter in memory."""
-        loaded = self._need_adapters("list_loras").loaded()
-        return {adapter.request.lora_int_id for adapter in loaded}
+        with self.exclusive():
+            loaded = self._need_adapters("list_loras").loaded()
+            return {adapter.request.lora_int_id for adapter in loaded}
 
     def pin_lora(self, lora_id: int) -> bool:
         """Keeps an adapter in memory until `remove_lora`. Returns True."""
         with self.exclusive():
-            adapters = self._need_adapters("pin_lora")
-            adapter = adapters.known.get(lora_id)
-            if adapter is None:
-                known = sorted(adapters.known)
-                raise ValidationError(f"lora_id={lora_id!r} is not known; known are {known}")
-            adapters.load(adapter, self._running_adapters())
-            adapter.is_pinned = True
+            self._need_adapters("pin_lora").pin(lora_id, self.running_adapters())
         return True
 
     def _need_adapters(self, name: str) -> Adapters:
@@ -436,7 +443,7 @@ class LLMEngine:
             raise ValidationError(f"{name} needs an engine with enable_lora=True")
         return self.adapters
 
-    def _running_adapters(self) -> set[Adapter | None]:
+    def running_adapters(self) -> set[Adapter | None]:
         return {seq.adapter for seq in self.scheduler.table.seqs.values()}
 
     def _adapters_in_use(self) -> set[Adapter | None]:
@@ -488,19 +495,36 @@ class LLMEngine:
         """What `sleep` has freed and `wake_up` not brought back, of "weights" and "kv_cache"."""
         return self.executor.runner.freed
 
-    def reset_prefix_cache(self) -> bool:
-        """Makes all cached prefixes unfindable. Running requests go on."""
+    def reset_prefix_cache(
+        self, reset_running_requests: bool = False, reset_connector: bool = False
+    ) -> bool:
+        """Makes all cached prefixes unfindable. Running requests go on.
+
+        reset_connector: no effect, because all KV cache is inside the engine.
+        Raises ValueError for reset_running_requests while requests are unfinished.
+        """
         with self.exclusive():
+            self._check_reset(reset_running_requests)
             self.scheduler.reset_prefix_cache()
         return True
+
+    def _check_reset(self, reset_running_requests: bool) -> None:
+        if reset_running_requests and self.get_num_unfinished_requests():
+            raise ValidationError(
+                "reset_running_requests=True is not supported while requests are unfinished"
+            )
 
     def collective_rpc(
         self,
         method: str | Callable[..., object],
+        timeout: float | None = None,
         args: tuple[object, ...] = (),
         kwargs: dict[str, object] | None = None,
     ) -> list[object]:
-        """`method(worker, ...)`, or the worker's method of that name, on each rank."""
+        """`method(worker, ...)`, or the worker's method of that name, on each rank.
+
+        timeout: no effect.
+        """
         with self.exclusive():
             return self.executor.collective_rpc(method, args, kwargs or {})
 

@@ -53,9 +53,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tens
         out = cpu.rms_norm(x, weight, eps, offset)
         if out is not None:
             return out
-    triton = None if offset else triton_for(x)
+    triton = triton_for(x)
     if triton is not None:
-        return triton.rms_norm(x, weight, eps)
+        return triton.rms_norm(x, weight, eps, offset)
     x32 = x.float()
     scale = torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
     normed = (x32 * scale).to(x.dtype)
@@ -79,9 +79,9 @@ def add_rms_norm(
         both = cpu.add_rms_norm(x, residual, weight, eps, offset)
         if both is not None:
             return both
-    triton = None if offset else triton_for(x)
+    triton = triton_for(x)
     if triton is not None:
-        return triton.add_rms_norm(x, residual, weight, eps)
+        return triton.add_rms_norm(x, residual, weight, eps, offset)
     residual = residual + x
     return rms_norm(residual, weight, eps, offset), residual
 
@@ -105,6 +105,9 @@ def gelu_and_mul(x: Tensor) -> Tensor:
         out = cpu.gelu_and_mul(x)
         if out is not None:
             return out
+    triton = triton_for(x)
+    if triton is not None:
+        return triton.gelu_and_mul(x)
     gate, up = x.chunk(2, dim=-1)
     return F.gelu(gate, approximate="tanh") * up
 

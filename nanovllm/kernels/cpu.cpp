@@ -39,24 +39,26 @@ struct Rope {
   float eps, norm_offset;
 };
 
-template <class T>
+// WHOLE: the head is a number of whole vectors.
+template <class T, bool WHOLE>
 void norm_rope(const Rope& rope, const T* x, const T* weight, const float* cos_sin, T* out) {
   const int dim = rope.head_dim, half = rope.rotary_dim / 2;
+  const auto left = [&](int i) { return WHOLE ? W : dim - i; };
   float y[MAX_DIM], z[MAX_DIM];
   Vec squares = {};
   for (int i = 0; i < dim; i += W) {
-    store(y + i, load(x + i, dim - i));
+    store(y + i, load(x + i, left(i)));
     squares += load(y + i) * load(y + i);
   }
   const float scale = weight ? 1 / std::sqrt(sum(squares) / dim + rope.eps) : 1;
   for (int i = 0; weight && i < dim; i += W)
-    store(y + i, rounded<T>(rounded<T>(load(y + i) * scale) * (load(weight + i, dim - i) + rope.norm_offset)));
+    store(y + i, rounded<T>(rounded<T>(load(y + i) * scale) * (load(weight + i, left(i)) + rope.norm_offset)));
   for (int i = 0; i < half; i++) {
     z[i] = y[i] * cos_sin[i] - y[i + half] * cos_sin[i + half];
     z[i + half] = y[i + half] * cos_sin[i] + y[i] * cos_sin[i + half];
   }
   for (int i = 2 * half; i < dim; i++) z[i] = y[i];
-  for (int i = 0; i < dim; i += W) store(out + i, load(z + i), dim - i);
+  for (int i = 0; i < dim; i += W) store(out + i, load(z + i), left(i));
 }
 
 // Writes one head of one token to its page.
@@ -89,17 +91,18 @@ void write(const Layer& layer, const Step& step, const T* qkv, int64_t heads, co
            const T* q_norm, const T* k_norm, float eps, float norm_offset, T* q) {
   const int64_t dim = layer.head_dim, kv_heads = layer.kv_heads;
   const Rope rope = {int(dim), int(rotary_dim), eps, norm_offset};
+  const auto rotate_head = dim % W ? norm_rope<T, false> : norm_rope<T, true>;
   const int64_t keys_end = (heads + kv_heads) * dim, width = keys_end + kv_heads * layer.value_dim;
 #pragma omp parallel for schedule(static) if (step.tokens * width > PARALLEL)
   for (int64_t t = 0; t < step.tokens; t++) {
     fetch_slot<T>(layer, step, t + 2);
     const T* x = qkv + t * width;
     const float* angles = cos_sin + step.positions[t] * rotary_dim;
-    for (int h = 0; h < heads; h++) norm_rope(rope, x + h * dim, q_norm, angles, q + (t * heads + h) * dim);
+    for (int h = 0; h < heads; h++) rotate_head(rope, x + h * dim, q_norm, angles, q + (t * heads + h) * dim);
     if (step.slots[t] < 0) continue;
     for (int h = 0; h < kv_heads; h++) {
       T k[MAX_DIM];
-      norm_rope(rope, x + (heads + h) * dim, k_norm, angles, k);
+      rotate_head(rope, x + (heads + h) * dim, k_norm, angles, k);
       put_head(layer, step.slots[t], h, k, x + keys_end + h * layer.value_dim);
     }
   }
@@ -432,7 +435,7 @@ void product(const T* x, int64_t x_stride, const T* w, int64_t panels, const T* 
   const int64_t stride = copied ? (depth + W - 1) / W * W + STEP : x_stride;
   const std::unique_ptr<Element<T>[]> copy(copied ? new Element<T>[rows * stride] : nullptr);
   const bool widened = !same && blocks > 2;  // converts each panel to floats once, not once a block
-#pragma omp parallel if (cols * depth > PARALLEL)
+#pragma omp parallel if (cols * depth * ((rows + 7) / 8) > PARALLEL)
   {
     const Element<T>* all = copy.get();
     if constexpr (same)

@@ -3,18 +3,22 @@
 A route is one expert of one token. A step of T tokens always has T * top_k routes, so no
 size depends on the data and no operation waits for the device. Rows of routes are sorted
 by expert. An expert's rows then are neighbours, and a grouped product multiplies each
-group of rows with the expert's own matrix.
+group of rows with the expert's own matrix. Kernels are in `moe_cpu` and `moe_triton`.
 """
 
 from __future__ import annotations
 
+from functools import cache
+from importlib import import_module
 from itertools import pairwise
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from nanovllm import kernels
 from nanovllm.kernels import moe_cpu
 
 
@@ -40,6 +44,17 @@ class Groups(NamedTuple):
     offsets: Tensor
 
 
+@cache
+def gpu() -> ModuleType | None:
+    """`moe_triton`, or None where Triton does not import."""
+    return None if kernels.gpu() is None else import_module("nanovllm.kernels.moe_triton")
+
+
+def triton_for(x: Tensor) -> ModuleType | None:
+    """`moe_triton` where x lies on a GPU and Triton imports, else None."""
+    return gpu() if x.is_cuda else None
+
+
 def route(logits: Tensor, top_k: int, renormalise: bool) -> Routes:
     """logits [T, E] -> the top_k most likely experts of each token, the likeliest first.
 
@@ -50,6 +65,9 @@ def route(logits: Tensor, top_k: int, renormalise: bool) -> Routes:
         found = moe_cpu.route(logits, top_k, renormalise)
         if found is not None:
             return Routes(*found)
+    triton = triton_for(logits)
+    if triton is not None:
+        return Routes(*triton.route(logits, top_k, renormalise))
     probs = torch.softmax(logits.float(), dim=-1)  # [T, E]
     ordered, ids = torch.sort(probs, dim=-1, descending=True, stable=True)
     weights = ordered[:, :top_k]
@@ -68,6 +86,9 @@ def group_by_expert(experts: Tensor, first: int, count: int) -> Groups:
         found = moe_cpu.group_by_expert(experts, first, count)
         if found is not None:
             return Groups(*found)
+    triton = triton_for(experts)
+    if triton is not None:
+        return Groups(*triton.group_by_expert(experts, first, count))
     num_tokens, top_k = experts.shape
     local = experts.flatten().long() - first
     is_foreign = (local < 0) | (local >= count)
@@ -96,6 +117,9 @@ def grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | No
     weight [G * N, K] and bias [G * N] have one matrix for each group. A row after the last
     group gives zeros.
     """
+    triton = triton_for(x)
+    if triton is not None:
+        return triton.grouped_linear(x, weight, offsets, bias)
     num_groups = len(offsets) - 1
     matrices = weight.view(num_groups, -1, weight.shape[1])  # [G, N, K]
     biases = None if bias is None else bias.view(num_groups, -1)
@@ -115,6 +139,9 @@ def combine(y: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
         out = moe_cpu.combine(y, rows, weights)
         if out is not None:
             return out
+    triton = triton_for(y)
+    if triton is not None:
+        return triton.combine(y, rows, weights)
     total = torch.zeros(rows.shape[0], y.shape[1], device=y.device)
     for at in range(rows.shape[1]):
         total += weights[:, at, None] * y[rows[:, at].long()].float()
@@ -128,3 +155,22 @@ def add_gated(out: Tensor, x: Tensor, gate: Tensor) -> Tensor:
         if both is not None:
             return both
     return (out.float() + torch.sigmoid(gate.float()) * x.float()).to(out.dtype)
+
+
+def clamped_swiglu(x: Tensor, alpha: float, limit: float) -> Tensor:
+    """[T, 2I] -> [T, I]: g * sigmoid(alpha * g) * (u + 1) of the halves g and u (gpt-oss).
+
+    Before it g is clamped to at most `limit`, and u to -limit .. limit. The result is
+    computed in float32.
+    """
+    if x.is_cpu:
+        out = moe_cpu.clamped_swiglu(x, alpha, limit)
+        if out is not None:
+            return out
+    triton = triton_for(x)
+    if triton is not None:
+        return triton.clamped_swiglu(x, alpha, limit)
+    gate, up = x.float().chunk(2, dim=-1)
+    gate = gate.clamp(max=limit)
+    up = up.clamp(-limit, limit)
+    return (gate * torch.sigmoid(alpha * gate) * (up + 1)).to(x.dtype)

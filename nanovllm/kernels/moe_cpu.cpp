@@ -96,13 +96,30 @@ template <class T> void add_gated(T* out, const T* x, const T* gate, int64_t tok
   }
 }
 
+// gate * sigmoid(alpha * gate) * (up + 1), where `limit` bounds the gate from above and up from
+// both sides. The gates of a row come first.
+template <class T>
+void clamped_swiglu(const T* x, int64_t stride, float alpha, float limit, T* out, int64_t rows, int64_t size) {
+#pragma omp parallel for schedule(static) if (rows * size > PARALLEL)
+  for (int64_t r = 0; r < rows; r++)
+    for (int64_t i = 0; i < size; i += W) {
+      const T* gates = x + r * stride + i;
+      Vec gate = load(gates, size - i), up = load(gates + size, size - i);
+      gate = gate > limit ? Vec{} + limit : gate;
+      up = up > limit ? Vec{} + limit : up < -limit ? Vec{} - limit : up;
+      const Vec z = alpha * gate, e = exp2((z > 0 ? -z : z) * LOG2E);  // of -|z|, which cannot overflow
+      store(out + r * size + i, gate * ((z > 0 ? Vec{} + 1.f : e) / (1.f + e)) * (up + 1.f), size - i);
+    }
+}
+
 }  // namespace
 
-#define EXPORT(T)                                                             \
-  extern "C" void route_##T(const Arg* args) { apply(route<T>, args); }       \
-  extern "C" void gather_##T(const Arg* args) { apply(gather<T>, args); }     \
-  extern "C" void combine_##T(const Arg* args) { apply(combine<T>, args); }   \
-  extern "C" void add_gated_##T(const Arg* args) { apply(add_gated<T>, args); }
+#define EXPORT(T)                                                               \
+  extern "C" void route_##T(const Arg* args) { apply(route<T>, args); }         \
+  extern "C" void gather_##T(const Arg* args) { apply(gather<T>, args); }       \
+  extern "C" void combine_##T(const Arg* args) { apply(combine<T>, args); }     \
+  extern "C" void add_gated_##T(const Arg* args) { apply(add_gated<T>, args); } \
+  extern "C" void clamped_swiglu_##T(const Arg* args) { apply(clamped_swiglu<T>, args); }
 EXPORT(bf16)
 EXPORT(fp16)
 EXPORT(fp32)

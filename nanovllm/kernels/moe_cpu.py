@@ -99,3 +99,16 @@ def add_gated(out: Tensor, x: Tensor, gate: Tensor) -> Tensor | None:
         return None
     cpu.call(run, out.data_ptr(), x.data_ptr(), gate.data_ptr(), *out.shape)
     return out
+
+
+def clamped_swiglu(x: Tensor, alpha: float, limit: float) -> Tensor | None:
+    """[T, 2I] -> [T, I]."""
+    run = kernel("clamped_swiglu", x.dtype)
+    if run is None or x.stride(1) != 1:
+        return None
+    size = x.shape[1] // 2
+    out = cpu.empty((x.shape[0], size), x.dtype)
+    numbers = (cpu.float_bits(alpha), cpu.float_bits(limit))
+    call = (x.data_ptr(), x.stride(0), *numbers, out.data_ptr())
+    cpu.call(run, *call, x.shape[0], size)
+    return out

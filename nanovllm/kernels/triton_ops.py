@@ -86,8 +86,12 @@ def _rms_norm_kernel(
     H: tl.constexpr,
     BLOCK: tl.constexpr,
     ADD: tl.constexpr,
+    OFFSET: tl.constexpr,
 ):
-    """One row of H elements, padded to BLOCK. ADD: adds the residual first and stores the sum."""
+    """One row of H elements, padded to BLOCK. ADD: adds the residual first and stores the sum.
+
+    OFFSET is added to the weights.
+    """
     start = tl.program_id(0).to(tl.int64) * H
     i = tl.arange(0, BLOCK)
     dtype = x_ptr.dtype.element_ty
@@ -97,113 +101,208 @@ def _rms_norm_kernel(
         x = _round(x + residual, dtype)
         tl.store(residual_ptr + start + i, x.to(dtype), mask=i < H)
     x = _round(x * tl.rsqrt(tl.sum(x * x) / H + EPS), dtype)
-    weight = tl.load(weight_ptr + i, mask=i < H, other=0.0).to(tl.float32)
+    weight = _plus(tl.load(weight_ptr + i, mask=i < H, other=0.0).to(tl.float32), OFFSET)
     tl.store(out_ptr + start + i, (weight * x).to(dtype), mask=i < H)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """weight * x / sqrt(mean(x^2) + eps) over the last dimension. One program computes a row."""
+@triton.jit
+def _plus(weight, OFFSET: tl.constexpr):
+    """weight + OFFSET. An offset of 0 adds no instruction."""
+    if OFFSET != 0.0:
+        weight += OFFSET
+    return weight
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
+    """(weight + offset) * x / sqrt(mean(x^2) + eps) over the last dimension.
+
+    One program computes a row.
+    """
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     out = torch.empty_like(rows)
     block = power_of_2(rows.shape[1])
     if len(rows):
         _rms_norm_kernel[(len(rows),)](
-            rows, rows, weight, out, eps, rows.shape[1], block, False, num_warps=_warps(block)
-        )
+            rows, rows, weight, out, eps, rows.shape[1], block, False, offset,
+            num_warps=_warps(block),
+        )  # fmt: skip
     return out.view(x.shape)
 
 
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset: float = 0.0
+) -> tuple[Tensor, Tensor]:
     """(rms_norm(residual + x), residual + x), both [T, H] contiguous. Overwrites both inputs."""
     block = power_of_2(x.shape[1])
     if len(x):
         _rms_norm_kernel[(len(x),)](
-            x, residual, weight, x, eps, x.shape[1], block, True, num_warps=_warps(block)
-        )
+            x, residual, weight, x, eps, x.shape[1], block, True, offset,
+            num_warps=_warps(block),
+        )  # fmt: skip
     return x, residual
 
 
 @triton.jit
-def _silu_and_mul_kernel(x_ptr, out_ptr, SIZE: tl.constexpr, BLOCK: tl.constexpr):
-    """BLOCK of the SIZE outputs of one row."""
+def _activation_and_mul_kernel(
+    x_ptr, out_ptr, SIZE: tl.constexpr, BLOCK: tl.constexpr, GELU: tl.constexpr
+):
+    """BLOCK of the SIZE outputs of one row.
+
+    silu(g) = g * sigmoid(g). gelu(g) = g * sigmoid(2 u) with u = sqrt(2 / pi) (g + 0.044715
+    g^3), because (1 + tanh(u)) / 2 = sigmoid(2 u).
+    """
     row = tl.program_id(0).to(tl.int64)
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     gate = tl.load(x_ptr + row * (2 * SIZE) + i, mask=i < SIZE, other=0.0).to(tl.float32)
     up = tl.load(x_ptr + row * (2 * SIZE) + SIZE + i, mask=i < SIZE, other=0.0).to(tl.float32)
     dtype = x_ptr.dtype.element_ty
-    silu = _round(gate / (1.0 + tl.exp(-gate)), dtype)
-    tl.store(out_ptr + row * SIZE + i, (silu * up).to(dtype), mask=i < SIZE)
+    z = gate
+    if GELU:
+        z = 1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)
+    activated = _round(gate / (1.0 + tl.exp(-z)), dtype)
+    tl.store(out_ptr + row * SIZE + i, (activated * up).to(dtype), mask=i < SIZE)
 
 
 def silu_and_mul(x: Tensor) -> Tensor:
     """[T, 2I] contiguous -> [T, I]: silu of the first half times the second."""
+    return _activation_and_mul(x, gelu=False)
+
+
+def gelu_and_mul(x: Tensor) -> Tensor:
+    """[T, 2I] contiguous -> [T, I]: gelu (its tanh formula) of the first half times the second."""
+    return _activation_and_mul(x, gelu=True)
+
+
+def _activation_and_mul(x: Tensor, gelu: bool) -> Tensor:
     size = x.shape[1] // 2
     out = x.new_empty(len(x), size)
     if len(x):
         grid = (len(x), ceil_div(size, 1024))
-        _silu_and_mul_kernel[grid](x, out, size, 1024, num_warps=4)
+        _activation_and_mul_kernel[grid](x, out, size, 1024, gelu, num_warps=4)
     return out
 
 
 @triton.jit
 def _write_kernel(
     qkv_ptr, q_ptr, k_cache, v_cache, slots, positions, cos_sin, q_weight, k_weight,
-    EPS: tl.constexpr, HQ: tl.constexpr, HKV: tl.constexpr, ROTATED: tl.constexpr,
-    D: tl.constexpr, HALF: tl.constexpr, HEADS: tl.constexpr, PAGE: tl.constexpr,
+    EPS: tl.constexpr, HQ: tl.constexpr, HK: tl.constexpr, HV: tl.constexpr,
+    ROTATED: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, HALF_BLOCK: tl.constexpr,
+    HEADS: tl.constexpr, PAGE: tl.constexpr,
     PAGE_STRIDE: tl.constexpr, HEAD_STRIDE: tl.constexpr, TOKEN_STRIDE: tl.constexpr,
-    NORM: tl.constexpr,
+    NORM: tl.constexpr, OFFSET: tl.constexpr,
 ):  # fmt: skip
-    """One token, HEADS of its HQ + 2 HKV heads.
+    """One token, HEADS of its HQ + HK + HV heads of D numbers.
 
-    A head is loaded as the two halves that the rotation pairs. The first ROTATED heads
-    are rotated. HALF is D // 2 padded to a power of two.
+    A head is loaded as the two halves that the rotation pairs, of HALF numbers each, and
+    the REST that it does not turn. HALF_BLOCK is HALF padded to a power of two. The first
+    ROTATED heads are rotated. NORM: they are normalised before; OFFSET is added to the
+    weights of this norm.
     """
+    REST: tl.constexpr = D - 2 * HALF
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
-    i = tl.arange(0, HALF)
-    inside = (head < HQ + 2 * HKV)[:, None] & (i < D // 2)[None, :]
-    source = qkv_ptr + token * ((HQ + 2 * HKV) * D) + (head * D)[:, None] + i[None, :]
+    i = tl.arange(0, HALF_BLOCK)
+    exists = (head < HQ + HK + HV)[:, None]
+    inside = exists & (i < HALF)[None, :]
+    start = qkv_ptr + token * ((HQ + HK + HV) * D) + (head * D)[:, None]
+    source = start + i[None, :]
     x1 = tl.load(source, mask=inside, other=0.0).to(tl.float32)
-    x2 = tl.load(source + D // 2, mask=inside, other=0.0).to(tl.float32)
+    x2 = tl.load(source + HALF, mask=inside, other=0.0).to(tl.float32)
+    x3 = x1  # not read where REST is 0
+    if REST > 0:
+        j = tl.arange(0, triton.next_power_of_2(REST))
+        source = start + j[None, :] + 2 * HALF
+        x3 = tl.load(source, mask=exists & (j < REST)[None, :], other=0.0).to(tl.float32)
     if ROTATED > 0:
         is_rotated = (head < ROTATED)[:, None]
         if NORM:
-            scale = tl.rsqrt((tl.sum(x1 * x1, 1) + tl.sum(x2 * x2, 1)) / D + EPS)[:, None]
             is_q = (head < HQ)[:, None]
-            q1 = tl.load(q_weight + i, mask=i < D // 2, other=0.0).to(tl.float32)[None, :]
-            q2 = tl.load(q_weight + D // 2 + i, mask=i < D // 2, other=0.0).to(tl.float32)[None, :]
-            k1 = tl.load(k_weight + i, mask=i < D // 2, other=0.0).to(tl.float32)[None, :]
-            k2 = tl.load(k_weight + D // 2 + i, mask=i < D // 2, other=0.0).to(tl.float32)[None, :]
-            x1 = tl.where(is_rotated, x1 * scale * tl.where(is_q, q1, k1), x1)
-            x2 = tl.where(is_rotated, x2 * scale * tl.where(is_q, q2, k2), x2)
-        angle = cos_sin + tl.load(positions + token).to(tl.int64) * D + i
-        cos = tl.load(angle, mask=i < D // 2, other=0.0)[None, :]
-        sin = tl.load(angle + D // 2, mask=i < D // 2, other=0.0)[None, :]
+            squares = tl.sum(x1 * x1, 1) + tl.sum(x2 * x2, 1)
+            if REST > 0:
+                squares += tl.sum(x3 * x3, 1)
+            scale = tl.rsqrt(squares / D + EPS)[:, None]
+            weight1 = _norm_weight(q_weight, k_weight, is_q, i, HALF, OFFSET)
+            weight2 = _norm_weight(q_weight + HALF, k_weight + HALF, is_q, i, HALF, OFFSET)
+            x1 = tl.where(is_rotated, x1 * scale * weight1, x1)
+            x2 = tl.where(is_rotated, x2 * scale * weight2, x2)
+            if REST > 0:
+                at = 2 * HALF
+                weight3 = _norm_weight(q_weight + at, k_weight + at, is_q, j, REST, OFFSET)
+                x3 = tl.where(is_rotated, x3 * scale * weight3, x3)
+        angle = cos_sin + tl.load(positions + token).to(tl.int64) * (2 * HALF) + i
+        cos = tl.load(angle, mask=i < HALF, other=0.0)[None, :]
+        sin = tl.load(angle + HALF, mask=i < HALF, other=0.0)[None, :]
         rotated1 = tl.where(is_rotated, x1 * cos - x2 * sin, x1)
         rotated2 = tl.where(is_rotated, x2 * cos + x1 * sin, x2)
         x1 = rotated1
         x2 = rotated2
 
     if HQ > 0:
-        target = q_ptr + token * (HQ * D) + (head * D)[:, None] + i[None, :]
-        is_q = inside & (head < HQ)[:, None]
-        tl.store(target, x1.to(q_ptr.dtype.element_ty), mask=is_q)
-        tl.store(target + D // 2, x2.to(q_ptr.dtype.element_ty), mask=is_q)
+        is_q = (head < HQ)[:, None]
+        _store_heads(q_ptr + token * (HQ * D), (head * D)[:, None], x1, x2, x3, is_q, HALF, REST)
     slot = tl.load(slots + token).to(tl.int64)
-    dtype = k_cache.dtype.element_ty
-    if dtype == tl.float8e4nv:  # larger numbers than 448 would become NaN
-        x1 = tl.minimum(tl.maximum(x1, -448.0), 448.0)
-        x2 = tl.minimum(tl.maximum(x2, -448.0), 448.0)
+    if k_cache.dtype.element_ty == tl.float8e4nv:
+        x1 = _clamped(x1)
+        x2 = _clamped(x2)
+        x3 = _clamped(x3)
     kv_head = head - HQ
-    is_v = kv_head >= HKV
+    is_v = kv_head >= HK
     place = slot // PAGE * PAGE_STRIDE + slot % PAGE * TOKEN_STRIDE
-    offset = place + ((kv_head - tl.where(is_v, HKV, 0)) * HEAD_STRIDE)[:, None] + i[None, :]
-    is_k = inside & ((kv_head >= 0) & (kv_head < HKV) & (slot >= 0))[:, None]
-    is_v = inside & (is_v & (slot >= 0))[:, None]
-    tl.store(k_cache + offset, x1.to(dtype), mask=is_k)
-    tl.store(k_cache + offset + D // 2, x2.to(dtype), mask=is_k)
-    tl.store(v_cache + offset, x1.to(dtype), mask=is_v)
-    tl.store(v_cache + offset + D // 2, x2.to(dtype), mask=is_v)
+    offset = place + ((kv_head - tl.where(is_v, HK, 0)) * HEAD_STRIDE)[:, None]
+    is_k = ((kv_head >= 0) & (kv_head < HK) & (slot >= 0))[:, None]
+    is_v = (is_v & (slot >= 0))[:, None] & exists
+    _store_heads(k_cache, offset, x1, x2, x3, is_k, HALF, REST)
+    if HV > 0:
+        _store_heads(v_cache, offset, x1, x2, x3, is_v, HALF, REST)
+
+
+@triton.jit
+def _norm_weight(q_weight, k_weight, is_q, i, SIZE: tl.constexpr, OFFSET: tl.constexpr):
+    """Factors i < SIZE of the norm of Q where is_q [heads, 1], else of K: [heads, len(i)]."""
+    q = tl.load(q_weight + i, mask=i < SIZE, other=0.0).to(tl.float32)[None, :]
+    k = tl.load(k_weight + i, mask=i < SIZE, other=0.0).to(tl.float32)[None, :]
+    return _plus(tl.where(is_q, q, k), OFFSET)
+
+
+@triton.jit
+def _clamped(x):
+    """x within the range of float8 e4m3, because larger numbers would become NaN."""
+    return tl.minimum(tl.maximum(x, -448.0), 448.0)
+
+
+@triton.jit
+def _store_heads(base, offset, x1, x2, x3, mask, HALF: tl.constexpr, REST: tl.constexpr):
+    """Stores the parts of heads that begin at base + offset [heads, 1].
+
+    mask [heads, 1]: which heads.
+    """
+    dtype = base.dtype.element_ty
+    i = tl.arange(0, x1.shape[1])[None, :]
+    inside = mask & (i < HALF)
+    target = base + (offset + i)
+    tl.store(target, x1.to(dtype), mask=inside)
+    tl.store(target + HALF, x2.to(dtype), mask=inside)
+    if REST > 0:
+        j = tl.arange(0, x3.shape[1])[None, :]
+        target = base + (offset + j + 2 * HALF)
+        tl.store(target, x3.to(dtype), mask=mask & (j < REST))
+
+
+@dataclass(frozen=True)
+class _Heads:
+    """What `_write_kernel` does with the heads of a token.
+
+    The first `rotated` heads, of Q and K, are rotated, after a norm where `norm` is true.
+    """
+
+    q: int
+    k: int
+    v: int
+    rotated: int = 0
+    rotary_dim: int = 0  # numbers of a head that the rotation turns; 0: all
+    norm: bool = False
+    eps: float = 0.0
+    norm_offset: float = 0.0
 
 
 def write_qkv(
@@ -218,38 +317,55 @@ def write_qkv(
     q = qkv.new_empty(len(qkv), rope.num_heads, rope.head_dim)
     rotated = rope.num_heads + rope.num_kv_heads
     q_weight = k_weight = qkv  # not read
-    eps = 0.0
+    norm = rope.q_norm is not None and rope.k_norm is not None
     if rope.q_norm is not None and rope.k_norm is not None:
         q_weight = rope.q_norm
         k_weight = rope.k_norm
-        eps = rope.eps
+    heads = _Heads(
+        q=rope.num_heads,
+        k=rope.num_kv_heads,
+        v=rope.num_kv_heads,
+        rotated=rotated,
+        rotary_dim=rope.cos_sin.shape[1],
+        norm=norm,
+        eps=rope.eps,
+        norm_offset=rope.norm_offset,
+    )
     _launch_write(
-        qkv, q, slots, positions, rope.cos_sin, q_weight, k_weight,
-        eps, rope.num_heads, rotated, k_cache, v_cache,
-    )  # fmt: skip
+        qkv, q, slots, positions, rope.cos_sin, q_weight, k_weight, heads, k_cache, v_cache
+    )
     return q
 
 
 def write_kv(k: Tensor, v: Tensor, slots: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:
-    """Stores k and v, [T, Hkv, D] each, without norm or rotation."""
-    kv = torch.cat((k, v), dim=1)
-    _launch_write(kv, kv, slots, slots, kv, kv, kv, 0.0, 0, 0, k_cache, v_cache)
+    """Stores k [T, Hkv, D] and v [T, Hkv, Dv] without norm or rotation."""
+    count = k.shape[1]
+    if k.shape == v.shape:
+        kv = torch.cat((k, v), dim=1)
+        heads = _Heads(q=0, k=count, v=count)
+        _launch_write(kv, kv, slots, slots, kv, kv, kv, heads, k_cache, v_cache)
+        return
+    heads = _Heads(q=0, k=count, v=0)
+    for x, pages in ((k.contiguous(), k_cache), (v.contiguous(), v_cache)):
+        _launch_write(x, x, slots, slots, x, x, x, heads, pages, pages)
 
 
 def _launch_write(
     qkv: Tensor, q: Tensor, slots: Tensor, positions: Tensor, cos_sin: Tensor, q_weight: Tensor,
-    k_weight: Tensor, eps: float, num_heads: int, rotated: int, k_cache: Tensor, v_cache: Tensor,
+    k_weight: Tensor, heads: _Heads, k_cache: Tensor, v_cache: Tensor,
 ) -> None:  # fmt: skip
-    """Launches `_write_kernel`. eps of 0: no norm; rotated of 0: no rotation."""
-    _, num_kv_heads, page, dim = k_cache.shape
-    half = power_of_2(dim // 2)
-    heads = min(power_of_2(num_heads + 2 * num_kv_heads), max(2048 // half, 1))
-    grid = (len(qkv), ceil_div(num_heads + 2 * num_kv_heads, heads))
+    """Launches `_write_kernel`."""
+    _, _, page, dim = k_cache.shape
+    half = (heads.rotary_dim or dim) // 2
+    half_block = power_of_2(half)
+    count = heads.q + heads.k + heads.v
+    block = min(power_of_2(count), max(2048 // power_of_2(dim // 2), 1))
+    grid = (len(qkv), ceil_div(count, block))
     if len(qkv):
         _write_kernel[grid](
             qkv, q, k_cache, v_cache, slots, positions, cos_sin, q_weight, k_weight,
-            eps, num_heads, num_kv_heads, rotated, dim, half, heads, page,
-            *k_cache.stride()[:3], eps > 0.0, num_warps=4,
+            heads.eps, heads.q, heads.k, heads.v, heads.rotated, dim, half, half_block, block,
+            page, *k_cache.stride()[:3], heads.norm, heads.norm_offset, num_warps=4,
         )  # fmt: skip
 
 

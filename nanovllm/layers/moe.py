@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from nanovllm import kernels
@@ -54,10 +55,12 @@ class ExpertMatrices(Matrix):
     expert's matrix has several pieces one below the other, so they take one product.
     """
 
-    def __init__(self, experts: range, pieces: list[Piece], bias: bool) -> None:
+    def __init__(self, num_experts: int, experts: range, pieces: list[Piece], bias: bool) -> None:
+        """num_experts: of the checkpoint. experts: of this rank."""
         out_features = sum(len(piece.rows) for piece in pieces)
         in_features = len(pieces[0].columns)
         super().__init__(len(experts) * out_features, in_features, bias, num_groups=len(experts))
+        self.num_experts = num_experts
         self.experts = experts
         self.pieces = pieces
 
@@ -76,6 +79,21 @@ class ExpertMatrices(Matrix):
                     shape = piece.shape[:1]
                     into = self.bias[rows]
                     found.append(Source(f"{name}.bias", shape, piece.part[:1], into))
+        return found + self.of_other_ranks(parent)
+
+    def of_other_ranks(self, parent: str) -> list[Source]:
+        """The matrices of other ranks' experts. The model knows them and reads nothing of them."""
+        nothing = torch.empty(0)
+        found: list[Source] = []
+        for expert in range(self.num_experts):
+            if expert in self.experts:
+                continue
+            for piece in self.pieces:
+                name = f"{parent}.{expert}.{piece.name}"
+                none = slice(0, 0)
+                found.append(Source(f"{name}.weight", piece.shape, (none, none), nothing))
+                if self.bias is not None:
+                    found.append(Source(f"{name}.bias", piece.shape[:1], (none,), nothing))
         return found
 
     def forward(self, x: Tensor, offsets: Tensor, has_bias: bool = True) -> Tensor:
@@ -101,8 +119,8 @@ class Experts(nn.Module):
         gate = Piece("gate_proj", up_shape, (part, EVERYTHING))
         up = Piece("up_proj", up_shape, (part, EVERYTHING))
         down = Piece("down_proj", up_shape[::-1], (EVERYTHING, part))
-        self.gate_up_proj = ExpertMatrices(self.local, [gate, up], sizes.bias)
-        self.down_proj = ExpertMatrices(self.local, [down], sizes.bias)
+        self.gate_up_proj = ExpertMatrices(len(everyone), self.local, [gate, up], sizes.bias)
+        self.down_proj = ExpertMatrices(len(everyone), self.local, [down], sizes.bias)
 
     def activation(self, gate_up: Tensor) -> Tensor:
         """[n, 2 * intermediate] -> [n, intermediate]."""

@@ -19,9 +19,11 @@ from nanovllm.loader.config_files import (
     load_generation_config,
     load_hf_config,
     pretrained,
+    text_config,
 )
 from nanovllm.loader.hub import ModelFiles, resolve
 from nanovllm.loader.source import EMBEDDING, HEAD, LazyTensor
+from nanovllm.loader.text_half import text_name
 from nanovllm.loader.tokenizer import load_tokenizer
 
 __all__ = [
@@ -36,6 +38,7 @@ __all__ = [
     "load_tokenizer",
     "pretrained",
     "resolve",
+    "text_config",
 ]
 
 # Old checkpoints saved these tables of RoPE. They are no parameters.
@@ -63,7 +66,8 @@ def head_differs(files: ModelFiles) -> bool:
     """
     if files.gguf is not None:
         return files.gguf.head_differs()
-    found = {name: tensor for name, tensor in iter_weights(files) if name in (EMBEDDING, HEAD)}
+    named = ((text_name(name), tensor) for name, tensor in iter_weights(files))
+    found = {name: tensor for name, tensor in named if name in (EMBEDDING, HEAD)}
     if len(found) < 2 or found[EMBEDDING].shape != found[HEAD].shape:
         return False
     embedding = found[EMBEDDING]

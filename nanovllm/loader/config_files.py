@@ -36,11 +36,28 @@ def load_hf_config(
         config = load_config_file(files, trust_remote_code)
     if callable(hf_overrides):
         return hf_overrides(pretrained(config))
-    for name, value in rope_in_one_field(dict(hf_overrides or {}), config).items():
-        old = getattr(config, name, None)
-        merged = {**old, **value} if isinstance(old, dict) and isinstance(value, dict) else value
-        setattr(config, name, merged)
+    override(config, dict(hf_overrides or {}))
     return config
+
+
+def override(config: PretrainedConfig | SimpleNamespace, overrides: dict[str, object]) -> None:
+    """Changes fields of a config. A dictionary changes fields of a dictionary or a config."""
+    for name, value in rope_in_one_field(overrides, config).items():
+        old = getattr(config, name, None)
+        if isinstance(value, dict) and hasattr(old, "to_dict"):
+            override(old, dict(value))
+        elif isinstance(value, dict) and isinstance(old, dict):
+            setattr(config, name, {**old, **value})
+        else:
+            setattr(config, name, value)
+
+
+def text_config(
+    config: PretrainedConfig | SimpleNamespace,
+) -> PretrainedConfig | SimpleNamespace:
+    """The part of a multimodal config that is about text. Another config is about nothing else."""
+    text = getattr(config, "text_config", None)
+    return config if text is None else text
 
 
 def pretrained(config: PretrainedConfig | SimpleNamespace) -> PretrainedConfig:
@@ -63,6 +80,11 @@ def rope_in_one_field(
     transformers 4 has the first two fields, and transformers 5 the last one.
     """
     rope = getattr(config, "rope_parameters", None)
+    # Of several sets, the layers without a window have the one that old fields are about.
+    sets = None
+    if rope and "full_attention" in rope:
+        sets = rope
+        rope = rope["full_attention"]
     if not rope or overrides.keys().isdisjoint({"rope_theta", "rope_scaling"}):
         return overrides
     scaling = overrides.pop("rope_scaling", rope) or {"rope_type": "default"}
@@ -76,7 +98,9 @@ def rope_in_one_field(
     parameters.setdefault("rope_type", parameters.get("type", "default"))
     parameters["rope_theta"] = overrides.pop("rope_theta", rope["rope_theta"])
     parameters.update(given)
-    overrides["rope_parameters"] = parameters
+    overrides["rope_parameters"] = (
+        parameters if sets is None else {**sets, "full_attention": parameters}
+    )
     return overrides
 
 
@@ -144,7 +168,9 @@ def checkpoint_dtype(
         return None
     # The field may be text. transformers 5 renamed torch_dtype to dtype, and warns if the
     # old name is read as an attribute.
-    given = getattr(hf_config, "dtype", None) or vars(hf_config).get("torch_dtype")
+    given = None
+    for config in (hf_config, text_config(hf_config)):
+        given = given or getattr(config, "dtype", None) or vars(config).get("torch_dtype")
     if given is None or given == "auto":
         return None
     name = given.removeprefix("torch.") if isinstance(given, str) else ""

@@ -1,4 +1,4 @@
-"""Reads GGUF files of the architectures llama, qwen2, qwen3 and their relatives.
+"""Reads GGUF files of the architectures llama, qwen2, qwen3, gemma2, gemma3 and relatives.
 
 The metadata becomes the fields of a Hugging Face config. The tensors get Hugging Face
 names and Hugging Face's row order, and a slice of a tensor is dequantised when it is
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from nanovllm.core.batch import ceil_div
 from nanovllm.loader.fields import Fields
+from nanovllm.loader.gguf_gemma import PATTERN, gemma_fields
 from nanovllm.loader.gguf_parts import find_parts
 from nanovllm.loader.safetensors import unreadable
 from nanovllm.loader.source import Blocks, LazyTensor, Part
@@ -42,6 +43,9 @@ ARCHITECTURES = {
     "qwen3vl": "Qwen3ForCausalLM",
     "qwen3moe": "Qwen3MoeForCausalLM",
     "olmoe": "OlmoeForCausalLM",
+    "gemma2": "Gemma2ForCausalLM",
+    "gemma3": "Gemma3ForCausalLM",
+    "gpt-oss": "GptOssForCausalLM",
 }
 # llama.cpp rotates neighbouring rows of Q and K in these, and the two halves of a head in
 # the others, as transformers does in all.
@@ -70,6 +74,23 @@ TENSOR_NAMES = {
     "ffn_gate_shexp": "mlp.shared_expert.gate_proj",
     "ffn_up_shexp": "mlp.shared_expert.up_proj",
     "ffn_down_shexp": "mlp.shared_expert.down_proj",
+}
+# Gemma has norms after both parts of a layer too. The file holds the factors of its norms,
+# and transformers the factors less 1.
+GEMMA = ("gemma2", "gemma3")
+GEMMA_NAMES = {
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+# Names that one architecture has besides these, or instead of them.
+FAMILY_NAMES = {
+    "gpt-oss": {
+        "attn_sinks": "self_attn.sinks",
+        "post_attention_norm": "post_attention_layernorm",
+        "ffn_gate_inp": "mlp.router",
+    },
+    **dict.fromkeys(GEMMA, GEMMA_NAMES),
 }
 
 SAMPLING = {
@@ -125,6 +146,7 @@ ENDS = {
     "<REPO>",
     "<|file_sep|>",
 }
+SOFTMAX = 1  # llama.cpp's number of the router's function
 PLAIN_TEXT, CONTROL, USER_DEFINED = 1, 3, 4  # kinds of tokens
 # The tokenizer never cuts plain text into them.
 SPECIAL_KINDS = (CONTROL, USER_DEFINED)
@@ -220,7 +242,8 @@ class GGUFTensor:
 
     packed: uint8 [shape[0], bytes of a row]. row_order: row i of the tensor is
     row_order[i] of `packed`. None: the rows are in order. expert: the matrix of a tensor
-    of three dimensions.
+    of three dimensions. offset: what the file has more than the tensor; only a tensor of
+    one dimension has it.
     """
 
     def __init__(self, tensor: gguf.ReaderTensor, expert: int | None = None) -> None:
@@ -238,6 +261,7 @@ class GGUFTensor:
         # Weights and bytes of one block.
         self.block, self.block_bytes = gguf.GGML_QUANT_SIZES[self.kind]
         self.row_order: np.ndarray | None = None
+        self.offset = 0.0
 
     def __getitem__(self, part: Part, /) -> Tensor:
         """part: at most one slice for each dimension, or `...` for the whole tensor."""
@@ -248,7 +272,7 @@ class GGUFTensor:
             rows, columns = (*part, columns)[:2]
         packed = self.packed[rows if self.row_order is None else self.row_order[rows]]
         if len(self.shape) == 1:
-            return self.unpack(packed).reshape(-1)
+            return self.unpack(packed).reshape(-1) - self.offset
         start, stop, step = columns.indices(self.shape[1])
         first = start // self.block
         last = ceil_div(stop, self.block)
@@ -261,15 +285,20 @@ class GGUFTensor:
         """The name of the type in the file."""
         return self.kind.name
 
+    def in_blocks(self, part: tuple[slice, ...]) -> bool:
+        """Whether the columns begin and end with blocks."""
+        start, stop, step = part[1].indices(self.shape[1])
+        return step == 1 and start % self.block == 0 and stop % self.block == 0
+
     def blocks(self, part: tuple[slice, ...]) -> Blocks | None:
         """The slices of rows and columns as the file stores them.
 
         None if the columns do not begin and end with blocks.
         """
-        rows, columns = part
-        start, stop, step = columns.indices(self.shape[1])
-        if start % self.block or stop % self.block or step != 1:
+        if not self.in_blocks(part):
             return None
+        rows, columns = part
+        start, stop, _ = columns.indices(self.shape[1])
         row_order = np.arange(self.shape[0]) if self.row_order is None else self.row_order
         first = start // self.block * self.block_bytes
         last = stop // self.block * self.block_bytes
@@ -453,6 +482,8 @@ class GGUF:
             number = self.get_one(f"attention.{heads}") or self.get_one("attention.head_count")
             rows = np.arange(found.shape[0]).reshape(number, -1, 2)
             found.row_order = rows.swapaxes(1, 2).reshape(-1)
+        if self.family in GEMMA and tensor.name.endswith("norm.weight"):
+            found.offset = 1.0
         return found
 
     def __iter__(self) -> Iterator[tuple[str, LazyTensor]]:
@@ -464,18 +495,30 @@ class GGUF:
             if name == "rope_freqs.weight":
                 continue  # no parameter: `hf_fields` reads it
             *block, stem, suffix = name.split(".")
-            if stem not in TENSOR_NAMES or suffix not in ("weight", "bias"):
+            if stem not in self.tensor_names or suffix not in ("weight", "bias"):
                 raise ValueError(
                     f"{self.path} holds {name!r}, which no {self.family} model here has"
                 )
-            if len(tensor.shape) == 3:
-                yield from self.experts(hf_name(block, stem, suffix), tensor)
+            hf = self.hf_name(block, stem, suffix)
+            if stem.endswith("_exps"):
+                yield from self.experts(hf, tensor)
             else:
-                yield hf_name(block, stem, suffix), self.lazy(tensor)
+                yield hf, self.lazy(tensor)
         yield from self.missing_biases()
 
+    @property
+    def tensor_names(self) -> dict[str, str]:
+        """Name in the file -> name in Hugging Face's layer."""
+        return {**TENSOR_NAMES, **FAMILY_NAMES.get(self.family, {})}
+
+    def hf_name(self, block: list[str], stem: str, suffix: str) -> str:
+        """(["blk", "3"], "attn_q", "weight") -> "model.layers.3.self_attn.q_proj.weight"."""
+        layer = f"model.layers.{block[1]}." if block else ""
+        name = f"{layer}{self.tensor_names[stem]}"
+        return name if stem == "attn_sinks" else f"{name}.{suffix}"
+
     def experts(self, name: str, tensor: gguf.ReaderTensor) -> Iterator[tuple[str, LazyTensor]]:
-        """The matrices of a tensor [experts, rows, columns].
+        """The matrices of a tensor [experts, rows, columns], or the rows of [experts, rows].
 
         name: "...mlp.experts.down_proj.weight" becomes "...mlp.experts.0.down_proj.weight"
         and so on.
@@ -496,7 +539,7 @@ class GGUF:
             *block, stem, suffix = name.split(".")
             bias = ".".join([*block, stem, "bias"])
             if suffix == "weight" and stem in stems and bias not in tensors:
-                yield hf_name(block, stem, "bias"), torch.zeros(int(tensors[name].shape[-1]))
+                yield self.hf_name(block, stem, "bias"), torch.zeros(int(tensors[name].shape[-1]))
 
     def biased_stems(self, kind: str) -> tuple[str, ...]:
         """The projections of attention ("attn") or feed-forward ("ffn") with a bias.
@@ -514,6 +557,15 @@ class GGUF:
 
     def hf_fields(self) -> dict[str, object]:
         """The fields of config.json, as far as the metadata states them."""
+        found = self.common_fields()
+        if self.family not in GEMMA:
+            return found
+        pattern = self.get(f"{self.family}.{PATTERN}")
+        fields = Fields(f"{self.path}: {self.family}", self.get_one)
+        return found | gemma_fields(self.family, fields, pattern, found)
+
+    def common_fields(self) -> dict[str, object]:
+        """The fields of config.json that all families have."""
         family, tensors = self.family, self.tensors
         if "token_embd.weight" not in tensors:
             raise ValueError(
@@ -555,12 +607,23 @@ class GGUF:
             # Two fields of Qwen: the window counts from layer 0 on.
             "use_sliding_window": bool(window),
             "max_window_layers": 0,
+            "layer_types": self.layer_types(),
             **experts,
             "tie_word_embeddings": not self.head_differs(),
             "bos_token_id": self.get("tokenizer.ggml.bos_token_id"),
             "eos_token_id": self.get("tokenizer.ggml.eos_token_id"),
             "pad_token_id": self.get("tokenizer.ggml.padding_token_id"),
         }
+
+    def layer_types(self) -> list[str] | None:
+        """Which layers have the window. None: all that the rest of the config says.
+
+        llama.cpp knows it of the architecture.
+        """
+        if self.family != "gpt-oss":
+            return None
+        kinds = ("sliding_attention", "full_attention")
+        return [kinds[layer % 2] for layer in range(self[f"{self.family}.block_count"])]
 
     def expert_fields(self, fields: Fields) -> dict[str, object]:
         """The fields of config.json about experts. {} for a model without experts."""
@@ -569,6 +632,11 @@ class GGUF:
             return {}
         if fields.number("attention.clamp_kqv", default=0.0, zero=True):
             raise fields.refuse("attention.clamp_kqv", "0, because Q, K and V are not clipped here")
+        # llama.cpp multiplies the weights of experts if the scale is neither 0 nor 1.
+        if fields.number("expert_weights_scale", default=1.0, zero=True) not in (0.0, 1.0):
+            raise fields.refuse("expert_weights_scale", "1.0")
+        if fields.integer("expert_gating_func", default=1) != SOFTMAX:
+            raise fields.refuse("expert_gating_func", f"{SOFTMAX}, a softmax over all experts")
         width = fields.integer("feed_forward_length")
         return {
             "num_experts": count,
@@ -624,6 +692,8 @@ class GGUF:
             return {"rope_theta": theta, "rope_type": "default"}
         found = {"rope_theta": theta, "rope_type": kind, "factor": factor}
         if kind == "yarn":
+            if self.family == "gpt-oss":
+                found["truncate"] = False  # it was trained so, and files do not say it
             found["original_max_position_embeddings"] = (
                 trained or self[f"{self.family}.context_length"]
             )
@@ -720,9 +790,3 @@ class GGUF:
         if "<|tool_response>" in named:
             named.pop("</s>", None)
         return list(dict.fromkeys(i for i in (*listed, *named.values()) if i is not None))
-
-
-def hf_name(block: list[str], stem: str, suffix: str) -> str:
-    """(["blk", "3"], "attn_q", "weight") -> "model.layers.3.self_attn.q_proj.weight"."""
-    layer = f"model.layers.{block[1]}." if block else ""
-    return f"{layer}{TENSOR_NAMES[stem]}.{suffix}"

@@ -17,6 +17,7 @@ from nanovllm.loader.fields import Fields, is_integer, is_number, read_object, s
 from nanovllm.loader.hub import fetch_adapter
 from nanovllm.loader.safetensors import SafetensorsTensor
 from nanovllm.loader.source import FLOATS, LazyTensor, listing
+from nanovllm.loader.text_half import text_name
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -86,6 +87,15 @@ def find_adapter(path: str, download_dir: str | None, hf_token: str | bool | Non
     return folder
 
 
+def versions(folder: Path) -> tuple[tuple[int, int], ...]:
+    """(time of the last change in ns, bytes) of each file of an adapter. () if one is missing."""
+    try:
+        found = [(folder / name).stat() for name in (CONFIG, WEIGHTS)]
+    except OSError:
+        return ()
+    return tuple((stat.st_mtime_ns, stat.st_size) for stat in found)
+
+
 def read_adapter(
     folder: Path, shapes: Mapping[str, tuple[int, int]], max_rank: int
 ) -> dict[str, LowRank]:
@@ -121,7 +131,7 @@ def parse(
     None for PEFT's copy of the model's own embedding. Raises ValueError for a tensor
     that the model has no place for.
     """
-    own = name.removeprefix(PREFIX)
+    own = text_name(name.removeprefix(PREFIX))
     linear = LINEAR.fullmatch(own)
     embedding = EMBEDDING.fullmatch(own)
     base = BASE.fullmatch(own)

@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from nanovllm.loader.text_half import text_name
+
 COPY_AT_ONCE = 1 << 22  # numbers
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # Checkpoints store weights in these types. Other types hold codes of quantised weights.
@@ -80,6 +82,9 @@ class BlockTensor(Protocol):
     @property
     def type(self) -> str: ...
 
+    def in_blocks(self, part: tuple[slice, ...]) -> bool:
+        """Whether the slice of columns begins and ends with blocks. Reads nothing."""
+
     def blocks(self, part: tuple[slice, ...]) -> Blocks | None:
         """The slices of rows and columns. None if the columns do not begin and end with blocks."""
 
@@ -113,6 +118,7 @@ class Source(NamedTuple):
 def fill(model: nn.Module, weights: Iterable[tuple[str, LazyTensor]]) -> set[str]:
     """Fills parameters in place from (name, tensor) pairs. Returns the used names.
 
+    A name in the text half of a multimodal checkpoint counts as the name in a text model.
     A tied model reads its one matrix from the embedding, or from the output head if the
     embedding is not given. Raises ValueError for a tensor that the model does not know,
     that has another shape, or that has no floating-point dtype.
@@ -121,14 +127,15 @@ def fill(model: nn.Module, weights: Iterable[tuple[str, LazyTensor]]) -> set[str
     given: set[str] = set()
     unknown: list[str] = []
     tied_head: LazyTensor | None = None
-    for name, tensor in weights:
+    for given_name, tensor in weights:
+        name = given_name if given_name in wanted else text_name(given_name)
         if name in wanted:
             fill_from(name, tensor, wanted[name])
             given.add(name)
         elif name == HEAD and EMBEDDING in wanted:
             tied_head = tensor
         else:
-            unknown.append(name)
+            unknown.append(given_name)
     if tied_head is not None and EMBEDDING not in given:
         fill_from(HEAD, tied_head, wanted[EMBEDDING])
         given.add(EMBEDDING)
@@ -164,7 +171,7 @@ def fill_from(name: str, tensor: LazyTensor, sources: list[Source]) -> None:
 def expect(model: nn.Module, weights: Iterable[tuple[str, LazyTensor]]) -> None:
     """Allocates the parameters whose form depends on the tensors that `fill` will read."""
     wanted = all_sources(model)
-    known = dict(weights)
+    known = {name if name in wanted else text_name(name): tensor for name, tensor in weights}
     if EMBEDDING not in known and HEAD in known:
         known[EMBEDDING] = known[HEAD]  # of a tied model
     receivers: list[Receiver] = []

@@ -22,9 +22,9 @@ class LoRARequest:
     lora_int_id: int
     lora_path: str = ""
     base_model_name: str | None = None
-    tensorizer_config_dict: dict[str, object] | None = None
     load_inplace: bool = False
     is_3d_lora_weight: bool = False
+    tensorizer_config_dict: dict[str, object] | None = None
 
     def __post_init__(self) -> None:
         number = self.lora_int_id

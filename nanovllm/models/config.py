@@ -12,6 +12,7 @@ from nanovllm.layers.rotary import RopeParameters
 from nanovllm.loader.fields import Fields, is_integer, is_number, shown
 
 LAYER_TYPES = ("full_attention", "sliding_attention")
+READ_QUANTISED = {"gpt_oss": "mxfp4"}  # model_type -> the format that its family reads
 
 
 class Activation(NamedTuple):
@@ -56,9 +57,11 @@ class ModelConfig:
     # One a layer, in tokens. None: the layer sees the whole context.
     sliding_windows: tuple[int | None, ...]
     architecture: str = ""  # one of registry.MODELS
+    quantization: str | None = None  # the format of quantised weights in the checkpoint
     expert_parallel: bool = False  # ranks share experts, if there are any, instead of their sizes
     # RoPE of layers with a window. None: it is `rope`.
     sliding_rope: RopeParameters | None = None
+    is_multimodal: bool = False  # the checkpoint has towers for images, which are not read
 
     @property
     def has_experts(self) -> bool:
@@ -157,8 +160,12 @@ def layer_types(fields: Fields, first_sliding: str | None, full_every: int | Non
     return list(types)
 
 
-def refuse_quantised(fields: Fields) -> None:
-    """Raises ValueError for a config that says that its weights are quantised."""
+def quant_method(fields: Fields) -> str | None:
+    """The format of quantised weights, as the config names it. None for floats.
+
+    Raises ValueError for a format that the family cannot read.
+    """
+    readable = READ_QUANTISED.get(fields.get("model_type"))
     # compressed-tensors once wrote `compression_config`.
     for name in ("quantization_config", "compression_config"):
         found = fields.get(name)
@@ -166,11 +173,16 @@ def refuse_quantised(fields: Fields) -> None:
         if found in (None, {}, {"quant_method": None}):
             continue
         method = found.get("quant_method") if isinstance(found, dict) else found
+        if readable is not None and method == readable:
+            return readable
         if method != "none":
+            others = "" if readable is None else f" and {readable}"
             raise ValueError(
                 f"{fields.source}: {name}: quant_method is {method!r}; quantised checkpoints "
-                "other than GGUF are not supported, give the model in float32, float16 or bfloat16"
+                f"other than GGUF{others} are not supported, give the model in float32, float16 or "
+                "bfloat16"
             )
+    return None
 
 
 def check_shards(config: ModelConfig, size: int) -> None:

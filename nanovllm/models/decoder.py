@@ -8,6 +8,7 @@ knows tokens and an attention backend. It knows neither sequences nor ranks nor 
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Iterable
 from typing import ClassVar
 
 from torch import Tensor, nn
@@ -24,6 +25,8 @@ from nanovllm.layers.linear import (
 from nanovllm.layers.norm import RMSNorm
 from nanovllm.layers.rotary import RotaryEmbedding
 from nanovllm.loader.fields import Fields
+from nanovllm.loader.source import LazyTensor
+from nanovllm.loader.text_half import without_towers
 from nanovllm.models.base import LanguageModel
 from nanovllm.models.config import ModelConfig, read_sizes
 from nanovllm.parallel import TensorParallel
@@ -217,3 +220,9 @@ class CausalLM(LanguageModel):
     def logits(self, hidden: Tensor) -> Tensor:
         """[K, hidden] -> [K, vocabulary]."""
         return self.lm_head.logits(hidden)
+
+    def checkpoint_tensors(
+        self, weights: Iterable[tuple[str, LazyTensor]]
+    ) -> Iterable[tuple[str, LazyTensor]]:
+        """The tensors of the text half."""
+        return without_towers(weights) if self.config.is_multimodal else weights

@@ -37,3 +37,7 @@ class Gemma3ForCausalLM(Gemma2ForCausalLM):
 
     def head_norm(self) -> RMSNorm:
         return RMSNorm(self.config.head_dim, self.config.rms_norm_eps, OFFSET)
+
+
+class Gemma3TextModel(Gemma3ForCausalLM):
+    """The same model, saved without its output head, which is the embedding."""

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 from nanovllm.loader.fields import Fields
-from nanovllm.models.config import ModelConfig, refuse_quantised
+from nanovllm.models.config import ModelConfig, quant_method
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from nanovllm.models.base import LanguageModel
 
 MODELS = {
+    "GptOssForCausalLM": "nanovllm.models.gpt_oss",
     "LlamaForCausalLM": "nanovllm.models.llama",
     "MistralForCausalLM": "nanovllm.models.mistral",
     "MixtralForCausalLM": "nanovllm.models.mixtral",
@@ -30,22 +31,42 @@ MODELS = {
     "Qwen3MoeForCausalLM": "nanovllm.models.qwen3_moe",
     "Gemma2ForCausalLM": "nanovllm.models.gemma2",
     "Gemma3ForCausalLM": "nanovllm.models.gemma3",
+    "Gemma3TextModel": "nanovllm.models.gemma3",
     "Olmo2ForCausalLM": "nanovllm.models.olmo2",
     "Olmo3ForCausalLM": "nanovllm.models.olmo2",
     "OlmoeForCausalLM": "nanovllm.models.olmoe",
     "Phi3ForCausalLM": "nanovllm.models.phi3",
 }
+# Architectures that read images too. They compute a text as the family of their
+# `text_config` does.
+MULTIMODAL = (
+    "Gemma3ForConditionalGeneration",
+    "InternVLForConditionalGeneration",
+    "LlavaForConditionalGeneration",
+    "LlavaNextForConditionalGeneration",
+    "LlavaOnevisionForConditionalGeneration",
+    "Mistral3ForConditionalGeneration",
+    "Qwen2VLForConditionalGeneration",
+    "Qwen2_5_VLForConditionalGeneration",
+    "Qwen3VLForConditionalGeneration",
+)
 # For a config without architectures. transformers 5 calls a Mistral with layer_types
 # "ministral".
 MODEL_TYPES = {
+    "gpt_oss": "GptOssForCausalLM",
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
     "ministral": "MistralForCausalLM",
     "mixtral": "MixtralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen2_moe": "Qwen2MoeForCausalLM",
+    # Text alone has equal positions on the three axes of Qwen-VL's RoPE. transformers has
+    # no text_config in them until 4.52.
+    **dict.fromkeys(("qwen2_vl_text", "qwen2_5_vl_text"), "Qwen2ForCausalLM"),
+    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl"), "Qwen2ForCausalLM"),
     "qwen3": "Qwen3ForCausalLM",
     "qwen3_moe": "Qwen3MoeForCausalLM",
+    "qwen3_vl_text": "Qwen3ForCausalLM",
     "gemma2": "Gemma2ForCausalLM",
     "gemma3_text": "Gemma3ForCausalLM",
     "olmo2": "Olmo2ForCausalLM",
@@ -79,22 +100,53 @@ def read_config(
     `source` and the field, for what this engine does not run.
     """
     fields = Fields(source, lambda name: getattr(hf, name, None))
-    refuse_quantised(fields)
+    quantization = quant_method(fields)
     foreign = None if model_impl == "vllm" else foreign_architecture(fields, model_impl)
     if foreign is None:
-        name = architecture(fields)
-        family = import_module(MODELS[name])
-        return replace(getattr(family, name).read_config(fields), architecture=name)
+        return replace(read_own_config(fields), quantization=quantization)
     if isinstance(hf, SimpleNamespace):
         raise ValueError(
             f"model_impl={model_impl!r}: {source} is a GGUF file; accepted for it are 'auto' and "
             "'vllm'"
+        )
+    if quantization is not None:
+        raise ValueError(
+            f"model_impl={model_impl!r}: {source} has weights in {quantization}; accepted for it "
+            "are 'auto' and 'vllm'"
         )
     # The import of transformers is slow, and our own models do not need it.
     from nanovllm.models.transformers_config import read_transformers_config
 
     config = read_transformers_config(hf, fields, foreign, trust_remote_code)
     return replace(config, architecture=TRANSFORMERS)
+
+
+def read_own_config(fields: Fields) -> ModelConfig:
+    """The config of one of our models, or of the text half of a multimodal model."""
+    is_multimodal = not {*MULTIMODAL}.isdisjoint(listed_architectures(fields))
+    if is_multimodal:
+        fields = text_fields(fields)
+    name = architecture(fields)
+    family = import_module(MODELS[name])
+    config: ModelConfig = getattr(family, name).read_config(fields)
+    return replace(config, architecture=name, is_multimodal=is_multimodal)
+
+
+def text_fields(fields: Fields) -> Fields:
+    """The fields of `text_config`, or the same fields if there is no `text_config`.
+
+    Its `architectures` says nothing: some files repeat the multimodal name there.
+    """
+    text = fields.get("text_config")
+
+    def get(name: str) -> object:
+        if name == "architectures":
+            return None
+        value = fields.get(name) if text is None else getattr(text, name, None)
+        # transformers 5 ties weights by the field outside.
+        return value or fields.get(name) if name == "tie_word_embeddings" else value
+
+    return Fields(fields.source if text is None else f"{fields.source}: text_config", get)
 
 
 def foreign_architecture(fields: Fields, model_impl: str) -> str | None:
@@ -107,7 +159,9 @@ def foreign_architecture(fields: Fields, model_impl: str) -> str | None:
             raise fields.refuse("architectures", "a list of one name such as 'LlamaForCausalLM'")
         return None
     if model_impl == "auto":
-        is_ours = any(name in MODELS for name in names)
+        is_ours = any(name in MODELS for name in names) or (
+            names[0] in MULTIMODAL and text_fields(fields).get("model_type") in MODEL_TYPES
+        )
         is_known = is_ours or not runs_in_transformers(fields, names[0])
         if is_known:
             return None
@@ -125,20 +179,26 @@ def runs_in_transformers(fields: Fields, name: str) -> bool:
 
 def architecture(fields: Fields) -> str:
     """The first supported name of `architectures`, or else the architecture of the model_type."""
-    listed = fields.get("architectures")
-    if listed is None or listed == []:
+    names = listed_architectures(fields)
+    if not names:
         model_type = fields.get("model_type")
         if model_type not in MODEL_TYPES:
             accepted = f"one of {', '.join(MODEL_TYPES)}, as architectures is missing"
             raise fields.refuse("model_type", accepted)
         return MODEL_TYPES[model_type]
-    names = [listed] if isinstance(listed, str) else listed
-    if not isinstance(names, (list, tuple)) or not all(isinstance(n, str) for n in names):
-        raise fields.refuse("architectures", "a list of names such as 'LlamaForCausalLM'")
     known = [name for name in names if name in MODELS]
     if not known:
         raise ValueError(
             f"{fields.source}: architectures: {', '.join(map(repr, names))} is not supported; "
-            f"supported are {', '.join(MODELS)}"
+            f"supported are {', '.join((*MODELS, *MULTIMODAL))}"
         )
     return known[0]
+
+
+def listed_architectures(fields: Fields) -> list[str]:
+    """The names in `architectures`. [] if the field is missing."""
+    listed = fields.get("architectures")
+    names = [listed] if isinstance(listed, str) else listed or []
+    if not isinstance(names, (list, tuple)) or not all(isinstance(n, str) for n in names):
+        raise fields.refuse("architectures", "a list of names such as 'LlamaForCausalLM'")
+    return list(names)

@@ -39,7 +39,7 @@ def model_config(setup: Setup) -> SimpleNamespace:
         is_encoder_decoder=False,
         is_multimodal_model=False,
         hf_config=hf_config,
-        hf_text_config=hf_config,
+        hf_text_config=loader.text_config(hf_config),
         dtype=setup.dtype,
         seed=args.seed,
         get_vocab_size=lambda: vocab_size,

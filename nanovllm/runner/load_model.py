@@ -47,7 +47,7 @@ def make_model(setup: Setup, tp: TensorParallel) -> LanguageModel:
     weights: Iterable[tuple[str, LazyTensor]] = loader.iter_weights(setup.files)
     if setup.weight_format is not None:
         weights = list(weights)
-        expect(model, weights)
+        expect(model, model.checkpoint_tensors(weights))
         report_dequantised(model)
     if setup.device.type == "cpu":
         lay_out(model)

@@ -51,6 +51,8 @@ START = (
 RENDEZVOUS_TIMEOUT = timedelta(seconds=60)  # for started ranks to find each other
 GRACE = 1.0  # seconds for the other ranks' reports after one rank's failure
 RANK = 0  # this process's rank; `run_rank` sets it
+# The user's script, where this process runs an engine of data parallelism.
+SCRIPT: dict[str, object] | None = None
 
 # A message to rank 0 begins with one of these bytes.
 REPLY = b"r"
@@ -588,6 +590,7 @@ def answer(runner: ModelRunner, message: bytes, script: dict[str, object]) -> by
     """Runs a pickled call. Returns the pickled (True, result) or (False, traceback)."""
     try:
         request = unpickle(message, script)
+        assert isinstance(request, Call)
         result = call(runner, request.method, request.args, request.kwargs)
         return pickle.dumps((True, result))
     except Exception:
@@ -596,6 +599,8 @@ def answer(runner: ModelRunner, message: bytes, script: dict[str, object]) -> by
 
 def user_script() -> dict[str, object]:
     """The user's script, in the form that `prepare` of multiprocessing reads."""
+    if SCRIPT is not None:
+        return SCRIPT
     data = get_preparation_data("rank")
     return {
         key: value
@@ -604,11 +609,11 @@ def user_script() -> dict[str, object]:
     }
 
 
-def unpickle(message: bytes, script: dict[str, object]) -> Call:
+def unpickle(message: bytes, script: dict[str, object]) -> object:
+    """The pickled object. Its functions may be in the user's script."""
     try:
         return pickle.loads(message)
-    except AttributeError:
-        # The function is in the user's script. Only then does the script run here, under
-        # another name than __main__.
+    except (AttributeError, ModuleNotFoundError):
+        # Only then does the script run here, under another name than __main__.
         prepare(script)
         return pickle.loads(message)

@@ -19,6 +19,7 @@ from nanovllm.loader.fields import Fields
 from nanovllm.models.config import ModelConfig
 from nanovllm.models.registry import read_config
 from nanovllm.weights.blocks import FLOAT_TYPES
+from nanovllm.weights.select import MXFP4
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -121,7 +122,12 @@ class Setup:
         if self.generation_config.get(name) is not None:
             fields = Fields(self.generation_config_path, self.generation_config.get)
         else:
-            fields = Fields(self.config_path, lambda name: getattr(self.hf_config, name, None))
+            text = loader.text_config(self.hf_config)
+            own_field = getattr(self.hf_config, name, None)
+            fields = Fields(
+                self.config_path,
+                lambda name: getattr(text, name, None) if own_field is None else own_field,
+            )
         found = fields.ids(name)
         own = getattr(self.tokenizer, name, None)
         if own is not None:
@@ -135,23 +141,42 @@ class Setup:
         return loader.checkpoint_dtype(self.hf_config, self.files)
 
     def _weight_format(self) -> str | None:
-        """The storage format of matrices (weights.select.FORMATS), or None for floats.
+        """The storage format of matrices (weights.select.FORMATS, MXFP4), or None for floats.
 
-        On a CPU the blocks of a GGUF file stay as they are stored. Raises ValueError for
-        quantization="gguf" without a GGUF file.
+        On a CPU the blocks of a GGUF file and experts in MXFP4 stay as they are stored.
+        Raises ValueError for a `quantization` that is not the checkpoint's.
         """
         gguf = self.files.gguf
+        stored = self.config.quantization if gguf is None else "gguf"
+        self._check_quantization(stored)
+        is_dummy = self.args.load_format == "dummy"
+        if stored is None or is_dummy:
+            return None
+        if self.args.quantization == "none":
+            reason = "of quantization='none'"
+        elif self.device.type != "cpu":
+            reason = "there are no kernels for it on GPUs"
+        elif blocks.load() is None:
+            reason = "the CPU's kernels for it could not be built"
+        elif gguf is None:
+            return MXFP4
+        else:
+            return None if gguf.matrix_types() == {FLOAT_TYPES[self.dtype]} else "blocks"
         if gguf is None:
-            if self.args.quantization == "gguf":
-                raise ValueError(
-                    f"quantization='gguf': {self.args.model} is no GGUF file; accepted for it are "
-                    "None and 'none'"
-                )
-            return None
-        as_floats = self.args.quantization == "none" or self.args.load_format == "dummy"
-        if as_floats or self.device.type != "cpu" or blocks.load() is None:
-            return None
-        return None if gguf.matrix_types() == {FLOAT_TYPES[self.dtype]} else "blocks"
+            logger.info("experts in MXFP4 are dequantised to %s, because %s", self.dtype, reason)
+        return None
+
+    def _check_quantization(self, stored: str | None) -> None:
+        """stored: the format of the checkpoint."""
+        asked = self.args.quantization
+        if asked in (None, "none", stored):
+            return
+        is_other = "is no GGUF file" if asked == "gguf" else f"holds no weights in {asked}"
+        more = "" if stored is None else f", {stored!r}"
+        raise ValueError(
+            f"quantization={asked!r}: {self.args.model} {is_other}; accepted for it are None{more} "
+            "and 'none'"
+        )
 
     def _kv_cache_dtype(self) -> str:
         """ "auto" for pages in the model's dtype, or "fp8"."""

@@ -46,6 +46,10 @@ class UserObjects:
     rows: list[int] = field(default_factory=list)  # ids of sequences
     outputs: dict[int, list[int]] = field(default_factory=dict)  # id -> generated tokens
 
+    def __reduce__(self) -> tuple[object, ...]:
+        """Nothing is pickled, because each process has its own objects."""
+        return UserObjects, ([],)
+
     def follow(self, members: Sequence[Member]) -> list[int]:
         """Shows the objects who is in this step. Returns the index of each row's member."""
         index = {member.seq_id: i for i, member in enumerate(members)}

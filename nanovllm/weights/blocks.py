@@ -49,7 +49,7 @@ class BlockWeight(Weight):
         self.dtype = torch.get_default_dtype()
         self.types: dict[range, str] = {}  # rows -> the type that they are stored in
         self.pieces: dict[range, Piece] = {}
-        self.has_room = False  # whether `pieces` are those of `types`
+        self.has_room = False  # whether `pieces` have the types of `types`
         self.segments = torch.empty(0, 4, dtype=torch.int64)
         self.dequantised: dict[range, str] = {}  # rows -> the type that the file has instead
         empty = nn.Parameter(torch.empty(0, dtype=torch.uint8), requires_grad=False)
@@ -139,13 +139,13 @@ class PieceReceiver:
     def expect(self, tensor: LazyTensor, part: tuple[slice, ...]) -> None:
         """A piece keeps the type of its blocks if there are kernels for the type."""
         weight = self.weight
-        stored = stored_blocks(tensor, part)
-        if stored is not None and stored.type in blocks.TYPES:
-            weight.choose_type(self.rows, stored.type)
-            return
-        weight.choose_type(self.rows, FLOAT_TYPES[weight.dtype])
+        type = FLOAT_TYPES[weight.dtype]
         if isinstance(tensor, BlockTensor):
-            weight.dequantised[self.rows] = tensor.type
+            if tensor.type in blocks.TYPES and tensor.in_blocks(part):
+                type = tensor.type
+            else:
+                weight.dequantised[self.rows] = tensor.type
+        weight.choose_type(self.rows, type)
 
     def allocate(self) -> None:
         self.weight.allocate(self.layer)

@@ -20,13 +20,15 @@ FORMATS: dict[str, Callable[[nn.Module, int, int, int], Weight]] = {
     "panels": PanelWeight,
     "blocks": BlockWeight,
 }
+# A format for experts only: matrices of several groups are blocks, others are not quantised.
+MXFP4 = "mxfp4"
 # The format of the matrices of the model that is being made. None: no quantised format.
 CHOSEN: ContextVar[str | None] = ContextVar("CHOSEN", default=None)
 
 
 @contextmanager
 def storage_format(name: str | None) -> Iterator[None]:
-    """Matrices that are made inside the `with` have this format of FORMATS."""
+    """Matrices that are made inside the `with` have this format of FORMATS, or MXFP4."""
     token = CHOSEN.set(name)
     try:
         yield
@@ -43,6 +45,8 @@ def new_weight(
     parameters of `layer`. num_groups: of matrices that lie one below the other.
     """
     name = CHOSEN.get()
+    if name == MXFP4:
+        name = "blocks" if num_groups > 1 else None
     if name is None:
         on_cpu = torch.get_default_device().type == "cpu"
         panels = on_cpu and cpu.fits_panels(in_features, torch.get_default_dtype())

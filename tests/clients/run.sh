@@ -18,7 +18,7 @@ clients=${*:-lm-eval lighteval trl outlines ray}
 requirements() { # the versions that docs/compatibility.md names
   case $1 in
     lm-eval) echo "lm-eval==0.4.13 accelerate" ;;
-    # Its cache fails with xxhash 4. It imports ray and more_itertools without asking for them.
+    # Its log of answers fails with xxhash 4. It imports ray and more_itertools without asking for them.
     lighteval) echo "lighteval==0.13.0 ray==2.60.0 more_itertools xxhash<4" ;;
     trl) echo "trl==1.16.0 peft" ;;
     outlines) echo "outlines==1.3.3" ;;

@@ -128,8 +128,8 @@ def one_of_two_processes() -> None:
     folder = shared_model()[0]
     rank = os.environ["RANK"]
     check(f"rank {rank} of 2", train(folder, **options))
-    asleep = train(folder, **options, vllm_enable_sleep_mode=True)
-    check(f"rank {rank} of 2, sleep mode", asleep)
+    sleeping = train(folder, **options, vllm_enable_sleep_mode=True)
+    check(f"rank {rank} of 2, sleep mode", sleeping)
 
 
 def main() -> None:

@@ -82,14 +82,15 @@ def decode_bandwidth(
     spec = AttentionSpec((PagedKV(*heads, head_dim),) * layers, page, dtype, where)
     backend = TritonAttention(spec, kv_cache_dtype)
     if shape:
-        backend.decode |= shape
         gpu = device_properties(where)
-        backend.programs = decode_programs(
-            gpu.multiprocessors, gpu.shared_memory, backend.decode, head_dim, backend.cache_dtype
+        (launch,) = backend.shapes.values()
+        launch.decode |= shape
+        launch.programs = decode_programs(
+            gpu.multiprocessors, gpu.shared_memory, launch.decode, head_dim, backend.cache_dtype
         )
     backend.allocate(batch * pages)
-    for layer in backend.cache:
-        layer.copy_(torch.randn(layer.shape, dtype=dtype, device=where))
+    for tensor in itertools.chain(*backend.pages):
+        tensor.copy_(torch.randn(tensor.shape, dtype=dtype, device=where))
     tokens = torch.arange(batch, dtype=torch.int32, device=where)
     meta = AttentionMetadata(
         positions=torch.full_like(tokens, context - 1),
