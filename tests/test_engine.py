@@ -282,7 +282,7 @@ def test_an_unsupported_architecture_is_refused(tmp_path):
 
     transformers.GPT2Config(architectures=["GPT9LMHeadModel"]).save_pretrained(tmp_path)
     with pytest.raises(
-        ValueError, match="'GPT9LMHeadModel' is not supported; supported are LlamaForCausalLM"
+        ValueError, match="'GPT9LMHeadModel' is not supported; supported are Gemma2ForCausalLM"
     ):
         LLM(str(tmp_path), load_format="dummy", skip_tokenizer_init=True)
 

@@ -175,7 +175,7 @@ def test_fields_that_transformers_fails_over_and_that_say_nothing_are_passed_by(
 
 REFUSED = [
     ("Llama", "architectures", 64),
-    ("Llama", "architectures", ["GPT2LMHeadModel"]),
+    ("Llama", "architectures", ["GPT9LMHeadModel"]),
     ("Llama", "architectures", [4]),
     ("Llama", "model_type", MISSING),
     ("Llama", "model_type", None),

@@ -401,7 +401,9 @@ def test_uneven_shards_are_refused_with_the_sizes_that_work_before_anything_star
 
 
 def test_the_sizes_named_are_those_that_divide_everything():
-    config: Any = SimpleNamespace(num_heads=24, num_kv_heads=4, intermediate_size=96)
+    config: Any = SimpleNamespace(
+        num_heads=24, num_kv_heads=4, sharded_sizes=lambda: {"intermediate size": 96}
+    )
     accepted = {1, 2, 4, 8, 12, 24}
     for size in range(1, 30):
         if size in accepted:

@@ -21,21 +21,21 @@ if TYPE_CHECKING:
     from nanovllm.models.base import LanguageModel
 
 MODELS = {
+    "Gemma2ForCausalLM": "nanovllm.models.gemma2",
+    "Gemma3ForCausalLM": "nanovllm.models.gemma3",
+    "Gemma3TextModel": "nanovllm.models.gemma3",
     "GptOssForCausalLM": "nanovllm.models.gpt_oss",
     "LlamaForCausalLM": "nanovllm.models.llama",
     "MistralForCausalLM": "nanovllm.models.mistral",
     "MixtralForCausalLM": "nanovllm.models.mixtral",
-    "Qwen2ForCausalLM": "nanovllm.models.qwen2",
-    "Qwen2MoeForCausalLM": "nanovllm.models.qwen2_moe",
-    "Qwen3ForCausalLM": "nanovllm.models.qwen3",
-    "Qwen3MoeForCausalLM": "nanovllm.models.qwen3_moe",
-    "Gemma2ForCausalLM": "nanovllm.models.gemma2",
-    "Gemma3ForCausalLM": "nanovllm.models.gemma3",
-    "Gemma3TextModel": "nanovllm.models.gemma3",
     "Olmo2ForCausalLM": "nanovllm.models.olmo2",
     "Olmo3ForCausalLM": "nanovllm.models.olmo2",
     "OlmoeForCausalLM": "nanovllm.models.olmoe",
     "Phi3ForCausalLM": "nanovllm.models.phi3",
+    "Qwen2ForCausalLM": "nanovllm.models.qwen2",
+    "Qwen2MoeForCausalLM": "nanovllm.models.qwen2_moe",
+    "Qwen3ForCausalLM": "nanovllm.models.qwen3",
+    "Qwen3MoeForCausalLM": "nanovllm.models.qwen3_moe",
 }
 # Architectures that read images too. They compute a text as the family of their
 # `text_config` does.
