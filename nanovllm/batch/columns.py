@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from nanovllm.batch.rows import Row
-from nanovllm.batch.work import Chat, JsonObject, Result, Work
+from nanovllm.batch.work import Chat, JsonObject, ParamsMaker, Result, Work
 from nanovllm.errors import ValidationError
 from nanovllm.sampling_params import SamplingParams
 
@@ -33,6 +33,7 @@ class Columns:
     def __init__(self, defaults: Mapping[str, object]) -> None:
         """defaults: fields of SamplingParams for all rows."""
         self.defaults = defaults
+        self.params = ParamsMaker()
 
     def read(self, row: Row) -> Work:
         """Raises ValueError or TypeError for a row without a prompt, or with bad parameters."""
@@ -53,7 +54,7 @@ class Columns:
         if not isinstance(own, Mapping):
             raise TypeError(f"{SAMPLING} must be a dict; got {own!r}")
         check_names(own)
-        params = SamplingParams.from_optional(**{**self.defaults, **own})
+        params = self.params.make({**self.defaults, **own})
         prompts = [Chat(messages) if prompt is None else prompt]
         return Work(row.number, prompts, params, record)
 

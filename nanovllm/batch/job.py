@@ -169,9 +169,12 @@ class Job:
                 if result.error is not None:
                     row = Row(work.number, work.row)
                     self._write_error(row, result.error, result.is_refused)
-                    continue
-                self.summary.count(result.outputs)
-                self._write(self.format.answer(result), work.number)
+                else:
+                    self.summary.count(result.outputs)
+                    self.output.write(self.format.answer(result), work.number)
+                if not answers.results:  # the last one of a step
+                    self._flush()
+        self._flush()
 
     def _works(self, source: Iterator[Row]) -> Iterator[Work]:
         """The work of each row that is not done. Rows that cannot be read become errors."""
@@ -193,17 +196,17 @@ class Job:
 
     def _write_error(self, row: Row, error: str, is_refused: bool) -> None:
         self.summary.num_errors += 1
-        self._write(self.format.error(row, error, is_refused), row.number)
+        self.output.write(self.format.error(row, error, is_refused), row.number)
 
-    def _write(self, line: JsonObject, number: int) -> None:
-        self.output.write(line, number)
+    def _flush(self) -> None:
+        self.output.flush()
         seconds = max(time.perf_counter() - self.start, 1e-9)
         read = self.summary.num_prompt_tokens / seconds
         generated = self.summary.num_generated_tokens / seconds
         self.bar.set_postfix_str(
             f"tokens/s: {read:,.0f} read, {generated:,.0f} generated", refresh=False
         )
-        self.bar.update(1)
+        self.bar.update(len(self.output.done) - self.bar.n)
 
 
 def check_options(options: Options) -> None:

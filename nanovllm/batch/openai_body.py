@@ -1,4 +1,4 @@
-"""The body of an OpenAI request -> prompts and SamplingParams. Knows no answers."""
+"""The body of an OpenAI request -> prompts and fields of SamplingParams. Knows no answers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 
 from nanovllm.batch.work import Chat, JsonObject
 from nanovllm.errors import ValidationError
-from nanovllm.sampling_params import SamplingParams
 
 # Fields of both kinds of requests that SamplingParams has by the same name.
 SAMPLING = (
@@ -119,8 +118,8 @@ def completion_prompts(body: JsonObject) -> list[object]:
     return prompt
 
 
-def chat_params(body: JsonObject, defaults: Mapping[str, object]) -> SamplingParams:
-    """Without a limit the answer may fill the context."""
+def chat_fields(body: JsonObject, defaults: Mapping[str, object]) -> JsonObject:
+    """Fields of SamplingParams. Without a limit the answer may fill the context."""
     given = sampling_fields(body)
     limit = body.get("max_completion_tokens")
     if limit is not None:
@@ -133,14 +132,14 @@ def chat_params(body: JsonObject, defaults: Mapping[str, object]) -> SamplingPar
         given["logprobs"] = top
     elif top:
         raise ValidationError(f"body: top_logprobs={top} needs logprobs=true")
-    return SamplingParams.from_optional(**{"max_tokens": None, **defaults, **given})
+    return {"max_tokens": None, **defaults, **given}
 
 
-def completion_params(body: JsonObject, defaults: Mapping[str, object]) -> SamplingParams:
+def completion_fields(body: JsonObject, defaults: Mapping[str, object]) -> JsonObject:
     given = sampling_fields(body)
     if body.get("logprobs") is not None:
         given["logprobs"] = body["logprobs"]
-    return SamplingParams.from_optional(**{**defaults, **given})
+    return {**defaults, **given}
 
 
 def sampling_fields(body: JsonObject) -> JsonObject:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 
 from nanovllm.batch import openai_answer, openai_body
 from nanovllm.batch.rows import Row
-from nanovllm.batch.work import JsonObject, Result, Work
+from nanovllm.batch.work import JsonObject, ParamsMaker, Result, Work
 from nanovllm.errors import ValidationError
 
 CHAT_URL = "/v1/chat/completions"
@@ -34,6 +34,7 @@ class OpenAIFiles:
         self.models = models
         self.defaults = defaults
         self.ids = Ids()
+        self.params = ParamsMaker()
 
     def read(self, row: Row) -> Work:
         """Raises ValueError or TypeError, whose message says what the line lacks."""
@@ -62,14 +63,15 @@ class OpenAIFiles:
         if is_chat:
             openai_body.check_fields(body, openai_body.CHAT)
             prompts = openai_body.chat_prompts(body)
-            params = openai_body.chat_params(body, self.defaults)
+            fields = openai_body.chat_fields(body, self.defaults)
         else:
             openai_body.check_fields(body, ("prompt",))
             prompts = openai_body.completion_prompts(body)
-            params = openai_body.completion_params(body, self.defaults)
+            fields = openai_body.completion_fields(body, self.defaults)
         how = None
         if body.get("add_special_tokens") is not None:
             how = {"add_special_tokens": body["add_special_tokens"]}
+        params = self.params.make(fields)
         return Work(row.number, prompts, params, row.record, how, body.get("cache_salt"))
 
     def _check_model(self, model: object) -> None:

@@ -26,7 +26,7 @@ class OutputFile:
         """Raises ValueError while another process writes to the file."""
         self.path = path
         self.done = Numbers()
-        self.file: BinaryIO = path.open("ab+", buffering=0)
+        self.file: BinaryIO = path.open("ab")
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -73,11 +73,12 @@ class OutputFile:
         return number
 
     def write(self, record: JsonObject, number: int) -> None:
-        """Appends a line. The line survives the end of this process."""
-        data = memoryview(json_line(record))
-        while data:
-            data = data[self.file.write(data) :]
+        """Appends a line. The line survives SIGKILL after `flush`."""
+        self.file.write(json_line(record))
         self.done.add(number)
+
+    def flush(self) -> None:
+        self.file.flush()
 
 
 class Numbers:

@@ -5,6 +5,7 @@ Knows neither files nor formats.
 
 from __future__ import annotations
 
+import copy
 from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -187,9 +188,9 @@ def chat_text(engine: LLMEngine, chat: Chat) -> str:
 
 def seeded(params: SamplingParams, seed: int, number: int, index: int) -> SamplingParams:
     """The params with a seed. A resumed run so draws the tokens of an uninterrupted one."""
-    if params.seed is not None:
+    if params.seed is not None or params.is_greedy:
         return params
-    params = params.clone()
+    params = copy.copy(params)
     params.seed = xxhash.xxh3_64_intdigest(f"{seed} {number} {index}".encode()) >> 1
     return params
 
@@ -203,6 +204,22 @@ def sampling_defaults(engine: LLMEngine, given: Mapping[str, object]) -> dict[st
     recommended = vars(default_sampling_params(engine))
     differing = {name: value for name, value in recommended.items() if value != plain[name]}
     return {**differing, **given}
+
+
+class ParamsMaker:
+    """Makes SamplingParams. Rows with the fields of the row before share its params."""
+
+    def __init__(self) -> None:
+        self.fields = ""
+        self.params: SamplingParams | None = None
+
+    def make(self, fields: JsonObject) -> SamplingParams:
+        """Raises ValueError or TypeError for a refused value."""
+        text = repr(fields)  # because True == 1, and some rules tell them apart
+        if self.params is None or text != self.fields:
+            self.params = SamplingParams.from_optional(**fields)
+            self.fields = text
+        return self.params
 
 
 def sentence(error: BaseException) -> str:
