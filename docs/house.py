@@ -47,7 +47,7 @@ LEVELS = (
         "messages",
         "progress",
     ),
-    ("batch", "terminal_chat"),
+    ("batch", "terminal_chat", "ray"),
     ("cli",),
     ("__init__", "__main__"),
 )

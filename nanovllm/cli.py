@@ -66,9 +66,32 @@ def add_run_batch(parser: argparse.ArgumentParser) -> None:
         "--overwrite", action="store_true", help="drop the output of a former run first"
     )
     parser.add_argument("--no-progress", action="store_true", help="show no progress bar")
+    add_cluster(parser)
     add_sampling(parser)
     EngineArgs.add_cli_args(parser)
     parser.set_defaults(run=run_batch)
+
+
+def add_cluster(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("a cluster of Ray")
+    group.add_argument(
+        "--ray", action="store_true", help="run on a cluster; the output is a folder"
+    )
+    group.add_argument("--address", help="of the cluster; without it Ray finds or starts one")
+    group.add_argument(
+        "--concurrency",
+        type=int,
+        help="engines in the cluster; without it all GPUs, or one a node without GPUs",
+    )
+    group.add_argument(
+        "--cpus-per-replica", type=int, default=1, help="of an engine on CPUs; the default is 1"
+    )
+    group.add_argument(
+        "--lines-per-part",
+        type=int,
+        default=1000,
+        help="lines that are lost together when a node fails; the default is 1000",
+    )
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:
@@ -107,7 +130,15 @@ def run_batch(args: argparse.Namespace, engine_args: EngineArgs) -> None:
         shows_progress=not args.no_progress,
     )
     try:
-        summary = job.run_batch(options)
+        if args.ray:
+            from nanovllm import ray
+
+            cluster = ray.Cluster(
+                args.address, args.concurrency, args.cpus_per_replica, args.lines_per_part
+            )
+            summary = ray.run_batch(options, cluster)
+        else:
+            summary = job.run_batch(options)
     except KeyboardInterrupt:
         print("\nThe same command goes on where this one stopped.", file=sys.stderr)
         raise

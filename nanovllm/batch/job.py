@@ -104,9 +104,7 @@ def run_batch(options: Options) -> Summary:
     """
     check_options(options)
     source = rows.scan(options.input_file)
-    name = options.file_format
-    if name == "auto":
-        name = detect(options.input_file)
+    name = format_name(options)
     found = fingerprint.fingerprint(source, options.args, name, options.sampling)
     with OutputFile(options.output_file) as output:
         if options.overwrite:
@@ -127,23 +125,19 @@ def answer_rows(options: Options, name: str, source: InputFile, output: OutputFi
     summary = Summary(source.num_rows, len(output.done))
     try:
         file_format = make_format(name, options, sampling_defaults(engine, options.sampling))
-        with Job(file_format, output, summary, options.shows_progress) as job:
-            job.run(engine, rows.read(source.path))
+        with Progress(summary, options.shows_progress) as progress:
+            Job(file_format, output, summary, progress).run(engine, rows.read(source.path))
     finally:
         engine.close()
     return summary
 
 
-class Job:
-    """Writes a line for each row that the output lacks, in the order in which they finish."""
+class Progress:
+    """A bar over the rows, with tokens a second. Measures the time of the summary."""
 
-    def __init__(
-        self, file_format: Format, output: OutputFile, summary: Summary, shows_progress: bool
-    ) -> None:
+    def __init__(self, summary: Summary, is_shown: bool) -> None:
         from tqdm.auto import tqdm
 
-        self.format = file_format
-        self.output = output
         self.summary = summary
         self.start = time.perf_counter()
         self.bar = tqdm(
@@ -152,15 +146,37 @@ class Job:
             desc="Requests",
             unit="req",
             dynamic_ncols=True,
-            disable=not shows_progress,
+            disable=not is_shown,
         )
 
-    def __enter__(self) -> Job:
+    def __enter__(self) -> Progress:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.bar.close()
         self.summary.seconds = time.perf_counter() - self.start
+
+    def show(self, num_done: int) -> None:
+        """num_done: rows of the output, former runs included."""
+        seconds = max(time.perf_counter() - self.start, 1e-9)
+        read = self.summary.num_prompt_tokens / seconds
+        generated = self.summary.num_generated_tokens / seconds
+        self.bar.set_postfix_str(
+            f"tokens/s: {read:,.0f} read, {generated:,.0f} generated", refresh=False
+        )
+        self.bar.update(num_done - self.bar.n)
+
+
+class Job:
+    """Writes a line for each row that the output lacks, in the order in which they finish."""
+
+    def __init__(
+        self, file_format: Format, output: OutputFile, summary: Summary, progress: Progress
+    ) -> None:
+        self.format = file_format
+        self.output = output
+        self.summary = summary
+        self.progress = progress
 
     def run(self, engine: LLMEngine, source: Iterator[Row]) -> None:
         with closing(Answers(engine, self._works(source))) as answers:
@@ -200,13 +216,7 @@ class Job:
 
     def _flush(self) -> None:
         self.output.flush()
-        seconds = max(time.perf_counter() - self.start, 1e-9)
-        read = self.summary.num_prompt_tokens / seconds
-        generated = self.summary.num_generated_tokens / seconds
-        self.bar.set_postfix_str(
-            f"tokens/s: {read:,.0f} read, {generated:,.0f} generated", refresh=False
-        )
-        self.bar.update(len(self.output.done) - self.bar.n)
+        self.progress.show(len(self.output.done))
 
 
 def check_options(options: Options) -> None:
@@ -225,6 +235,13 @@ def check_options(options: Options) -> None:
         raise ValidationError(f"output_file={str(output)!r}: its folder does not exist")
     if output.exists() and output.samefile(options.input_file):
         raise ValidationError(f"output_file={str(output)!r} is the input file too")
+
+
+def format_name(options: Options) -> str:
+    """ "openai" or "columns"."""
+    if options.file_format == "auto":
+        return detect(options.input_file)
+    return options.file_format
 
 
 def detect(path: Path) -> str:

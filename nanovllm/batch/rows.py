@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,48 +28,99 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Part:
+    """Some consecutive rows of an input, which can be read alone."""
+
+    index: int  # from 0
+    offset: int  # of JSON lines, in bytes; of Parquet the number of the row group
+    num_before: int  # lines before the first one
+    num_lines: int
+    num_rows: int  # lines with text
+
+
+@dataclass
 class InputFile:
     """What one pass over an input finds."""
 
     path: Path
     num_rows: int
     digest: str  # of all bytes
+    parts: list[Part]
 
 
 def is_parquet(path: Path) -> bool:
     return path.suffix in (".parquet", ".pq")
 
 
-def scan(path: Path) -> InputFile:
-    """Reads the whole file once. Lines without text are no rows."""
+def scan(path: Path, lines_a_part: int = sys.maxsize) -> InputFile:
+    """Reads the whole file once. Lines without text are no rows.
+
+    lines_a_part: of JSON lines. A part of a Parquet file is one of its row groups.
+    """
     digest = xxhash.xxh3_128()
-    if is_parquet(path):
-        with path.open("rb") as file:
+    parts = []
+    with path.open("rb") as file:
+        if is_parquet(path):
             while chunk := file.read(1 << 20):
                 digest.update(chunk)
-        return InputFile(path, parquet_file(path).metadata.num_rows, digest.hexdigest())
+            parts = row_groups(path)
+        else:
+            while part := scan_part(file, digest, parts, lines_a_part):
+                parts.append(part)
+    return InputFile(path, sum(part.num_rows for part in parts), digest.hexdigest(), parts)
+
+
+def scan_part(
+    file: BinaryIO, digest: xxhash.xxh3_128, parts: list[Part], max_lines: int
+) -> Part | None:
+    """The next part of a file of JSON lines. None at its end."""
+    offset = file.tell()
+    num_lines = 0
     num_rows = 0
-    with path.open("rb") as file:
-        has_text = False
-        while piece := file.readline(1 << 20):
-            digest.update(piece)
-            has_text = has_text or bool(piece.strip())
-            if piece.endswith(b"\n"):
-                num_rows += has_text
-                has_text = False
+    is_inside = False  # a line
+    has_text = False
+    while num_lines < max_lines and (piece := file.readline(1 << 20)):
+        digest.update(piece)
+        has_text = has_text or bool(piece.strip())
+        is_inside = not piece.endswith(b"\n")
+        if not is_inside:
+            num_lines += 1
+            num_rows += has_text
+            has_text = False
+    if is_inside:  # the last line of the file has no end
+        num_lines += 1
         num_rows += has_text
-    return InputFile(path, num_rows, digest.hexdigest())
+    if not num_lines:
+        return None
+    before = parts[-1].num_before + parts[-1].num_lines if parts else 0
+    return Part(len(parts), offset, before, num_lines, num_rows)
 
 
-def read(path: Path) -> Iterator[Row]:
-    """All rows, of which few are in memory."""
-    return parquet_rows(path) if is_parquet(path) else json_rows(path)
+def row_groups(path: Path) -> list[Part]:
+    metadata = parquet_file(path).metadata
+    parts = []
+    before = 0
+    for index in range(metadata.num_row_groups):
+        num_rows = metadata.row_group(index).num_rows
+        parts.append(Part(index, index, before, num_rows, num_rows))
+        before += num_rows
+    return parts
 
 
-def json_rows(path: Path) -> Iterator[Row]:
+def read(path: Path, part: Part | None = None) -> Iterator[Row]:
+    """All rows of the file or of a part of it. Few are in memory."""
+    return parquet_rows(path, part) if is_parquet(path) else json_rows(path, part)
+
+
+def json_rows(path: Path, part: Part | None) -> Iterator[Row]:
     with path.open("rb") as file:
         number = 0
-        while line := file.readline(MAX_LINE + 1):
+        last = sys.maxsize
+        if part is not None:
+            file.seek(part.offset)
+            number = part.num_before
+            last = number + part.num_lines
+        while number < last and (line := file.readline(MAX_LINE + 1)):
             number += 1
             if len(line) > MAX_LINE and not line.endswith(b"\n"):
                 skip_line(file)
@@ -98,9 +150,10 @@ def json_row(number: int, line: bytes) -> Row:
     return Row(number, record)
 
 
-def parquet_rows(path: Path) -> Iterator[Row]:
-    number = 0
-    for batch in parquet_file(path).iter_batches(batch_size=PARQUET_ROWS):
+def parquet_rows(path: Path, part: Part | None) -> Iterator[Row]:
+    number = 0 if part is None else part.num_before
+    groups = None if part is None else [part.offset]
+    for batch in parquet_file(path).iter_batches(batch_size=PARQUET_ROWS, row_groups=groups):
         for record in batch.to_pylist():
             number += 1
             yield Row(number, record)
