@@ -47,7 +47,9 @@ LEVELS = (
         "messages",
         "progress",
     ),
-    ("__init__",),
+    ("batch", "terminal_chat", "ray"),
+    ("cli",),
+    ("__init__", "__main__"),
 )
 # Imports that would go down, but are not allowed: (importing folder, imported folder, exception).
 SEPARATE = (
