@@ -419,7 +419,7 @@ def test_all_words_of_attention_and_all_small_kernels_are_recorded(pair: tuple[L
 
     def step() -> Tensor:
         x = kernels.scale(kernels.embedding(ids, table), 2.5)
-        normed = kernels.rms_norm(x, norm, 1e-6, 1.0)
+        normed = kernels.rms_norm(x, norm, 1e-6, 1.0, True)
         heads = attention.attend(0, attention.write(0, normed, rope), sinks[:2])
         x = kernels.add(x, kernels.linear(heads, weight, None))
         attention.store(1, x[:, :16].unsqueeze(1), x[:, 32:64].unsqueeze(1))

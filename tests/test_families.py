@@ -88,6 +88,32 @@ def test_logits_are_within_1e_4_of_transformers(tmp_path, family):
 
 @pytest.mark.parametrize(
     ("family", "shape"),
+    [
+        ("Gemma2", {}),
+        ("Gemma3", {}),
+        ("Olmo3", {}),
+        ("Phi3", {}),
+        ("Qwen3", {}),
+        ("Olmoe", {"num_experts": 4, "num_experts_per_tok": 2}),
+        ("GptOss", {"head_dim": 16, "num_local_experts": 4}),
+    ],
+)
+def test_norms_of_bfloat16_round_where_transformers_rounds(tmp_path, family, shape):
+    folder, model = tiny_model(tmp_path, family, **shape)
+    model.bfloat16().save_pretrained(folder)
+    llm = make_llm(folder, dtype="bfloat16")
+    (ours,) = llm.apply_model(lambda decoder: dict(decoder.named_modules()))
+    for name, norm in model.named_modules():
+        if not name.endswith("norm"):
+            continue
+        x = torch.randn(40, norm.weight.numel()).bfloat16() * 3
+        expected = norm(x)
+        different = (ours[name](x.clone()) != expected).double()
+        assert different.mean() < 0.02, name
+
+
+@pytest.mark.parametrize(
+    ("family", "shape"),
     [("Gemma2", {}), ("Gemma3", {}), ("Olmo2", {"num_key_value_heads": 1}), ("Phi3", {})],
 )
 def test_two_ranks_give_the_same_tokens(tmp_path, family, shape):

@@ -119,12 +119,17 @@ def mxfp4() -> tuple[str, Any]:
 
 
 @cache
-def gguf_file() -> str:
-    """The MXFP4 checkpoint as llama.cpp's conversion script writes it. Other matrices are F16."""
+def gguf_file(feed_forward_length: int | None = None) -> str:
+    """The MXFP4 checkpoint as llama.cpp's conversion script writes it. Other matrices are F16.
+
+    feed_forward_length: of the metadata, if it is not that of the experts.
+    """
     _, model = mxfp4()
     config = model.config
-    path = session_folder() / "gpt-oss.gguf"
-    writer = start_gguf(path, config, "gpt-oss", config.rope_parameters)
+    path = session_folder() / f"gpt-oss-{feed_forward_length}.gguf"
+    stated = copy.copy(config)
+    stated.intermediate_size = feed_forward_length or config.intermediate_size
+    writer = start_gguf(path, stated, "gpt-oss", config.rope_parameters)
     writer.add_sliding_window(config.sliding_window)
     writer.add_expert_count(config.num_local_experts)
     writer.add_expert_used_count(config.num_experts_per_tok)
@@ -254,7 +259,8 @@ def test_small_steps_are_recorded() -> None:
     assert len(PROMPTS) in {kind.num_tokens for kind in programs.programs}
 
 
-def test_a_gguf_file_gives_the_same_tokens() -> None:
+@pytest.mark.parametrize("feed_forward_length", [None, 96])
+def test_a_gguf_file_gives_the_same_tokens(feed_forward_length: int | None) -> None:
     """Experts are as in the checkpoint, and other matrices are rounded to float16.
 
     Files do not say where the SwiGLU is clamped: all released models have 7.
@@ -269,7 +275,8 @@ def test_a_gguf_file_gives_the_same_tokens() -> None:
             for name, tensor in model.state_dict().items()
         }
     )
-    llm = engine(gguf_file(), max_num_batched_tokens=32, max_num_seqs=8)
+    path = gguf_file(feed_forward_length)
+    llm = engine(path, max_num_batched_tokens=32, max_num_seqs=8)
     assert weight_types(llm) == {"MXFP4"}
     assert tokens_of(llm) == [greedy(rounded, prompt, GREEDY.max_tokens) for prompt in PROMPTS]
 

@@ -740,6 +740,17 @@ def test_a_refused_adapter_changes_nothing_in_several_engines(several):
     assert tokens_of(several, None) == [expected(None, prompt) for prompt in PROMPTS]
 
 
+def test_a_request_that_cannot_be_sent_replaces_no_adapter(several):
+    mine = LoRARequest("mine", 60, adapter("Qwen3", "all")[0])
+    assert tokens_of(several, mine) == [expected("all", prompt) for prompt in PROMPTS]
+    other = LoRARequest("mine", 60, adapter("Qwen3", "other")[0], load_inplace=True)
+    params = SamplingParams(logits_processors=[lambda tokens, logits: logits])
+    with pytest.raises(TypeError, match="a request cannot be sent"):
+        several.generate(PROMPTS, params, use_tqdm=False, lora_request=other)
+    same = LoRARequest("mine", 60, adapter("Qwen3", "all")[0])
+    assert tokens_of(several, same) == [expected("all", prompt) for prompt in PROMPTS]
+
+
 @pytest.mark.skipif(cpu.load() is None, reason="no C++ compiler")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("columns", [5, 32, 70])

@@ -231,7 +231,7 @@ def test_elementwise(compiled, tmp_path, size, dtype):
     triton_ops.add_rms_norm(x, x.clone(), x[0], 1e-6)
     triton_ops.silu_and_mul(x)
     triton_ops.gelu_and_mul(x)
-    triton_ops.add_rms_norm(x, x.clone(), x[0], 1e-6, 1.0)
+    triton_ops.add_rms_norm(x, x.clone(), x[0], 1e-6, 1.0, True)
     for kernel in compiled:
         assert_wide(check(kernel, tmp_path))
 

@@ -131,6 +131,7 @@ class CpuAttention(AttentionBackend):
             *norms,
             cpu.float_bits(rope.eps),
             cpu.float_bits(rope.norm_offset),
+            int(rope.norm_round_once),
             q.data_ptr(),
         )
         cpu.call(self._write, self._layer_addresses[layer], self._step_address, *arrays)

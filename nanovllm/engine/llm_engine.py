@@ -219,9 +219,10 @@ class LLMEngine:
                 lora_request=lora_request,
                 adapter=adapter,
             )
+            # First, because a request that cannot be queued must not replace an adapter.
+            self.enqueue(request)
             if adapter is not None:
                 self._need_adapters("lora_request").keep(adapter)
-            self.enqueue(request)
 
     def _check_awake(self) -> None:
         if self.freed:

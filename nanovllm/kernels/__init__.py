@@ -43,47 +43,56 @@ def triton_for(x: Tensor) -> ModuleType | None:
     return gpu() if x.is_cuda else None
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float, offset: float = 0.0, round_once: bool = False
+) -> Tensor:
     """(weight + offset) * x / sqrt(mean(x^2) + eps) over the last dimension.
 
-    The quotient is computed in float32 and rounded to the type of x before the product.
-    Gemma stores weights that lack an offset of 1.
+    The quotient is computed in float32 and rounded to the type of x before the product, as
+    in Llama. round_once: only the product is rounded, as in Gemma. Gemma stores weights
+    that lack an offset of 1.
     """
     if x.is_cpu:
-        out = cpu.rms_norm(x, weight, eps, offset)
+        out = cpu.rms_norm(x, weight, eps, offset, round_once)
         if out is not None:
             return out
     triton = triton_for(x)
     if triton is not None:
-        return triton.rms_norm(x, weight, eps, offset)
+        return triton.rms_norm(x, weight, eps, offset, round_once)
     x32 = x.float()
     scale = torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
-    normed = (x32 * scale).to(x.dtype)
-    if offset:
-        return ((weight.float() + offset) * normed.float()).to(x.dtype)
-    return weight * normed
+    normed = x32 * scale
+    if not round_once:
+        normed = normed.to(x.dtype)
+    factors = weight.float() + offset if offset else weight
+    return (factors * normed).to(x.dtype)
 
 
-def rms_norm_in_place(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def rms_norm_in_place(x: Tensor, weight: Tensor, eps: float, round_once: bool = False) -> Tensor:
     """`rms_norm` that overwrites x [T, size]. x may be some columns of a larger matrix."""
-    if x.is_cpu and cpu.rms_norm_in_place(x, weight, eps):
+    if x.is_cpu and cpu.rms_norm_in_place(x, weight, eps, round_once):
         return x
-    return x.copy_(rms_norm(x, weight, eps))
+    return x.copy_(rms_norm(x, weight, eps, round_once=round_once))
 
 
 def add_rms_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset: float = 0.0
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    eps: float,
+    offset: float = 0.0,
+    round_once: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """(rms_norm(residual + x), residual + x). May overwrite both inputs."""
     if x.is_cpu:
-        both = cpu.add_rms_norm(x, residual, weight, eps, offset)
+        both = cpu.add_rms_norm(x, residual, weight, eps, offset, round_once)
         if both is not None:
             return both
     triton = triton_for(x)
     if triton is not None:
-        return triton.add_rms_norm(x, residual, weight, eps, offset)
+        return triton.add_rms_norm(x, residual, weight, eps, offset, round_once)
     residual = residual + x
-    return rms_norm(residual, weight, eps, offset), residual
+    return rms_norm(residual, weight, eps, offset, round_once), residual
 
 
 def silu_and_mul(x: Tensor) -> Tensor:
@@ -159,8 +168,9 @@ def qk_norm_rope(qkv: Tensor, positions: Tensor, rope: Rope) -> tuple[Tensor, Te
     counts = [rope.num_heads, rope.num_kv_heads, rope.num_kv_heads]
     q, k, v = heads.split(counts, dim=1)
     if rope.q_norm is not None and rope.k_norm is not None:
-        q = rms_norm(q, rope.q_norm, rope.eps, rope.norm_offset)
-        k = rms_norm(k, rope.k_norm, rope.eps, rope.norm_offset)
+        how = (rope.eps, rope.norm_offset, rope.norm_round_once)
+        q = rms_norm(q, rope.q_norm, *how)
+        k = rms_norm(k, rope.k_norm, *how)
     cos_sin = rope.cos_sin[positions.long()].to(qkv.dtype)  # [T, R]
     cos, sin = cos_sin.unsqueeze(1).chunk(2, dim=-1)
     return rotate(q, cos, sin), rotate(k, cos, sin), v

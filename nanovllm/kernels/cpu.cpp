@@ -32,11 +32,15 @@ template <class T> INLINE T* page(const Layer& layer, int64_t id, int64_t head) 
   return (T*)layer.pages + (id * layer.kv_heads + head) * layer.block * (layer.head_dim + layer.padded_value_dim);
 }
 
+// Llama rounds the quotient of a norm to T. Gemma does not: it rounds the product only.
+template <class T> INLINE Vec quotient(Vec x, bool round_once) { return round_once ? x : rounded<T>(x); }
+
 // What `write` does to each head of Q and K: a norm, unless its weights are null, then a
 // rotation of the first `rotary_dim` numbers.
 struct Rope {
   int head_dim, rotary_dim;
   float eps, norm_offset;
+  bool round_once;  // see `quotient`
 };
 
 // WHOLE: the head is a number of whole vectors.
@@ -52,7 +56,8 @@ void norm_rope(const Rope& rope, const T* x, const T* weight, const float* cos_s
   }
   const float scale = weight ? 1 / std::sqrt(sum(squares) / dim + rope.eps) : 1;
   for (int i = 0; weight && i < dim; i += W)
-    store(y + i, rounded<T>(rounded<T>(load(y + i) * scale) * (load(weight + i, left(i)) + rope.norm_offset)));
+    store(y + i, rounded<T>(quotient<T>(load(y + i) * scale, rope.round_once) *
+                            (load(weight + i, left(i)) + rope.norm_offset)));
   for (int i = 0; i < half; i++) {
     z[i] = y[i] * cos_sin[i] - y[i + half] * cos_sin[i + half];
     z[i + half] = y[i + half] * cos_sin[i] + y[i] * cos_sin[i + half];
@@ -88,9 +93,9 @@ template <class T> INLINE void fetch_slot(const Layer& layer, const Step& step, 
 // qkv [tokens][heads * head_dim, kv_heads * head_dim, kv_heads * value_dim]
 template <class T>
 void write(const Layer& layer, const Step& step, const T* qkv, int64_t heads, const float* cos_sin, int64_t rotary_dim,
-           const T* q_norm, const T* k_norm, float eps, float norm_offset, T* q) {
+           const T* q_norm, const T* k_norm, float eps, float norm_offset, int64_t round_once, T* q) {
   const int64_t dim = layer.head_dim, kv_heads = layer.kv_heads;
-  const Rope rope = {int(dim), int(rotary_dim), eps, norm_offset};
+  const Rope rope = {int(dim), int(rotary_dim), eps, norm_offset, round_once != 0};
   const auto rotate_head = dim % W ? norm_rope<T, false> : norm_rope<T, true>;
   const int64_t keys_end = (heads + kv_heads) * dim, width = keys_end + kv_heads * layer.value_dim;
 #pragma omp parallel for schedule(static) if (step.tokens * width > PARALLEL)
@@ -579,8 +584,9 @@ template <class U> void transpose(U* panel, int64_t panels, int64_t rows, int64_
 
 // ------------------------------------------------------------------ norms and activation
 
-// offset: is added to every weight.
-template <class T> void norm_row(T* out, const T* x, const T* weight, float eps, float offset, int64_t size) {
+// offset: is added to every weight. round_once: see `quotient`.
+template <class T>
+void norm_row(T* out, const T* x, const T* weight, float eps, float offset, bool round_once, int64_t size) {
   Vec squares = {};
   for (int64_t i = 0; i < size; i += W) {
     const Vec v = load(x + i, size - i);
@@ -588,29 +594,34 @@ template <class T> void norm_row(T* out, const T* x, const T* weight, float eps,
   }
   const float scale = 1 / std::sqrt(sum(squares) / size + eps);
   for (int64_t i = 0; i < size; i += W)
-    store(out + i, rounded<T>(load(x + i, size - i) * scale) * (load(weight + i, size - i) + offset), size - i);
+    store(out + i, quotient<T>(load(x + i, size - i) * scale, round_once) * (load(weight + i, size - i) + offset),
+          size - i);
 }
 
 template <class T>
-void rms_norm(const T* x, int64_t x_stride, const T* weight, float eps, float offset, T* out, int64_t rows, int64_t size) {
+void rms_norm(const T* x, int64_t x_stride, const T* weight, float eps, float offset, int64_t round_once, T* out,
+              int64_t rows, int64_t size) {
 #pragma omp parallel for schedule(static) if (rows * size > PARALLEL)
-  for (int64_t r = 0; r < rows; r++) norm_row(out + r * size, x + r * x_stride, weight, eps, offset, size);
+  for (int64_t r = 0; r < rows; r++) norm_row(out + r * size, x + r * x_stride, weight, eps, offset, round_once, size);
 }
 
 // Rows of x may be parts of longer rows.
-template <class T> void rms_norm_in_place(T* x, int64_t x_stride, const T* weight, float eps, int64_t rows, int64_t size) {
+template <class T>
+void rms_norm_in_place(T* x, int64_t x_stride, const T* weight, float eps, int64_t round_once, int64_t rows,
+                       int64_t size) {
 #pragma omp parallel for schedule(static) if (rows * size > PARALLEL)
-  for (int64_t r = 0; r < rows; r++) norm_row(x + r * x_stride, x + r * x_stride, weight, eps, 0, size);
+  for (int64_t r = 0; r < rows; r++) norm_row(x + r * x_stride, x + r * x_stride, weight, eps, 0, round_once, size);
 }
 
 // residual += x, then x = norm(residual).
 template <class T>
-void add_rms_norm(T* x, T* residual, const T* weight, float eps, float offset, int64_t rows, int64_t size) {
+void add_rms_norm(T* x, T* residual, const T* weight, float eps, float offset, int64_t round_once, int64_t rows,
+                  int64_t size) {
 #pragma omp parallel for schedule(static) if (rows * size > PARALLEL)
   for (int64_t r = 0; r < rows; r++) {
     T *a = x + r * size, *b = residual + r * size;
     for (int64_t i = 0; i < size; i += W) store(b + i, load(a + i, size - i) + load(b + i, size - i), size - i);
-    norm_row(a, b, weight, eps, offset, size);
+    norm_row(a, b, weight, eps, offset, round_once, size);
   }
 }
 

@@ -249,18 +249,20 @@ def rows_of(name: str, ids: Tensor, weight: Tensor) -> Tensor | None:
     return out
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor | None:
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float, offset: float = 0.0, round_once: bool = False
+) -> Tensor | None:
     """x [T, size], weight [size] -> [T, size]. The offset is added to the weight."""
     run = kernel("rms_norm", x.dtype)
     if run is None or weight.dtype is not x.dtype or x.ndim != 2 or x.stride(1) != 1:
         return None
     out = empty((x.shape[0], x.shape[1]), x.dtype)
-    factors = (weight.data_ptr(), float_bits(eps), float_bits(offset))
+    factors = (weight.data_ptr(), float_bits(eps), float_bits(offset), int(round_once))
     call(run, x.data_ptr(), x.stride(0), *factors, out.data_ptr(), *x.shape)
     return out
 
 
-def rms_norm_in_place(x: Tensor, weight: Tensor, eps: float) -> bool:
+def rms_norm_in_place(x: Tensor, weight: Tensor, eps: float, round_once: bool = False) -> bool:
     """Overwrites x [T, size] with its norm; weight [size].
 
     Returns False, and changes nothing, where the kernel cannot run.
@@ -268,12 +270,18 @@ def rms_norm_in_place(x: Tensor, weight: Tensor, eps: float) -> bool:
     run = kernel("rms_norm_in_place", x.dtype)
     if run is None or weight.dtype is not x.dtype or x.ndim != 2 or x.stride(1) != 1:
         return False
-    call(run, x.data_ptr(), x.stride(0), weight.data_ptr(), float_bits(eps), *x.shape)
+    factors = (weight.data_ptr(), float_bits(eps), int(round_once))
+    call(run, x.data_ptr(), x.stride(0), *factors, *x.shape)
     return True
 
 
 def add_rms_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset: float = 0.0
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    eps: float,
+    offset: float = 0.0,
+    round_once: bool = False,
 ) -> tuple[Tensor, Tensor] | None:
     """Norms residual + x, both [T, size]. Overwrites x with the norm and residual with the sum."""
     run = kernel("add_rms_norm", x.dtype)
@@ -281,7 +289,7 @@ def add_rms_norm(
         return None
     if not (x.is_contiguous() and residual.is_contiguous()):
         return None
-    factors = (weight.data_ptr(), float_bits(eps), float_bits(offset))
+    factors = (weight.data_ptr(), float_bits(eps), float_bits(offset), int(round_once))
     call(run, x.data_ptr(), residual.data_ptr(), *factors, *x.shape)
     return x, residual
 

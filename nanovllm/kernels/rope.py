@@ -20,3 +20,4 @@ class Rope(NamedTuple):
     k_norm: Tensor | None = None  # [head_dim]
     eps: float = 0.0  # of both norms
     norm_offset: float = 0.0  # of both norms, added to their weights
+    norm_round_once: bool = False  # see `kernels.rms_norm`

@@ -87,10 +87,11 @@ def _rms_norm_kernel(
     BLOCK: tl.constexpr,
     ADD: tl.constexpr,
     OFFSET: tl.constexpr,
+    ROUND_ONCE: tl.constexpr,
 ):
     """One row of H elements, padded to BLOCK. ADD: adds the residual first and stores the sum.
 
-    OFFSET is added to the weights.
+    OFFSET is added to the weights. ROUND_ONCE: see `kernels.rms_norm`.
     """
     start = tl.program_id(0).to(tl.int64) * H
     i = tl.arange(0, BLOCK)
@@ -100,7 +101,9 @@ def _rms_norm_kernel(
         residual = tl.load(residual_ptr + start + i, mask=i < H, other=0.0).to(tl.float32)
         x = _round(x + residual, dtype)
         tl.store(residual_ptr + start + i, x.to(dtype), mask=i < H)
-    x = _round(x * tl.rsqrt(tl.sum(x * x) / H + EPS), dtype)
+    x = x * tl.rsqrt(tl.sum(x * x) / H + EPS)
+    if not ROUND_ONCE:
+        x = _round(x, dtype)
     weight = _plus(tl.load(weight_ptr + i, mask=i < H, other=0.0).to(tl.float32), OFFSET)
     tl.store(out_ptr + start + i, (weight * x).to(dtype), mask=i < H)
 
@@ -113,7 +116,9 @@ def _plus(weight, OFFSET: tl.constexpr):
     return weight
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float, offset: float = 0.0, round_once: bool = False
+) -> Tensor:
     """(weight + offset) * x / sqrt(mean(x^2) + eps) over the last dimension.
 
     One program computes a row.
@@ -123,20 +128,25 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tens
     block = power_of_2(rows.shape[1])
     if len(rows):
         _rms_norm_kernel[(len(rows),)](
-            rows, rows, weight, out, eps, rows.shape[1], block, False, offset,
+            rows, rows, weight, out, eps, rows.shape[1], block, False, offset, round_once,
             num_warps=_warps(block),
         )  # fmt: skip
     return out.view(x.shape)
 
 
 def add_rms_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset: float = 0.0
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    eps: float,
+    offset: float = 0.0,
+    round_once: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """(rms_norm(residual + x), residual + x), both [T, H] contiguous. Overwrites both inputs."""
     block = power_of_2(x.shape[1])
     if len(x):
         _rms_norm_kernel[(len(x),)](
-            x, residual, weight, x, eps, x.shape[1], block, True, offset,
+            x, residual, weight, x, eps, x.shape[1], block, True, offset, round_once,
             num_warps=_warps(block),
         )  # fmt: skip
     return x, residual

@@ -12,14 +12,21 @@ from nanovllm.parallel import TensorParallel
 
 
 class HeadsRMSNorm(RMSNorm):
-    """RMSNorm whose mean is over the heads of all ranks (OLMo 2).
+    """RMSNorm whose mean is over the heads of all ranks (OLMo 2, OLMoE).
 
     heads: the number of heads of the whole model. A rank has the weights of its heads.
     """
 
-    def __init__(self, heads: int, head_dim: int, eps: float, tp: TensorParallel) -> None:
+    def __init__(
+        self,
+        heads: int,
+        head_dim: int,
+        eps: float,
+        tp: TensorParallel,
+        round_once: bool = False,
+    ) -> None:
         part = tp.split(heads)
-        super().__init__(len(part) * head_dim, eps)
+        super().__init__(len(part) * head_dim, eps, round_once=round_once)
         self.part = slice(part.start * head_dim, part.stop * head_dim)
         self.total = heads * head_dim
         self.tp = tp
@@ -31,11 +38,13 @@ class HeadsRMSNorm(RMSNorm):
     def forward(self, x: Tensor) -> Tensor:
         """Normalises x [T, size] in place."""
         if self.tp.size == 1:
-            return kernels.rms_norm_in_place(x, self.weight, self.eps)
+            return kernels.rms_norm_in_place(x, self.weight, self.eps, self.round_once)
         x32 = x.float()
         squares = x32.square().mean(-1, keepdim=True)  # [T, 1]
         # Every rank has equally many heads, so the mean is the mean of the ranks' means.
         mean = self.tp.all_reduce(squares) / self.tp.size
         scale = torch.rsqrt(mean + self.eps)
-        normed = (x32 * scale).to(x.dtype)
+        normed = x32 * scale
+        if not self.round_once:
+            normed = normed.to(x.dtype)
         return x.copy_(self.weight * normed)

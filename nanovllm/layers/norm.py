@@ -12,13 +12,17 @@ from nanovllm.loader.source import Source
 class RMSNorm(nn.Module):
     """Root-mean-square normalisation over the last dimension (Zhang and Sennrich, 2019).
 
-    offset: what the factors have more than the weights of the checkpoint.
+    offset: what the factors have more than the weights of the checkpoint. round_once: see
+    `kernels.rms_norm`.
     """
 
-    def __init__(self, size: int, eps: float, offset: float = 0.0) -> None:
+    def __init__(
+        self, size: int, eps: float, offset: float = 0.0, round_once: bool = False
+    ) -> None:
         super().__init__()
         self.eps = eps
         self.offset = offset
+        self.round_once = round_once
         self.weight = nn.Parameter(torch.ones(size), requires_grad=False)
 
     def sources(self, prefix: str) -> list[Source]:
@@ -30,11 +34,12 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[T, size] -> [T, size]."""
-        return kernels.rms_norm(x, self.weight, self.eps, self.offset)
+        return kernels.rms_norm(x, self.weight, self.eps, self.offset, self.round_once)
 
     def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """(normalised sum, sum), both [T, size]. The sum is the new residual.
 
         May overwrite both arguments.
         """
-        return kernels.add_rms_norm(x, residual, self.weight, self.eps, self.offset)
+        how = (self.eps, self.offset, self.round_once)
+        return kernels.add_rms_norm(x, residual, self.weight, *how)

@@ -638,11 +638,14 @@ class GGUF:
         if fields.integer("expert_gating_func", default=1) != SOFTMAX:
             raise fields.refuse("expert_gating_func", f"{SOFTMAX}, a softmax over all experts")
         width = fields.integer("feed_forward_length")
+        expert_width = self.rows_of("ffn_gate_exps", width)
         return {
+            # Only Qwen has another feed-forward besides its experts.
+            "intermediate_size": width if self.family.startswith("qwen") else expert_width,
             "num_experts": count,
             "num_local_experts": count,
             "num_experts_per_tok": fields.integer("expert_used_count"),
-            "moe_intermediate_size": self.rows_of("ffn_gate_exps", width),
+            "moe_intermediate_size": expert_width,
             "shared_expert_intermediate_size": self.rows_of("ffn_gate_shexp", width),
             # llama.cpp knows it of the architecture.
             "norm_topk_prob": self.family == "qwen3moe",

@@ -77,7 +77,8 @@ class Attention(nn.Module):
         if self.q_norm is None or self.k_norm is None:
             return Rope(*sizes, cos_sin)
         norms = (self.q_norm.weight, self.k_norm.weight)
-        return Rope(*sizes, cos_sin, *norms, self.q_norm.eps, self.q_norm.offset)
+        norm = self.q_norm
+        return Rope(*sizes, cos_sin, *norms, norm.eps, norm.offset, norm.round_once)
 
     def cache_spec(self) -> CacheSpec:
         return PagedKV(self.num_heads, self.num_kv_heads, self.head_dim, self.window)
@@ -105,11 +106,11 @@ class MLP(nn.Module):
 class DecoderLayer(nn.Module):
     """Attention, then MLP. Each has an RMSNorm before it and a residual connection around it."""
 
-    def __init__(self, config: ModelConfig, self_attn: nn.Module, mlp: nn.Module) -> None:
+    def __init__(self, model: CausalLM, self_attn: nn.Module, mlp: nn.Module) -> None:
         super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = model.norm()
         self.self_attn = self_attn
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = model.norm()
         self.mlp = mlp
 
     def forward(
@@ -177,7 +178,7 @@ class CausalLM(LanguageModel):
         return VocabParallelEmbedding(self.config.vocab_size, self.config.hidden_size, self.tp)
 
     def norm(self) -> RMSNorm:
-        """A norm of hidden states. The decoder ends with one."""
+        """A norm of hidden states. The layers have some, and the decoder ends with one."""
         return RMSNorm(self.config.hidden_size, self.config.rms_norm_eps)
 
     @abstractmethod
@@ -190,7 +191,7 @@ class CausalLM(LanguageModel):
 
     def decoder_layer(self, self_attn: nn.Module, mlp: nn.Module) -> nn.Module:
         """One layer of these two parts. It is called as a `DecoderLayer` is."""
-        return DecoderLayer(self.config, self_attn, mlp)
+        return DecoderLayer(self, self_attn, mlp)
 
     def rotary_embeddings(self, max_model_len: int) -> list[RotaryEmbedding]:
         """The rotary embedding of each layer.

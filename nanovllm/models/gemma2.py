@@ -115,7 +115,8 @@ class Gemma2ForCausalLM(CausalLM):
         return ScaledEmbedding(*sizes, self.tp, factor=self.config.hidden_size**0.5)
 
     def norm(self) -> RMSNorm:
-        return RMSNorm(self.config.hidden_size, self.config.rms_norm_eps, OFFSET)
+        sizes = (self.config.hidden_size, self.config.rms_norm_eps)
+        return RMSNorm(*sizes, OFFSET, round_once=True)
 
     def attention(self, layer: int, rotary_emb: RotaryEmbedding) -> Attention:
         return GemmaAttention(self, layer, rotary_emb)

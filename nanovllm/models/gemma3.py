@@ -36,7 +36,8 @@ class Gemma3ForCausalLM(Gemma2ForCausalLM):
         return attention
 
     def head_norm(self) -> RMSNorm:
-        return RMSNorm(self.config.head_dim, self.config.rms_norm_eps, OFFSET)
+        sizes = (self.config.head_dim, self.config.rms_norm_eps)
+        return RMSNorm(*sizes, OFFSET, round_once=True)
 
 
 class Gemma3TextModel(Gemma3ForCausalLM):

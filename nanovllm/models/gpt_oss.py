@@ -13,6 +13,7 @@ from nanovllm.cache.spec import PagedKV
 from nanovllm.kernels import moe
 from nanovllm.layers.linear import span
 from nanovllm.layers.moe import Experts, ExpertSizes, MixtureOfExperts, Router
+from nanovllm.layers.norm import RMSNorm
 from nanovllm.layers.rotary import RotaryEmbedding
 from nanovllm.loader.fields import Fields
 from nanovllm.loader.gpt_oss import split_experts
@@ -90,6 +91,9 @@ class GptOssForCausalLM(CausalLM):
             alpha=fields.number("swiglu_alpha", default=GptOssConfig.alpha),
             limit=fields.number("swiglu_limit", default=GptOssConfig.limit),
         )
+
+    def norm(self) -> RMSNorm:
+        return RMSNorm(self.config.hidden_size, self.config.rms_norm_eps, round_once=True)
 
     def attention(self, layer: int, rotary_emb: RotaryEmbedding) -> Attention:
         return SinkAttention(self.config, layer, rotary_emb, self.tp)

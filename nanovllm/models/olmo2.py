@@ -6,12 +6,15 @@ windows on three layers of four, and scales RoPE on the others only.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from torch import Tensor, nn
 
 from nanovllm import kernels
 from nanovllm.attention.base import AttentionBackend
 from nanovllm.kernels.rope import Rope
 from nanovllm.layers.heads_norm import HeadsRMSNorm
+from nanovllm.layers.norm import RMSNorm
 from nanovllm.layers.rotary import RotaryEmbedding
 from nanovllm.loader.fields import Fields
 from nanovllm.models.config import (
@@ -31,9 +34,9 @@ class OlmoAttention(Attention):
         config = model.config
         bias = config.attention_bias
         super().__init__(config, layer, rotary_emb, model.tp, qkv_bias=bias, o_bias=bias)
-        sizes = (config.head_dim, config.rms_norm_eps)
-        self.q_norm = HeadsRMSNorm(config.num_heads, *sizes, model.tp)
-        self.k_norm = HeadsRMSNorm(config.num_kv_heads, *sizes, model.tp)
+        how = (config.head_dim, config.rms_norm_eps, model.tp, model.round_once)
+        self.q_norm = HeadsRMSNorm(config.num_heads, *how)
+        self.k_norm = HeadsRMSNorm(config.num_kv_heads, *how)
 
     def forward(self, x: Tensor, attention: AttentionBackend) -> Tensor:
         """[T, hidden] -> [T, hidden]."""
@@ -71,9 +74,15 @@ class OlmoLayer(nn.Module):
 
 
 class Olmo2ForCausalLM(CausalLM):
+    round_once: ClassVar[bool] = True  # its norms; see `kernels.rms_norm`
+
     @classmethod
     def read_config(cls, fields: Fields) -> ModelConfig:
         return read_sizes(fields, attention_bias=fields.flag("attention_bias"))
+
+    def norm(self) -> RMSNorm:
+        sizes = (self.config.hidden_size, self.config.rms_norm_eps)
+        return RMSNorm(*sizes, round_once=self.round_once)
 
     def attention(self, layer: int, rotary_emb: RotaryEmbedding) -> Attention:
         return OlmoAttention(self, layer, rotary_emb)

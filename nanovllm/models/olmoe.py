@@ -16,6 +16,7 @@ from nanovllm.models.olmo2 import Olmo2ForCausalLM
 
 class OlmoeForCausalLM(Olmo2ForCausalLM):
     config: MoeConfig
+    round_once = False
 
     @classmethod
     def read_config(cls, fields: Fields) -> MoeConfig:
@@ -34,7 +35,7 @@ class OlmoeForCausalLM(Olmo2ForCausalLM):
 
     def decoder_layer(self, self_attn: nn.Module, mlp: nn.Module) -> nn.Module:
         """Norms come before both parts, other than in OLMo 2."""
-        return DecoderLayer(self.config, self_attn, mlp)
+        return DecoderLayer(self, self_attn, mlp)
 
     def checkpoint_tensors(
         self, weights: Iterable[tuple[str, LazyTensor]]
