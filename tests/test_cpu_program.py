@@ -491,3 +491,8 @@ def test_the_line_names_the_module(
 
 def test_the_torch_backend_is_not_recorded() -> None:
     assert programs_of(make_llm("float32", attention_backend="torch")) is None
+
+
+def test_a_recording_imports_no_dynamo():
+    """torch wraps a mode's method into one that imports Dynamo, unless the mode says no."""
+    assert not hasattr(cpu_program.Recorder.__torch_dispatch__, "__wrapped__")

@@ -95,6 +95,14 @@ class Recorder(TorchDispatchMode):
         self.kept: list[Tensor] = []  # memory that the calls use outside the arena
         self.reason: str | None = None  # why a replay of the calls would not be the whole step
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """False, because torch would import Dynamo at the first call, which takes over a second.
+
+        A recorded step is never traced by Dynamo.
+        """
+        return False
+
     def __torch_dispatch__(
         self,
         func: OpOverload,
