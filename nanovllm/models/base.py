@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 from torch import Tensor, nn
@@ -43,6 +43,15 @@ class LanguageModel(nn.Module, ABC):
     @abstractmethod
     def logits(self, hidden: Tensor) -> Tensor:
         """[K, hidden] -> [K, vocabulary]."""
+
+    def body_to_compile(
+        self, attention: AttentionBackend
+    ) -> Callable[[Tensor, Tensor], Tensor] | None:
+        """(token ids [T], positions [T]) -> hidden states [T, hidden], for torch.compile.
+
+        None for a model that runs kernels of ours, which fuse what torch.compile would.
+        """
+        return None
 
     def load_weights(self, weights: Iterable[tuple[str, LazyTensor]]) -> set[str]:
         """Writes new weights, under checkpoint names, into the running model.

@@ -12,7 +12,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Protocol
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +25,7 @@ from nanovllm.cache.spec import PagedKV
 PAGED = "nanovllm"
 LEARN = "nanovllm_learn"
 ATTRIBUTE = "nanovllm_pages"  # of a module that attends: what `attend` calls
+NUMBER = "nanovllm_number"  # of such a module: the number of its pages in PAGES
 
 # Words of the interface that change no result: dropout is off, and nothing of it is returned.
 WITHOUT_EFFECT = {
@@ -77,7 +80,27 @@ def attend(
             f"model: {type(module).__name__} attends in this step, and it did not when the model "
             "was made; use model_impl='vllm' or another model"
         )
+    if torch.compiler.is_compiling():
+        number = getattr(module, NUMBER)
+        sinks = words.get("s_aux")
+        assert attention_mask is None, "pages know no mask"
+        return attend_pages(query, key, value, sinks, number), None
     return pages.attend(module, query, key, value, attention_mask, words), None
+
+
+@torch.library.custom_op(
+    "nanovllm::attend_pages",
+    mutates_args=(),
+    schema="(Tensor q, Tensor k, Tensor v, Tensor? sinks, int number) -> Tensor",
+)
+def attend_pages(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, number: int) -> Tensor:
+    """`LayerPages.run` of the module with this number, as one operation of compiled code."""
+    return PAGES[number].run(q, k, v, sinks)
+
+
+@attend_pages.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, number: int) -> Tensor:
+    return q.new_empty(1, q.shape[2], q.shape[1], v.shape[3])
 
 
 def register() -> None:
@@ -123,15 +146,19 @@ class LayerPages:
     ) -> Tensor:
         if mask is not None:
             raise RuntimeError("model: a layer has a mask in this step, and pages know none")
+        sinks = words.get("s_aux")
+        assert sinks is None or isinstance(sinks, Tensor)
+        return self.run(q, k, v, sinks)
+
+    def run(self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> Tensor:
+        """`attend` without a mask. sinks: what the layer passes, used where it has sinks."""
         layer = self.layers[self.calls % len(self.layers)]
         if len(self.layers) > 1:
             self.calls += 1
         backend = self.step.backend
         dtype, spec = backend.spec.dtype, backend.spec.layers[layer]
-        sinks = words["s_aux"] if spec.has_sinks else None
-        assert sinks is None or isinstance(sinks, Tensor)
         backend.store(layer, rows_of(k, dtype), rows_of(v, dtype))
-        out = backend.attend(layer, rows_of(q, dtype), sinks)  # [T, H * Dv]
+        out = backend.attend(layer, rows_of(q, dtype), sinks if spec.has_sinks else None)
         return out.view(1, -1, spec.num_heads, spec.value_size).to(q.dtype)
 
 
@@ -141,7 +168,15 @@ def give_pages(modules: list[nn.Module], step: Step) -> None:
     for layer, module in enumerate(modules):
         pages.setdefault(module, LayerPages(step)).layers.append(layer)
     for module, each in pages.items():
+        number = next(NUMBERS)
+        PAGES[number] = each
         setattr(module, ATTRIBUTE, each)
+        setattr(module, NUMBER, number)
+
+
+# Compiled code names pages by a number. An entry lives as long as the model that attends.
+PAGES: WeakValueDictionary[int, LayerPages] = WeakValueDictionary()
+NUMBERS = count()
 
 
 def rows_of(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -198,6 +198,11 @@ class TransformersForCausalLM(LanguageModel):
         self.step.backend = attention
         return self.body(input_ids, attention.meta.positions.long())
 
+    def body_to_compile(self, attention: AttentionBackend) -> BodyCall:
+        """The body, whose layers attend by `attention`."""
+        self.step.backend = attention
+        return self.body
+
     def logits(self, hidden: Tensor) -> Tensor:
         """All that transformers' model does after its body: head, scaling, softcap."""
         with self.body.replaced(hidden[None]):

@@ -41,11 +41,20 @@ MAX_PROGRAMS = 64  # one a kind of step; the least recently used is dropped firs
 OURS = ("nanovllm.", "contextlib")  # modules whose functions may stand in our classes
 BACKEND_METHODS = ("write", "attend", "store")
 MODULE_ATTRIBUTES = set(vars(nn.Module()))  # torch's own
+# Methods of nn.Module that torch.compile replaces when it first runs. No step calls them.
+CONSTRUCTION = ("__init__", "__setstate__", "___needs_generation_tag_patch")
+
+
+def module_code() -> dict[str, object]:
+    """The methods of nn.Module that steps may call."""
+    return {name: value for name, value in vars(nn.Module).items() if name not in CONSTRUCTION}
+
+
 # The functions that models call, as they were when this file was imported.
 NAMESPACES: list[tuple[type | ModuleType, dict[str, object]]] = [
-    (namespace, dict(vars(namespace)))
-    for namespace in (kernels, cpu, blocks, moe, moe_cpu, nn.Module)
+    (namespace, dict(vars(namespace))) for namespace in (kernels, cpu, blocks, moe, moe_cpu)
 ]
+NAMESPACES.append((nn.Module, module_code()))
 
 
 # -- memory of intermediate results ------------------------------------------------------
@@ -194,8 +203,9 @@ class Structure:
             classes.update(type(each).__mro__)
         classes.discard(object)
         owners: list[type | ModuleType] = [*classes, *(namespace for namespace, _ in NAMESPACES)]
-        self.code = [vars(owner) for owner in owners]
+        self.code = [vars(owner) for owner in owners if owner is not nn.Module]
         self.code_then = [dict(code) for code in self.code]
+        self.module_code = module_code()
         self.backend_methods = self.changed_backend()
         self.reason = next(obstacles(model, weights, attention, classes), None)
 
@@ -220,19 +230,31 @@ class Structure:
 
     def is_unchanged(self) -> bool:
         """Whether the model is as it was. A change that no comparison expects counts as one."""
+        return self.has_same_code() and self.has_same_memory()
+
+    def has_same_memory(self) -> bool:
+        """Whether every tensor lies where it lay."""
+        try:
+            tensors = map(getitem, self.tensor_holders, self.tensor_names)
+            return list(map(Tensor.data_ptr, tensors)) == self.addresses
+        except (KeyError, TypeError, RuntimeError):
+            # An attribute was deleted, or is a tensor no more.
+            return False
+
+    def has_same_code(self) -> bool:
+        """Whether all but the memory of tensors is as it was."""
         try:
             return (
                 any(self.hooks) == self.has_hooks
                 and list(map(getitem, self.holders, self.names)) == self.values
-                and list(map(Tensor.data_ptr, map(getitem, self.tensor_holders, self.tensor_names)))
-                == self.addresses
                 and list(map(len, self.dicts)) == self.sizes
                 and list(map(type, self.modules)) == self.types
                 and self.code == self.code_then
+                and module_code() == self.module_code
                 and self.changed_backend() == self.backend_methods
             )
         except (KeyError, TypeError, ValueError, RuntimeError):
-            # An attribute was deleted, or became a tensor, or is a tensor no more.
+            # An attribute was deleted, or became a tensor.
             return False
 
     def changed_backend(self) -> bool:

@@ -18,6 +18,7 @@ from nanovllm.attention.select import select_backend
 from nanovllm.core.batch import Batch
 from nanovllm.core.step import Logprobs, StepResult
 from nanovllm.parallel import TensorParallel
+from nanovllm.runner.compiled import CompiledModel
 from nanovllm.runner.cpu_program import CpuPrograms
 from nanovllm.runner.cuda_graphs import DecodeGraphs, is_decode
 from nanovllm.runner.device import current, free_gpu_memory, to_device, to_host
@@ -97,10 +98,20 @@ class ModelRunner:
         self.programs: CpuPrograms | None = None
         if can_record and not is_gpu and tp.size == 1 and self.model.can_record:
             self.programs = CpuPrograms(self.model, self.attention)
+        self.compiled: CompiledModel | None = None
+        # On a CPU compiled code is hardly faster than the model's own (docs/experiments.md).
+        if is_gpu and tp.size == 1 and not setup.args.enforce_eager:
+            self.compile_model()
         self.capture_stream = torch.cuda.Stream(self.device) if can_record and is_gpu else None
         self.graphs: DecodeGraphs | None = None
         self.freed: set[str] = set()  # by `sleep`: "weights", "kv_cache"
         self.sleeping_weights: SleepingWeights | None = None
+
+    def compile_model(self, backend: str = "inductor") -> None:
+        """Makes steps without adapters run compiled, for models that torch.compile suits."""
+        body = self.model.body_to_compile(self.attention)
+        if body is not None:
+            self.compiled = CompiledModel(self.model, body, self.attention, backend)
 
     @torch.inference_mode()
     def launch(self, host_batch: Batch[np.ndarray]) -> PendingStep:
@@ -138,6 +149,8 @@ class ModelRunner:
         adapter = 0 if self.lora is None else self.lora.rows.only
         if self.programs is not None and adapter is not None:
             return self.programs.forward(token_ids, adapter)
+        if self.compiled is not None and adapter == 0:
+            return self.compiled.forward(token_ids)
         return self.model(token_ids, self.attention)
 
     def load_adapter(self, number: int, folder: str) -> None:

@@ -1,0 +1,96 @@
+"""Steps of transformers' own code, compiled by torch.compile.
+
+A step runs compiled only while the model is as it was when it was compiled. Torch does not
+look for new hooks by itself, nor for replaced methods. Any other step runs eagerly, and so
+does a model that torch cannot compile. Does not know which models are compiled.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from itertools import count
+from types import FunctionType
+
+import torch
+from torch import Tensor, nn
+
+from nanovllm.attention.base import AttentionBackend
+from nanovllm.loader.fields import cause
+from nanovllm.runner.cpu_program import Structure
+
+logger = logging.getLogger("nanovllm")
+
+NUMBERS = count()  # of engines
+# (token ids [T], positions [T]) -> hidden states [T, hidden]
+Body = Callable[[Tensor, Tensor], Tensor]
+
+
+class CompiledModel:
+    """The body of one model, compiled once for steps of one token and once for all others.
+
+    Parameters are inputs of the compiled code, so they may move or be replaced.
+    """
+
+    def __init__(
+        self, model: nn.Module, body: Body, attention: AttentionBackend, backend: str = "inductor"
+    ) -> None:
+        """backend: of torch.compile."""
+        self.model = model
+        self.body = body
+        self.attention = attention
+        self.run = torch.compile(own_run_body(), backend=backend, fullgraph=True)
+        self.structure: Structure | None = None  # of the model that is compiled
+        self.has_failed = False
+        self.reported: set[str] = set()
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """input_ids [T] int64 -> hidden states [T, hidden]. For steps without LoRA adapters."""
+        if self.has_failed or not self.is_current():
+            return self.model(input_ids, self.attention)
+        positions = self.attention.meta.positions.long()
+        if len(input_ids) > 1:  # torch always compiles a size of 1 apart
+            for each in (input_ids, positions):
+                torch._dynamo.mark_dynamic(each, 0)
+        try:
+            return self.run(self.body, input_ids, positions)
+        except Exception as err:  # torch's compilers may raise any type
+            self.has_failed = True
+            self.report(f"torch.compile failed ({cause(err)})")
+        # An error of the step itself is raised here again.
+        return self.model(input_ids, self.attention)
+
+    def is_current(self) -> bool:
+        """Whether the compiled code, or the code that will be compiled now, is the model's."""
+        if self.structure is None:
+            structure = Structure(self.model, self.attention)
+            if structure.has_hooks:
+                self.report("it has a forward hook")
+                return False
+            self.structure = structure
+        if not self.structure.has_same_code():
+            self.report("it was changed after it was compiled (a hook, a module, an attribute)")
+            return False
+        return True
+
+    def report(self, reason: str) -> None:
+        """Warns once of each reason."""
+        if reason not in self.reported:
+            self.reported.add(reason)
+            logger.warning("the model runs without torch.compile, which is slower: %s", reason)
+
+
+def run_body(body: Body, input_ids: Tensor, positions: Tensor) -> Tensor:
+    """What is compiled."""
+    return body(input_ids, positions)
+
+
+def own_run_body() -> Callable[[Body, Tensor, Tensor], Tensor]:
+    """A copy of `run_body` with a code object of its own.
+
+    Torch keeps compiled code at the code object and gives up after some versions of it. So
+    engines share no versions, and the versions of an engine are freed with it.
+    """
+    assert isinstance(run_body, FunctionType)
+    code = run_body.__code__.replace(co_name=f"run_body_{next(NUMBERS)}")
+    return FunctionType(code, run_body.__globals__, code.co_name)
