@@ -139,7 +139,8 @@ class LayerPages:
 
     step: Step
     layers: list[int] = field(default_factory=list)  # indices among the layers that have pages
-    calls: int = 0  # of all steps
+    calls: int = 0  # in this step
+    meta: object = None  # the metadata of this step
 
     def attend(
         self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, words: Words
@@ -152,10 +153,12 @@ class LayerPages:
 
     def run(self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> Tensor:
         """`attend` without a mask. sinks: what the layer passes, used where it has sinks."""
-        layer = self.layers[self.calls % len(self.layers)]
-        if len(self.layers) > 1:
-            self.calls += 1
         backend = self.step.backend
+        if backend.meta is not self.meta:  # the step before may have ended with an error
+            self.meta = backend.meta
+            self.calls = 0
+        layer = self.layers[self.calls % len(self.layers)]
+        self.calls += 1
         dtype, spec = backend.spec.dtype, backend.spec.layers[layer]
         backend.store(layer, rows_of(k, dtype), rows_of(v, dtype))
         out = backend.attend(layer, rows_of(q, dtype), sinks if spec.has_sinks else None)
