@@ -40,7 +40,7 @@ CLOSED = "this AsyncLLM was shut down"
 
 
 class AsyncLLM:
-    """An engine for coroutines. Event loops of several threads may share it.
+    """An engine for coroutines. Several threads may share it, each with its own event loop.
 
     Closing an iterator of `generate` aborts its request, and so does cancelling the task.
     """

@@ -123,7 +123,7 @@ def assert_near(actual: Tensor, expected: Tensor) -> None:
 
 
 class Alone(TensorParallel):
-    """One rank of several without the others: its part of a sum is the sum."""
+    """Acts as one of several ranks. The other ranks add nothing to its sums."""
 
     def all_reduce(self, x: Tensor) -> Tensor:
         return x

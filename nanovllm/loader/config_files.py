@@ -80,7 +80,7 @@ def rope_in_one_field(
     transformers 4 has the first two fields, and transformers 5 the last one.
     """
     rope = getattr(config, "rope_parameters", None)
-    # Of several sets, the layers without a window have the one that old fields are about.
+    # Old fields describe the set of the layers without a window.
     sets = None
     if rope and "full_attention" in rope:
         sets = rope

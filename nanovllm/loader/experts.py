@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
-from nanovllm.loader.source import LazyTensor, Part
+from nanovllm.loader.source import LazyTensor, Part, rows_and_columns
 
 STACKED = re.compile(r"(?P<experts>.+\.experts)\.(?P<name>gate_up_proj|down_proj)")
 PIECES = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
@@ -33,11 +33,7 @@ class ExpertSlice:
         return self.tensor.dtype
 
     def __getitem__(self, part: Part, /) -> Tensor:
-        rows, columns = slice(None), slice(None)
-        if isinstance(part, slice):
-            rows = part
-        elif isinstance(part, tuple):
-            rows, columns = (*part, columns)[:2]
+        rows, columns = rows_and_columns(part)
         chosen = self.rows[rows]
         return self.tensor[self.expert, chosen.start : chosen.stop, columns][0]
 

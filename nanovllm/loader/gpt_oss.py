@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from nanovllm.loader.mxfp4 import Mxfp4Matrix
-from nanovllm.loader.source import LazyTensor, Part
+from nanovllm.loader.source import LazyTensor, Part, rows_and_columns
 
 STACKED = re.compile(r"(?P<experts>.+\.experts)\.(?P<name>gate_up_proj|down_proj)(?P<kind>|_\w+)")
 PIECES = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
@@ -35,11 +35,7 @@ class TransposedMatrix:
         self.shape = (tensor.shape[2] // step, tensor.shape[1])
 
     def __getitem__(self, part: Part, /) -> Tensor:
-        rows, columns = slice(None), slice(None)
-        if isinstance(part, slice):
-            rows = part
-        elif isinstance(part, tuple):
-            rows, columns = (*part, columns)[:2]
+        rows, columns = rows_and_columns(part)
         start, stop, _ = rows.indices(self.shape[0])
         outputs = slice(start * self.step, stop * self.step)
         numbers = self.tensor[self.expert, columns, outputs][0]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from nanovllm.core.batch import ceil_div
-from nanovllm.loader.source import Blocks, LazyTensor, Part
+from nanovllm.loader.source import Blocks, LazyTensor, Part, rows_and_columns
 
 BLOCK = 32  # weights
 BLOCK_BYTES = BLOCK // 2
@@ -45,11 +45,7 @@ class Mxfp4Matrix:
 
     def __getitem__(self, part: Part, /) -> Tensor:
         """part: at most one slice for each dimension, or `...` for the whole matrix."""
-        rows, columns = slice(None), slice(None)
-        if isinstance(part, slice):
-            rows = part
-        elif isinstance(part, tuple):
-            rows, columns = (*part, columns)[:2]
+        rows, columns = rows_and_columns(part)
         start, stop, _ = columns.indices(self.shape[1])
         first, last = start // BLOCK, ceil_div(stop, BLOCK)
         codes, scales = self.read(rows, slice(first, last))

@@ -48,6 +48,17 @@ PRESENCE_FIELDS = {  # the fields that say whether the tensor exists
 Part = slice | EllipsisType | tuple[slice, ...]
 
 
+def rows_and_columns(part: Part) -> tuple[slice, slice]:
+    """The slices of a matrix that `part` stands for. A dimension without a slice is whole."""
+    whole = slice(None)
+    if isinstance(part, slice):
+        return part, whole
+    if isinstance(part, tuple):
+        rows, columns = (*part, whole)[:2]
+        return rows, columns
+    return whole, whole
+
+
 class LazyTensor(Protocol):
     """A tensor of a checkpoint, not read yet.
 

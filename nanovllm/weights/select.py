@@ -20,7 +20,7 @@ FORMATS: dict[str, Callable[[nn.Module, int, int, int], Weight]] = {
     "panels": PanelWeight,
     "blocks": BlockWeight,
 }
-# A format for experts only: matrices of several groups are blocks, others are not quantised.
+# Stores matrices of several groups (experts) in blocks, and quantises no other matrix.
 MXFP4 = "mxfp4"
 # The format of the matrices of the model that is being made. None: no quantised format.
 CHOSEN: ContextVar[str | None] = ContextVar("CHOSEN", default=None)
