@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nanovllm.kernels import cpu
+from nanovllm.kernels.choice import has_kernel
 from nanovllm.kernels.rope import Rope
 
 logger = logging.getLogger("nanovllm")
@@ -38,9 +39,12 @@ def gpu() -> ModuleType | None:
         return None
 
 
-def triton_for(x: Tensor) -> ModuleType | None:
-    """`triton_ops` where x lies on a GPU and Triton imports, else None."""
-    return gpu() if x.is_cuda else None
+def triton_for(x: Tensor, name: str) -> ModuleType | None:
+    """`triton_ops` where its kernel `name` may compute x, else None.
+
+    x must lie on a GPU, Triton must import, and the engine must not have left the kernel out.
+    """
+    return gpu() if x.is_cuda and has_kernel(name) else None
 
 
 def rms_norm(
@@ -56,7 +60,7 @@ def rms_norm(
         out = cpu.rms_norm(x, weight, eps, offset, round_once)
         if out is not None:
             return out
-    triton = triton_for(x)
+    triton = triton_for(x, "rms_norm")
     if triton is not None:
         return triton.rms_norm(x, weight, eps, offset, round_once)
     x32 = x.float()
@@ -88,7 +92,7 @@ def add_rms_norm(
         both = cpu.add_rms_norm(x, residual, weight, eps, offset, round_once)
         if both is not None:
             return both
-    triton = triton_for(x)
+    triton = triton_for(x, "add_rms_norm")
     if triton is not None:
         return triton.add_rms_norm(x, residual, weight, eps, offset, round_once)
     residual = residual + x
@@ -101,7 +105,7 @@ def silu_and_mul(x: Tensor) -> Tensor:
         out = cpu.silu_and_mul(x)
         if out is not None:
             return out
-    triton = triton_for(x)
+    triton = triton_for(x, "silu_and_mul")
     if triton is not None:
         return triton.silu_and_mul(x)
     gate, up = x.chunk(2, dim=-1)
@@ -114,7 +118,7 @@ def gelu_and_mul(x: Tensor) -> Tensor:
         out = cpu.gelu_and_mul(x)
         if out is not None:
             return out
-    triton = triton_for(x)
+    triton = triton_for(x, "gelu_and_mul")
     if triton is not None:
         return triton.gelu_and_mul(x)
     gate, up = x.chunk(2, dim=-1)
@@ -197,7 +201,7 @@ def draw(logits: Tensor, temperature: Tensor, u: Tensor, threshold: Tensor | Non
     below `threshold` [R] do not take part. NaN counts as -inf, and infinity as the
     largest finite number. A row in which nothing can be drawn gets id 0.
     """
-    triton = triton_for(logits)
+    triton = triton_for(logits, "draw")
     if triton is not None:
         return triton.draw(logits, temperature, u, threshold)
     if threshold is not None:

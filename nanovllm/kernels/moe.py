@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from nanovllm import kernels
 from nanovllm.kernels import moe_cpu
+from nanovllm.kernels.choice import has_kernel
 
 
 class Routes(NamedTuple):
@@ -50,9 +51,9 @@ def gpu() -> ModuleType | None:
     return None if kernels.gpu() is None else import_module("nanovllm.kernels.moe_triton")
 
 
-def triton_for(x: Tensor) -> ModuleType | None:
-    """`moe_triton` where x lies on a GPU and Triton imports, else None."""
-    return gpu() if x.is_cuda else None
+def triton_for(x: Tensor, name: str) -> ModuleType | None:
+    """`moe_triton` where its kernel `name` may compute x, else None: see `kernels.triton_for`."""
+    return gpu() if x.is_cuda and has_kernel(name) else None
 
 
 def route(logits: Tensor, top_k: int, renormalise: bool) -> Routes:
@@ -65,7 +66,7 @@ def route(logits: Tensor, top_k: int, renormalise: bool) -> Routes:
         found = moe_cpu.route(logits, top_k, renormalise)
         if found is not None:
             return Routes(*found)
-    triton = triton_for(logits)
+    triton = triton_for(logits, "route")
     if triton is not None:
         return Routes(*triton.route(logits, top_k, renormalise))
     probs = torch.softmax(logits.float(), dim=-1)  # [T, E]
@@ -86,7 +87,7 @@ def group_by_expert(experts: Tensor, first: int, count: int) -> Groups:
         found = moe_cpu.group_by_expert(experts, first, count)
         if found is not None:
             return Groups(*found)
-    triton = triton_for(experts)
+    triton = triton_for(experts, "group_by_expert")
     if triton is not None:
         return Groups(*triton.group_by_expert(experts, first, count))
     num_tokens, top_k = experts.shape
@@ -117,7 +118,7 @@ def grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | No
     weight [G * N, K] and bias [G * N] have one matrix for each group. A row after the last
     group gives zeros.
     """
-    triton = triton_for(x)
+    triton = triton_for(x, "grouped_linear")
     if triton is not None:
         return triton.grouped_linear(x, weight, offsets, bias)
     num_groups = len(offsets) - 1
@@ -139,7 +140,7 @@ def combine(y: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
         out = moe_cpu.combine(y, rows, weights)
         if out is not None:
             return out
-    triton = triton_for(y)
+    triton = triton_for(y, "combine")
     if triton is not None:
         return triton.combine(y, rows, weights)
     total = torch.zeros(rows.shape[0], y.shape[1], device=y.device)
@@ -167,7 +168,7 @@ def clamped_swiglu(x: Tensor, alpha: float, limit: float) -> Tensor:
         out = moe_cpu.clamped_swiglu(x, alpha, limit)
         if out is not None:
             return out
-    triton = triton_for(x)
+    triton = triton_for(x, "clamped_swiglu")
     if triton is not None:
         return triton.clamped_swiglu(x, alpha, limit)
     gate, up = x.float().chunk(2, dim=-1)

@@ -89,7 +89,7 @@ def filter_threshold(
     top-p keeps the smallest set whose share of the rest reaches top_p. Ties with the last
     token kept are kept. temperature [F] is above 0, top_k from 1 to V.
     """
-    triton = kernels.triton_for(logits)
+    triton = kernels.triton_for(logits, "filter_threshold")
     if triton is not None:
         return triton.filter_threshold(logits, temperature, top_k, top_p, min_p)
     logits = kernels.without_infinities(logits)
