@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import logging
+
 from nanovllm.parallel import TensorParallel
 from nanovllm.runner.memory import num_blocks, record_graphs
 from nanovllm.runner.model_runner import ModelRunner
 from nanovllm.runner.setup import Setup
+
+logger = logging.getLogger("nanovllm")
 
 
 def make_runner(setup: Setup, tp: TensorParallel = TensorParallel()) -> ModelRunner:
@@ -13,4 +17,7 @@ def make_runner(setup: Setup, tp: TensorParallel = TensorParallel()) -> ModelRun
     runner.num_blocks = tp.minimum(num_blocks(runner), runner.device)
     runner.attention.allocate(runner.num_blocks)
     runner.graphs = record_graphs(runner)
+    done = runner.kernel_choice.done
+    if done.count:
+        logger.info("compiled %d operations in %.1f seconds", done.count, done.seconds)
     return runner
