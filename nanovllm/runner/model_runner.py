@@ -164,6 +164,11 @@ class ModelRunner:
         if self.programs is not None:
             self.programs.clear()
 
+    def close(self) -> None:
+        """Ends this rank's part: recordings first, because NCCL waits for graphs."""
+        self.drop_recordings()
+        self.tp.close()
+
     def load_adapter(self, number: int, folder: str) -> None:
         """Reads a LoRA adapter, which batches then call `number`."""
         assert self.lora is not None, "the engine has enable_lora=True"
