@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import logging
 from importlib import import_module
+from subprocess import CalledProcessError
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
+from nanovllm import kernels
 from nanovllm.attention import select
 from nanovllm.attention.base import AttentionSpec
 from nanovllm.attention.select import BACKENDS, select_backend
 from nanovllm.attention.torch_backend import TorchAttention
 from nanovllm.cache.spec import PagedKV
+from nanovllm.kernels import moe
 
 
 def spec(device: str = "cpu", dtype: torch.dtype = torch.float32) -> AttentionSpec:
@@ -40,6 +45,45 @@ def test_a_gpu_without_triton_and_flash_attn_runs_the_torch_backend(monkeypatch,
         assert isinstance(select_backend(spec("cuda"), None), TorchAttention)
     assert "not flash: No module named" in caplog.text
     assert "not triton: No module named" in caplog.text
+
+
+@pytest.fixture
+def first_use_of_triton():
+    for cached in (kernels.gpu, moe.gpu):
+        cached.cache_clear()
+    yield
+    for cached in (kernels.gpu, moe.gpu):
+        cached.cache_clear()
+
+
+@pytest.mark.usefixtures("first_use_of_triton")
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("Failed to find C compiler. Please specify via CC environment variable."),
+        CalledProcessError(1, ["gcc", "cuda_utils.c"]),  # Python.h is missing
+    ],
+)
+def test_a_gpu_on_which_triton_cannot_build_its_launcher_runs_plain_torch(
+    monkeypatch, caplog, error
+):
+    pytest.importorskip("triton")
+
+    def get_current_target() -> None:
+        raise error
+
+    driver = SimpleNamespace(active=SimpleNamespace(get_current_target=get_current_target))
+    monkeypatch.setattr("triton.runtime.driver", driver)
+    on_gpu: Any = SimpleNamespace(is_cuda=True)
+    with caplog.at_level(logging.INFO, "nanovllm"):
+        assert isinstance(select_backend(spec("cuda"), None), TorchAttention)
+        assert kernels.triton_for(on_gpu, "rms_norm") is None
+        assert moe.triton_for(on_gpu, "route") is None
+    (warning,) = [each for each in caplog.records if each.levelname == "WARNING"]
+    assert str(error) in warning.getMessage()
+    assert "install gcc and python3-dev" in warning.getMessage()
+    with pytest.raises(ValueError, match="not triton: Triton cannot run kernels here"):
+        select_backend(spec("cuda"), "triton")
 
 
 @pytest.mark.parametrize(

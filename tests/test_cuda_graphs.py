@@ -461,6 +461,9 @@ class PretendedCuda:
     def replay(self) -> None:
         self.did.append("replay")
 
+    def reset(self) -> None:
+        self.did.append("reset")
+
 
 @pytest.mark.parametrize("largest", [True, False])
 def test_a_graph_is_recorded_once_its_work_has_run(monkeypatch, largest):
@@ -474,6 +477,36 @@ def test_a_graph_is_recorded_once_its_work_has_run(monkeypatch, largest):
     ]  # fmt: skip
     replay()
     assert cuda.did[-1] == "replay"
+
+
+def test_dropped_graphs_are_freed_even_where_an_error_still_holds_them(monkeypatch):
+    """NCCL would wait for their collectives."""
+    runner = make_llm(max_num_seqs=2).llm_engine.executor.runner
+    cuda = PretendedCuda(monkeypatch)
+    graphs = DecodeGraphs(runner.setup)
+    graphs.capture = lambda work, largest: capture(cuda, "pool", work, largest)
+    for size in (2, 1):
+        hidden = graphs.hidden[:size]
+        graphs.record(size, lambda batch, hidden=hidden: hidden, lambda hidden, batch: hidden[:, 0])
+    kept = dict(graphs.graphs)
+    runner.graphs = graphs
+    runner.drop_recordings()
+    assert (runner.graphs, graphs.graphs, len(kept)) == (None, {}, 2)
+    assert cuda.did.count("reset") == 4
+
+
+def test_the_first_graph_of_a_size_is_freed_when_the_second_cannot_be_recorded(monkeypatch):
+    runner = make_llm(max_num_seqs=2).llm_engine.executor.runner
+    cuda = PretendedCuda(monkeypatch)
+    graphs = DecodeGraphs(runner.setup)
+    graphs.capture = lambda work, largest: capture(cuda, "pool", work, largest)
+
+    def head(hidden: torch.Tensor, batch: object) -> torch.Tensor:
+        raise torch.OutOfMemoryError("no memory")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        graphs.record(2, lambda batch: graphs.hidden, head)
+    assert cuda.did[-1] == "reset"
 
 
 @pytest.mark.parametrize("end_fails", [True, False])
