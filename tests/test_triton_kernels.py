@@ -10,7 +10,6 @@ import itertools
 import os
 import subprocess
 import sys
-import types
 
 import pytest
 import torch
@@ -764,127 +763,11 @@ def test_the_bandwidth_measurement_runs():
     assert decode_bandwidth(2, 40, 16, total=0, **spec, shape={"TILE": 32, "num_stages": 2}) > 0
 
 
-def attend_as_flash_attn_says(
-    q, k_cache, v_cache, starts, lens, table, softmax_scale, causal, window_size, softcap=0.0,
-    s_aux=None,
-):  # fmt: skip
-    """The documented meaning of flash-attn's paged calls; causal and window are aligned to the last key."""
-    assert causal
-    outs = []
-    for i, context in enumerate(lens.tolist()):
-        rows = q[starts[i] : starts[i + 1]].float()
-        k, v = (x[table[i].long()].flatten(0, 1)[:context].float() for x in (k_cache, v_cache))
-        k, v = (x.repeat_interleave(rows.shape[1] // x.shape[1], 1) for x in (k, v))
-        distance = torch.arange(context - len(rows), context, device=q.device)[
-            :, None
-        ] - torch.arange(context).to(q.device)
-        visible = (distance >= 0) & ((distance <= window_size[0]) | (window_size[0] < 0))
-        scores = torch.einsum("qhd,khd->hqk", rows, k) * softmax_scale
-        if softcap:
-            scores = softcap * torch.tanh(scores / softcap)
-        scores = scores.masked_fill(~visible, float("-inf"))
-        if s_aux is not None:
-            assert s_aux.dtype == q.dtype
-            sinks = s_aux.float()[:, None, None].expand(-1, len(rows), 1)
-            scores = torch.cat((scores, sinks), -1)
-        weights = scores.softmax(-1)[..., :context]
-        outs.append(torch.einsum("hqk,khd->qhd", weights, v))
-    return torch.cat(outs).to(q.dtype)
-
-
-class FlashAttn2:
-    @staticmethod
-    def flash_attn_varlen_func(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *, block_table, **options
-    ):
-        assert max_seqlen_q == cu_seqlens_q.diff().max()
-        assert max_seqlen_k == cu_seqlens_k.diff().max()
-        return attend_as_flash_attn_says(
-            q, k, v, cu_seqlens_q, cu_seqlens_k.diff(), block_table, **options
-        )
-
-    @staticmethod
-    def flash_attn_with_kvcache(q, k_cache, v_cache, *, cache_seqlens, block_table, **options):
-        batch, one, _, _ = q.shape
-        starts = torch.arange(batch + 1) * one
-        return attend_as_flash_attn_says(
-            q.flatten(0, 1), k_cache, v_cache, starts, cache_seqlens, block_table, **options
-        ).view(q.shape)
-
-
-class FlashAttn3:
-    @staticmethod
-    def flash_attn_with_kvcache(
-        q, k_cache, v_cache, *, cache_seqlens, page_table, cu_seqlens_q, max_seqlen_q, **options
-    ):
-        assert max_seqlen_q == cu_seqlens_q.diff().max()
-        return attend_as_flash_attn_says(
-            q, k_cache, v_cache, cu_seqlens_q, cache_seqlens, page_table, **options
-        )
-
-
 @runs
-@pytest.mark.parametrize(
-    ("query_lens", "context_lens", "window"),
-    [([1, 1], [258, 4], None), ([1, 1], [30, 4], 9), ([1, 7], [20, 30], 9)],
-)
-@pytest.mark.parametrize(
-    ("version", "words"), [(2, {}), (3, {}), (2, {"softcap": 2.0}), (3, {"sinks": True})]
-)
-def test_flash_backend_calls_flash_attn_as_documented(
-    monkeypatch, query_lens, context_lens, window, version, words
-):
-    from nanovllm.attention import flash_backend
-
-    monkeypatch.setattr(flash_backend, "flash_version", lambda spec: (version, "this test says so"))
-    monkeypatch.setattr(
-        flash_backend, "import_module", lambda name: {2: FlashAttn2, 3: FlashAttn3}[version]
-    )
-    case = make_case(
-        query_lens,
-        context_lens,
-        block_size=256,
-        head_dim=32,
-        windows=(window,),
-        dtype=torch.float16,
-        device=DEVICE,
-        **words,
-    )
-    out = case.run(flash_backend.FlashAttention(case.spec), 0)
-    torch.testing.assert_close(out.float(), case.expected(0), atol=2e-3, rtol=1e-3)
-
-
-@runs
-def test_backends_say_what_they_cannot_run():
-    from nanovllm.attention.flash_backend import FlashAttention
-
-    assert "float16 and bfloat16" in FlashAttention.refuses(make_case([1], [1], device=DEVICE).spec)
+def test_the_backend_says_what_it_cannot_run():
     assert TritonAttention.refuses(make_case([1], [1], device=DEVICE).spec) is None
     assert "256, not 512" in TritonAttention.refuses(
         make_case([1], [1], head_dim=512, device=DEVICE).spec
     )
     sizes = make_case([1], [1], value_dim=32, dtype=torch.float16, device=DEVICE).spec
-    if DEVICE == "cuda":
-        assert "values of the size of keys, not 32 and 64" in FlashAttention.refuses(sizes)
     assert TritonAttention.refuses(sizes) is None
-
-
-@runs
-def test_flash_backend_names_what_the_installed_package_has_no_argument_for():
-    from nanovllm.attention.flash_backend import missing_word
-
-    def old(q, k_cache, v_cache, softmax_scale): ...
-
-    def new(q, k_cache, v_cache, softmax_scale, softcap=0.0): ...
-
-    def newest(q, k_cache, v_cache, softmax_scale, softcap=0.0, s_aux=None): ...
-
-    def missing(words, function):
-        package = types.SimpleNamespace(flash_attn_with_kvcache=function)
-        return missing_word(make_case([1], [1], device=DEVICE, **words).spec, package)
-
-    assert missing({}, old) is None
-    assert missing({"softcap": 2.0}, old) == "softcap of the scores"
-    assert missing({"softcap": 2.0}, new) is None
-    assert missing({"sinks": True}, new) == "sinks in the softmax"
-    assert missing({"softcap": 2.0, "sinks": True}, newest) is None
