@@ -125,6 +125,16 @@ def record_on_current_stream(
         raise CaptureError(str(err) or type(err).__name__) from err
 
 
+def free(replay: Work) -> None:
+    """Frees a recorded graph, even where something still holds `replay`.
+
+    An exception's traceback may hold it, and NCCL waits for the graphs of its collectives.
+    """
+    graph: object = getattr(replay, "__self__", None)
+    if hasattr(graph, "reset"):
+        graph.reset()
+
+
 class DecodeGraphs:
     """Two graphs for each size: the model's, which writes `hidden`, and the sampler's.
 
@@ -207,8 +217,19 @@ class DecodeGraphs:
 
         is_largest = not self.graphs
         forward_graph = self.capture(step, is_largest)
-        sample_graph = self.capture(sample, is_largest)
+        try:
+            sample_graph = self.capture(sample, is_largest)
+        except BaseException:
+            free(forward_graph)
+            raise
         self.graphs[size] = (forward_graph, sample_graph)
+
+    def clear(self) -> None:
+        """Frees all graphs."""
+        for replays in self.graphs.values():
+            for replay in replays:
+                free(replay)
+        self.graphs.clear()
 
     def _forward(self, batch: Batch[np.ndarray]) -> Work:
         """Replays the model's graph of the batch's size. Returns the sampler's."""

@@ -120,7 +120,19 @@ def record_graphs(runner: ModelRunner, count: int | None = None) -> DecodeGraphs
     if runner.capture_stream is None:
         return None
     graphs = DecodeGraphs(runner.setup, runner.capture_stream)
-    for size in graphs.sizes[::-1][:count]:
+    try:
+        if record_sizes(runner, graphs, graphs.sizes[::-1][:count]):
+            return graphs
+    except BaseException:
+        graphs.clear()  # the error's traceback holds them
+        raise
+    runner.capture_stream = None
+    return None
+
+
+def record_sizes(runner: ModelRunner, graphs: DecodeGraphs, sizes: list[int]) -> bool:
+    """Whether the graphs of all sizes are recorded, on all ranks."""
+    for size in sizes:
         failure = ""
         try:
             choice = kernel_choice(runner.kernel_choice)
@@ -139,9 +151,8 @@ def record_graphs(runner: ModelRunner, count: int | None = None) -> DecodeGraphs
                 size,
                 failure or "another rank failed",
             )
-            runner.capture_stream = None
-            return None
-    return graphs
+            return False
+    return True
 
 
 def head(runner: ModelRunner, hidden: Tensor, batch: Batch[Tensor]) -> Tensor:

@@ -165,6 +165,22 @@ class ModelRunner:
             return self.compiled.forward(token_ids)
         return self.model(token_ids, self.attention)
 
+    def drop_recordings(self) -> None:
+        """Frees all that was recorded: decode graphs on a GPU, programs on a CPU.
+
+        Recordings hold the addresses of pages and weights, and the collectives of the group.
+        """
+        if self.graphs is not None:
+            self.graphs.clear()
+            self.graphs = None
+        if self.programs is not None:
+            self.programs.clear()
+
+    def close(self) -> None:
+        """Ends this rank's part: recordings first, because NCCL waits for graphs."""
+        self.drop_recordings()
+        self.tp.close()
+
     def load_adapter(self, number: int, folder: str) -> None:
         """Reads a LoRA adapter, which batches then call `number`."""
         assert self.lora is not None, "the engine has enable_lora=True"
