@@ -20,7 +20,7 @@ from nanovllm.core.step import Logprobs, StepResult
 from nanovllm.parallel import TensorParallel
 from nanovllm.runner.compiled import CompiledModel
 from nanovllm.runner.cpu_program import CpuPrograms
-from nanovllm.runner.cuda_graphs import DecodeGraphs, is_decode
+from nanovllm.runner.cuda_graphs import DecodeGraphs
 from nanovllm.runner.device import current, free_gpu_memory, to_device, to_host
 from nanovllm.runner.load_model import load_weights, make_model
 from nanovllm.runner.lora import ModelAdapters
@@ -123,8 +123,8 @@ class ModelRunner:
                 return self.run(host_batch)
 
     def run(self, host_batch: Batch[np.ndarray]) -> PendingStep:
-        if self.graphs is not None and is_decode(host_batch):
-            if not host_batch.parts:
+        if self.graphs is not None and self.graphs.can_run(host_batch):
+            if self.graphs.can_sample(host_batch):
                 return PendingStep(Sampled(self.graphs.next_tokens(host_batch)), {}, NO_ROWS)
             hidden = self.graphs.hidden_states(host_batch)
             batch = to_device(host_batch, self.device)
