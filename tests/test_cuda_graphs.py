@@ -30,7 +30,7 @@ from nanovllm.engine.batch_builder import build_batch
 from nanovllm.engine.input_processor import InputProcessor
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.parallel import TensorParallel
-from nanovllm.runner import memory
+from nanovllm.runner import memory, sleep
 from nanovllm.runner.cuda_graphs import (
     NEVER_ENDED,
     CaptureError,
@@ -665,12 +665,62 @@ def test_an_engine_whose_recording_fails_goes_on_eagerly(pretended_stream, monke
     assert runner.graphs is None
     assert tried == [4, 2], "the largest first, and none after a failure"
     assert "recording a graph for 2 sequences failed: CUDA out of memory" in caplog.text
-    assert memory.record_graphs(runner) is None
-    assert tried == [4, 2], "nor ever again"
     _, model = shared_model()
     (prompt,) = random_prompts([9])
     params = SamplingParams(temperature=0, max_tokens=10, ignore_eos=True)
     assert outputs(llm, [prompt], params) == [greedy(model, prompt, 10)]
+
+
+def test_a_recording_that_fails_after_sleep_is_tried_again_after_the_next(
+    pretended_stream, monkeypatch
+):
+    """Another process may hold the memory for a while."""
+    record, has_memory = Unrecorded.record, True
+
+    def record_with_memory(self: Unrecorded, *args: Any) -> None:
+        if not has_memory:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        record(self, *args)
+
+    monkeypatch.setattr(Unrecorded, "record", record_with_memory)
+    llm = make_llm(max_num_seqs=4)
+    runner = llm.llm_engine.executor.runner
+    runner.capture_stream = pretended_stream
+    for has_memory in (True, False, True):
+        llm.sleep(1)
+        llm.wake_up()
+        assert (runner.graphs is not None) is has_memory
+
+
+def test_an_engine_that_could_record_nothing_at_its_start_does_not_try_again(
+    pretended_stream, monkeypatch
+):
+    monkeypatch.setattr(memory, "record_graphs", lambda runner, count: None)
+    runner = make_llm(max_num_seqs=4).llm_engine.executor.runner
+    runner.capture_stream = pretended_stream
+    assert memory.graph_bytes(runner) == 0
+    assert runner.capture_stream is None
+
+
+def test_what_recording_leaves_in_torch_s_cache_is_freed(pretended_stream, monkeypatch):
+    done: list[object] = []
+    monkeypatch.setattr(Unrecorded, "record", lambda self, size, *functions: done.append(size))
+    monkeypatch.setattr(memory, "free_gpu_memory", lambda device: done.append("free"))
+    runner = make_llm(max_num_seqs=4).llm_engine.executor.runner
+    runner.capture_stream = pretended_stream
+    memory.record_graphs(runner)
+    assert done == [4, 2, 1, "free"]
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=3))
+@settings(deadline=None)
+def test_sleeping_weights_are_in_pieces_that_pinned_memory_does_not_round_up(shape):
+    data = torch.randn(shape)
+    pieces = sleep.powers_of_two(data.reshape(-1))
+    assert all(len(piece).bit_count() == 1 for piece in pieces), "a power of two"
+    assert len({len(piece) for piece in pieces}) == len(pieces)
+    copies = [piece.clone() for piece in pieces]
+    assert torch.equal(sleep.joined(copies, data.shape, data.device), data)
 
 
 def test_one_of_several_ranks_does_not_wait_for_those_that_wait_for_it(

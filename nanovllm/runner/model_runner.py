@@ -65,7 +65,7 @@ class SleepingWeights:
     """What brings freed weights back: their shapes, and a copy on the host or the checkpoint."""
 
     shapes: list[torch.Size]
-    copies: list[Tensor] | None
+    copies: list[list[Tensor]] | None  # the pieces of each parameter (sleep.pieces_on_host)
 
 
 class ModelRunner:
