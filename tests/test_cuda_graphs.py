@@ -6,13 +6,9 @@ stale or misplaced input gives other tokens than transformers'. tests/gpu has th
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -299,45 +295,6 @@ def test_greedy_tokens_equal_transformers(backend, overlap):
     assert outputs(llm, prompts, params) == expected
     assert outputs(llm, prompts, params) == expected, "on prefix hits"
     assert {1, 2, 4, 8, 16} <= set(graphs.sizes_replayed)
-
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-
-
-@pytest.mark.skipif(not INTERPRETED, reason="test_the_triton_backend_under_the_interpreter runs it")
-def test_greedy_tokens_of_the_triton_backend_equal_transformers():
-    _, model = shared_model()
-    prompts = random_prompts([1, 15, 17, 40, 9])
-    expected = [greedy(model, prompt, 6) for prompt in prompts]
-    llm = make_llm(attention_backend="triton", async_scheduling=True, max_num_seqs=8)
-    graphs = with_static_path(llm)
-    assert (
-        outputs(llm, prompts, SamplingParams(temperature=0, max_tokens=6, ignore_eos=True))
-        == expected
-    )
-    assert graphs.sizes_replayed
-
-
-@pytest.mark.skipif(
-    INTERPRETED or find_spec("triton") is None, reason="needs triton, not yet interpreting"
-)
-def test_the_triton_backend_under_the_interpreter():
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        __file__,
-        "-k",
-        "of_the_triton_backend",
-    ]
-    done = subprocess.run(
-        command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout[-3000:]
-    assert "1 passed" in done.stdout
 
 
 @pytest.mark.parametrize("overlap", [False, True])

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nanovllm.compilation import Compilation
 from nanovllm.core.batch import AttentionMetadata, Batch, SampleRows, Tokens, ceil_div
 from nanovllm.runner.decode_inputs import DecodeInputs
 from nanovllm.runner.setup import Setup
@@ -37,6 +38,13 @@ def graph_sizes(max_num_seqs: int) -> list[int]:
     sizes = [1, 2, 4, 8, *range(16, max_num_seqs, 16)]
     smaller = [size for size in sizes if size < max_num_seqs]
     return [*smaller, max_num_seqs]
+
+
+def recorded_sizes(max_num_seqs: int, compilation: Compilation) -> list[int]:
+    """The batch sizes with graphs: the sizes that the user asks for, or `graph_sizes`."""
+    asked = compilation.capture_sizes or graph_sizes(max_num_seqs)
+    largest = min(compilation.max_capture_size or max_num_seqs, max_num_seqs)
+    return sorted({min(size, largest) for size in asked})
 
 
 def graph_size(count: int, sizes: list[int]) -> int:
@@ -139,7 +147,7 @@ class DecodeGraphs:
         max_num_seqs = setup.max_num_seqs
         device = setup.device
         self.max_model_len = setup.max_model_len
-        self.sizes = graph_sizes(max_num_seqs)
+        self.sizes = recorded_sizes(max_num_seqs, setup.compilation)
         self.shape = (max_num_seqs, ceil_div(setup.max_model_len, setup.block_size))
         size = DecodeInputs.size(*self.shape)
         flat = torch.empty(size, dtype=torch.int32, device=device)
@@ -155,6 +163,10 @@ class DecodeGraphs:
         self.capture: Callable[[Work, bool], Work] = lambda work, largest: work
         if stream is not None:
             self.capture = partial(capture, stream, torch.cuda.graph_pool_handle())
+
+    def has_graph(self, batch: Batch[np.ndarray]) -> bool:
+        """Whether the batch is a decode step of at most the largest size."""
+        return is_decode(batch) and len(batch.attention.context_lens) <= self.sizes[-1]
 
     def static_batch(self, size: int) -> Batch[Tensor]:
         """A batch of `size` sequences. Its arrays are views of `inputs`."""

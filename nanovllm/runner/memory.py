@@ -17,6 +17,7 @@ from torch import Tensor
 
 from nanovllm.cache.spec import row_bytes
 from nanovllm.core.batch import AttentionMetadata, Batch, SampleRows, Tokens, ceil_div
+from nanovllm.kernels.choice import kernel_choice
 from nanovllm.runner.cuda_graphs import CaptureError, DecodeGraphs
 from nanovllm.runner.device import current, free_gpu_memory
 from nanovllm.runner.model_runner import ModelRunner
@@ -131,7 +132,8 @@ def record_sizes(runner: ModelRunner, graphs: DecodeGraphs, sizes: list[int]) ->
     for size in sizes:
         failure = ""
         try:
-            with current(runner.device), no_garbage_collection():
+            choice = kernel_choice(runner.kernel_choice)
+            with current(runner.device), choice, no_garbage_collection():
                 graphs.record(
                     size, runner.forward, lambda hidden, batch: head(runner, hidden, batch)
                 )
