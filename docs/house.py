@@ -46,6 +46,7 @@ LEVELS = (
         "chat_format",
         "messages",
         "progress",
+        "trace",
     ),
     ("batch", "terminal_chat", "ray"),
     ("cli",),
