@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from nanovllm import cli_args
 from nanovllm.compat import NANO_VLLM_NAMES, NEUTRAL, NO_EFFECT
+from nanovllm.compilation import Compilation
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -78,7 +79,11 @@ class EngineArgs:
     enable_prefix_caching: bool = True
     enable_chunked_prefill: bool = True
     async_scheduling: bool | None = None
-    enforce_eager: bool = False
+    enforce_eager: bool = False  # no torch.compile, no CUDA graphs, no recorded CPU programs
+    compilation_config: dict[str, object] | Compilation | int | str | None = None
+    cudagraph_capture_sizes: Sequence[int] | None = None  # numbers of sequences with graphs
+    max_cudagraph_capture_size: int | None = None
+    cuda_graph_sizes: Sequence[int] | None = None  # the older form: sizes, or the largest alone
     max_logprobs: int = 20
     logprobs_mode: str = "raw_logprobs"
     logits_processors: Sequence[object] | None = None  # classes, or names "module:Class"
@@ -133,6 +138,19 @@ class EngineArgs:
         self._check_numbers()
         self._check_generation_config()
         self._check_lora()
+        self.compilation_config = self.compilation
+
+    @property
+    def compilation(self) -> Compilation:
+        """What `compilation_config` and the arguments beside it say together."""
+        found = Compilation.read(self.compilation_config)
+        sizes, largest = self.cudagraph_capture_sizes, self.max_cudagraph_capture_size
+        if self.cuda_graph_sizes is not None and len(self.cuda_graph_sizes) == 1:
+            found = found.with_sizes(None, self.cuda_graph_sizes[0])
+        else:
+            found = found.with_sizes(self.cuda_graph_sizes, None)
+        found = found.with_sizes(sizes, largest)
+        return found.eager() if self.enforce_eager else found
 
     def _check_names(self) -> None:
         if not isinstance(self.model, (str, os.PathLike)):

@@ -73,6 +73,7 @@ class LLM:
         enable_chunked_prefill: bool = True,
         async_scheduling: bool | None = None,
         enforce_eager: bool = False,
+        compilation_config: dict[str, object] | int | str | None = None,
         max_logprobs: int = 20,
         logprobs_mode: str = "raw_logprobs",
         logits_processors: Sequence[object] | None = None,

@@ -23,7 +23,7 @@ import numpy as np
 from nanovllm.config import EngineArgs
 from nanovllm.core.ability import Ability
 from nanovllm.core.adapter import Adapter
-from nanovllm.core.batch import Batch
+from nanovllm.core.batch import Batch, ceil_div
 from nanovllm.core.lora import LoRA
 from nanovllm.core.request import OutputQueue, Request
 from nanovllm.core.sequence import Failure
@@ -52,6 +52,9 @@ from nanovllm.sampling.sampler import sampling_abilities
 from nanovllm.sampling_params import RequestOutputKind, SamplingParams
 
 logger = logging.getLogger("nanovllm")
+
+# A group of waiting sequences takes this part of the rows (docs/experiments.md).
+ADMISSION_GROUPS = 16
 
 NewOutputs = list[tuple[Request, RequestOutput]]
 
@@ -160,9 +163,22 @@ class LLMEngine:
             stats=self.stats,
             policy=self.args.scheduling_policy,
             adapters=self.adapters,
+            admission_group=self._admission_group(),
         )
         self.output_processor.clear()
         self._drop_in_flight()
+
+    def _admission_group(self) -> int:
+        """How many waiting sequences enter together when rows or blocks are scarce.
+
+        More than one where steps of decodes replay CUDA graphs. An urgent sequence does not
+        wait for others, and steps with adapters replay nothing.
+        """
+        args = self.args
+        replays = self.executor.runner.graphs is not None and not args.enable_lora
+        if not replays or args.scheduling_policy == "priority":
+            return 1
+        return ceil_div(self.setup.max_num_seqs, ADMISSION_GROUPS)
 
     # -- requests ----------------------------------------------------------------------------------
 

@@ -23,6 +23,8 @@ from nanovllm.engine.adapters import Adapters
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.stats import EngineStats
 
+ADMISSION_STEPS = 8  # the most steps from one admission to the next, where sequences wait
+
 
 @dataclass
 class Passed:
@@ -33,6 +35,14 @@ class Passed:
 
     head: Sequence
     newest: int
+
+
+@dataclass
+class Full:
+    """The engine when a waiting sequence last found no row or no blocks."""
+
+    num_running: int
+    num_steps: int = 0  # since then
 
 
 class Scheduler:
@@ -59,7 +69,9 @@ class Scheduler:
         stats: EngineStats | None = None,
         policy: str = "fcfs",
         adapters: Adapters | None = None,
+        admission_group: int = 1,
     ) -> None:
+        """admission_group: how many sequences enter together when rows or blocks are scarce."""
         self.block_size = block_size
         self.max_num_batched_tokens = max_num_batched_tokens
         self.eos_token_ids = eos_token_ids
@@ -69,6 +81,8 @@ class Scheduler:
         self.by_priority = policy == "priority"
         self.adapters = adapters  # None: no sequence has an adapter
         self.passed: Passed | None = None
+        self.admission_group = admission_group
+        self.full: Full | None = None
         self.blocks = BlockManager(num_blocks, block_size)
         self.table = SequenceTable(max_num_seqs, max_model_len, block_size, columns)
         self.running = np.empty(0, np.int64)
@@ -119,7 +133,8 @@ class Scheduler:
         sampled = self._advance(rows, counts)
         grants = [(rows, starts, counts, sampled)]
         budget = self.max_num_batched_tokens - int(counts.sum())
-        while self.waiting and budget > 0 and table.free_rows:
+        is_open = self._admits(counts, sampled)
+        while is_open and self.waiting and budget > 0 and table.free_rows:
             if self.stats.num_preemptions > preemptions:
                 break
             seq = self._next_waiting()
@@ -134,6 +149,9 @@ class Scheduler:
             grants.append((new, start, count, self._advance(new, count)))
             self._run(row)
             budget -= int(count[0])
+        if is_open:
+            is_full = bool(self.waiting) and budget > 0
+            self.full = Full(len(self.running)) if is_full else None
         if len(grants) > 1:
             rows, starts, counts, sampled = map(np.concatenate, zip(*grants))
         if not len(rows):
@@ -177,6 +195,24 @@ class Scheduler:
         self._allocate(rows[is_short], needed[is_short])
         has_work = counts > 0
         return rows[has_work], counts[has_work].astype(np.int32)
+
+    def _admits(self, counts: np.ndarray, sampled: np.ndarray) -> bool:
+        """Whether waiting sequences may enter a step in which running ones compute `counts`.
+
+        While rows or blocks are scarce, sequences enter in groups. The steps between two
+        groups only decode, and such steps replay CUDA graphs. A group enters when
+        `admission_group` sequences have ended, or as many as wait, or after
+        ADMISSION_STEPS steps. A step that computes a prompt anyway is open to others.
+        """
+        full = self.full
+        if full is None or self.admission_group == 1:
+            return True
+        full.num_steps += 1
+        num_ended = full.num_running - len(self.running)
+        if num_ended >= min(self.admission_group, len(self.waiting)):
+            return True
+        only_decodes = len(counts) > 0 and counts.max() == 1 and bool(sampled.all())
+        return not only_decodes or full.num_steps >= ADMISSION_STEPS
 
     def _next_waiting(self) -> Sequence | None:
         """The first waiting sequence whose adapter may run beside the adapters that run.

@@ -25,24 +25,31 @@ logger = logging.getLogger("nanovllm")
 
 @cache
 def gpu() -> ModuleType | None:
-    """`triton_ops`, or None where Triton does not import.
+    """`triton_ops`, or None where Triton cannot run kernels. Then one warning says why.
 
-    The first tensor on a GPU imports it, because the import of Triton is slow.
+    The first tensor on a GPU imports it, because the import of Triton is slow. Triton also
+    builds a module for its launches, with a C compiler. An image without one would
+    otherwise fail in the first launch.
     """
     try:
-        return import_module("nanovllm.kernels.triton_ops")
-    except ImportError as err:
+        triton_ops = import_module("nanovllm.kernels.triton_ops")
+        if not triton_ops.INTERPRETED:
+            import_module("triton.runtime").driver.active.get_current_target()
+    except Exception as err:  # of any type: a missing compiler, header, library or driver
         logger.warning(
-            "Triton does not import (%s): the GPU runs plain PyTorch, which is slower",
+            "Triton cannot run kernels here (%s: %s): the GPU runs plain PyTorch, which is much "
+            "slower. Triton needs a C compiler and Python's headers: install gcc and python3-dev",
+            type(err).__name__,
             err,
         )
         return None
+    return triton_ops
 
 
 def triton_for(x: Tensor, name: str) -> ModuleType | None:
     """`triton_ops` where its kernel `name` may compute x, else None.
 
-    x must lie on a GPU, Triton must import, and the engine must not have left the kernel out.
+    x must lie on a GPU, Triton must run, and the engine must not have left the kernel out.
     """
     return gpu() if x.is_cuda and has_kernel(name) else None
 

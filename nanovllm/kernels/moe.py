@@ -47,7 +47,7 @@ class Groups(NamedTuple):
 
 @cache
 def gpu() -> ModuleType | None:
-    """`moe_triton`, or None where Triton does not import."""
+    """`moe_triton`, or None where Triton cannot run kernels."""
     return None if kernels.gpu() is None else import_module("nanovllm.kernels.moe_triton")
 
 

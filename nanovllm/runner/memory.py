@@ -17,6 +17,7 @@ from torch import Tensor
 
 from nanovllm.cache.spec import row_bytes
 from nanovllm.core.batch import AttentionMetadata, Batch, SampleRows, Tokens, ceil_div
+from nanovllm.kernels.choice import kernel_choice
 from nanovllm.runner.cuda_graphs import CaptureError, DecodeGraphs
 from nanovllm.runner.device import current, free_gpu_memory
 from nanovllm.runner.model_runner import ModelRunner
@@ -120,13 +121,26 @@ def record_graphs(runner: ModelRunner, count: int | None = None) -> DecodeGraphs
     """
     if runner.capture_stream is None:
         return None
-    graphs = DecodeGraphs(runner.setup, runner.capture_stream)
-    if not graphs.sizes:
+    with kernel_choice(runner.kernel_choice):
+        graphs = DecodeGraphs(runner.setup, runner.capture_stream)
+    try:
+        is_recorded = record_sizes(runner, graphs, graphs.sizes[::-1][:count])
+    except BaseException:
+        graphs.clear()  # the error's traceback holds them
+        raise
+    if not is_recorded:
         return None
-    for size in graphs.sizes[::-1][:count]:
+    free_gpu_memory(runner.device)  # what the first runs of the sizes have left in torch's cache
+    return graphs
+
+
+def record_sizes(runner: ModelRunner, graphs: DecodeGraphs, sizes: list[int]) -> bool:
+    """Whether the graphs of all sizes are recorded, on all ranks."""
+    for size in sizes:
         failure = ""
         try:
-            with current(runner.device), no_garbage_collection():
+            choice = kernel_choice(runner.kernel_choice)
+            with current(runner.device), choice, no_garbage_collection():
                 graphs.record(
                     size, runner.forward, lambda hidden, batch: head(runner, hidden, batch)
                 )
@@ -141,9 +155,8 @@ def record_graphs(runner: ModelRunner, count: int | None = None) -> DecodeGraphs
                 size,
                 failure or "another rank failed",
             )
-            return None
-    free_gpu_memory(runner.device)  # what the first runs of the sizes have left in torch's cache
-    return graphs
+            return False
+    return True
 
 
 def head(runner: ModelRunner, hidden: Tensor, batch: Batch[Tensor]) -> Tensor:

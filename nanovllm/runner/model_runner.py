@@ -17,6 +17,7 @@ from nanovllm.attention.base import AttentionSpec
 from nanovllm.attention.select import select_backend
 from nanovllm.core.batch import Batch
 from nanovllm.core.step import Logprobs, StepResult
+from nanovllm.kernels.choice import kernel_choice
 from nanovllm.parallel import TensorParallel
 from nanovllm.runner.compiled import CompiledModel
 from nanovllm.runner.cpu_program import CpuPrograms
@@ -93,6 +94,7 @@ class ModelRunner:
             name: make() for name, make in READOUTS.items()
         }
         self.num_blocks = 0
+        self.kernel_choice = setup.kernel_choice()
         can_record = self.attention.can_capture and not setup.args.enforce_eager
         is_gpu = self.device.type == "cuda"
         self.programs: CpuPrograms | None = None
@@ -100,9 +102,10 @@ class ModelRunner:
             self.programs = CpuPrograms(self.model, self.attention)
         self.compiled: CompiledModel | None = None
         # On a CPU compiled code is hardly faster than the model's own (docs/experiments.md).
-        if is_gpu and tp.size == 1 and not setup.args.enforce_eager:
-            self.compile_model()
-        self.capture_stream = torch.cuda.Stream(self.device) if can_record and is_gpu else None
+        if self.kernel_choice.compiles and tp.size == 1:
+            self.compile_model(setup.compilation.backend)
+        can_capture = can_record and is_gpu and setup.compilation.cudagraphs is not False
+        self.capture_stream = torch.cuda.Stream(self.device) if can_capture else None
         self.graphs: DecodeGraphs | None = None
         self.freed: set[str] = set()  # by `sleep`: "weights", "kv_cache"
         self.sleeping_weights: SleepingWeights | None = None
@@ -116,14 +119,14 @@ class ModelRunner:
     @torch.inference_mode()
     def launch(self, host_batch: Batch[np.ndarray]) -> PendingStep:
         """Queues one step: model, logits of the rows that sample, their tokens."""
-        with current(self.device):
+        with current(self.device), kernel_choice(self.kernel_choice):
             if self.lora is None:
                 return self.run(host_batch)
             with self.lora.rows_of(host_batch):
                 return self.run(host_batch)
 
     def run(self, host_batch: Batch[np.ndarray]) -> PendingStep:
-        if self.graphs is not None and self.graphs.can_run(host_batch):
+        if self.graphs is not None and self.graphs.has_graph(host_batch):
             if self.graphs.can_sample(host_batch):
                 return PendingStep(Sampled(self.graphs.next_tokens(host_batch)), {}, NO_ROWS)
             hidden = self.graphs.hidden_states(host_batch)
@@ -152,6 +155,22 @@ class ModelRunner:
         if self.compiled is not None and adapter == 0:
             return self.compiled.forward(token_ids)
         return self.model(token_ids, self.attention)
+
+    def drop_recordings(self) -> None:
+        """Frees all that was recorded: decode graphs on a GPU, programs on a CPU.
+
+        Recordings hold the addresses of pages and weights, and the collectives of the group.
+        """
+        if self.graphs is not None:
+            self.graphs.clear()
+            self.graphs = None
+        if self.programs is not None:
+            self.programs.clear()
+
+    def close(self) -> None:
+        """Ends this rank's part: recordings first, because NCCL waits for graphs."""
+        self.drop_recordings()
+        self.tp.close()
 
     def load_adapter(self, number: int, folder: str) -> None:
         """Reads a LoRA adapter, which batches then call `number`."""

@@ -14,9 +14,7 @@ TAGS = ("kv_cache", "weights")
 
 def sleep(runner: ModelRunner, level: int) -> None:
     """Frees the KV cache and the weights. Level 1 keeps a copy of the weights on the host."""
-    runner.graphs = None  # graphs and programs hold the addresses of both
-    if runner.programs is not None:
-        runner.programs.clear()
+    runner.drop_recordings()
     runner.attention.allocate(0)
     if "weights" not in runner.freed:  # a second sleep would lose the copy
         parameters = list(runner.model.parameters())

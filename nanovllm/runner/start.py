@@ -10,7 +10,11 @@ from nanovllm.runner.setup import Setup
 
 def make_runner(setup: Setup, tp: TensorParallel = TensorParallel()) -> ModelRunner:
     runner = ModelRunner(setup, tp)
-    runner.num_blocks = tp.minimum(num_blocks(runner), runner.device)
-    runner.attention.allocate(runner.num_blocks)
-    runner.graphs = record_graphs(runner)
+    try:
+        runner.num_blocks = tp.minimum(num_blocks(runner), runner.device)
+        runner.attention.allocate(runner.num_blocks)
+        runner.graphs = record_graphs(runner)
+    except BaseException:
+        runner.drop_recordings()  # the error's traceback holds the runner
+        raise
     return runner
