@@ -18,6 +18,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import bench
 from benchmarks import engines, limit, ours, peer_files, quantise, workloads
@@ -65,6 +66,18 @@ def test_limit_of_one_request_is_its_weights_and_kv_once_a_token(tmp_path: Path)
     assert found["seconds"] == pytest.approx(
         128 * model.weight_bytes + context * model.kv_bytes + logits
     )
+
+
+def test_the_probe_of_a_gpu_fits_beside_an_engine() -> None:
+    """An engine with its default share leaves 4.7 GiB of an 80 GB GPU."""
+    with FakeTensorMode():  # allocates nothing
+        source, target, a, b = limit.probed_tensors("cuda", "bfloat16")
+    assert {tensor.device.type for tensor in (source, target, a, b)} == {"cuda"}
+    product = a.nbytes
+    needed = source.nbytes + target.nbytes + a.nbytes + b.nbytes + product
+    assert needed <= 1.5 * 2**30
+    largest_cache = 126 << 20  # of a B200
+    assert source.nbytes + target.nbytes >= 8 * largest_cache
 
 
 def test_limit_counts_a_shared_prefix_s_products_once(tmp_path: Path) -> None:
