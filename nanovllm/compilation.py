@@ -27,7 +27,6 @@ KERNELS = frozenset(
         "filter_threshold",
         "route",
         "group_by_expert",
-        "gather",
         "grouped_linear",
         "combine",
         "clamped_swiglu",

@@ -140,9 +140,13 @@ def test_host_and_startup(
     monkeypatch.setenv("CXX", "no-compiler")  # the cold start would otherwise wait for one
     file = tmp_path / "found.json"
     bench.main(["--host", "--json", str(file)])
-    parts = json.loads(file.read_text())["host_us"]
-    assert list(parts) == ["schedule", "prepare", "update", "sum"]
-    assert all(value > 0 for value in parts.values())
+    host = json.loads(file.read_text())["host_us"]
+    for parts in host.values():
+        assert list(parts) == ["schedule", "prepare", "launch", "update", "sum", "launches"]
+        assert all(value > 0 for value in parts.values())
+    # Two graphs, the copy of the inputs, their scatter, the copy of the tokens.
+    plain, inside, outside = (parts["launches"] for parts in host.values())
+    assert plain == inside == 5 < outside
     bench.main(["--startup", "--shape", "tiny", "--repeats", "1", "--json", str(file)])
     assert {
         caches: len(seconds) for caches, seconds in json.loads(file.read_text())["startup"].items()

@@ -7,6 +7,7 @@ results.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,6 +31,8 @@ from nanovllm.runner.readouts.next_tokens import NextTokens, Sampled
 from nanovllm.runner.readouts.registry import READOUTS
 from nanovllm.runner.setup import Setup
 from nanovllm.sampling.logprobs import LogprobsPart
+
+logger = logging.getLogger("nanovllm")
 
 NO_ROWS = np.empty(0, np.int32)
 
@@ -66,7 +69,7 @@ class SleepingWeights:
     """What brings freed weights back: their shapes, and a copy on the host or the checkpoint."""
 
     shapes: list[torch.Size]
-    copies: list[Tensor] | None
+    copies: list[list[Tensor]] | None  # the pieces of each parameter (sleep.pieces_on_host)
 
 
 class ModelRunner:
@@ -101,8 +104,7 @@ class ModelRunner:
         if can_record and not is_gpu and tp.size == 1 and self.model.can_record:
             self.programs = CpuPrograms(self.model, self.attention)
         self.compiled: CompiledModel | None = None
-        # On a CPU compiled code is hardly faster than the model's own (docs/experiments.md).
-        if self.kernel_choice.compiles and tp.size == 1:
+        if setup.compiles_models and tp.size == 1:
             self.compile_model(setup.compilation.backend)
         can_capture = can_record and is_gpu and setup.compilation.cudagraphs is not False
         self.capture_stream = torch.cuda.Stream(self.device) if can_capture else None
@@ -114,7 +116,14 @@ class ModelRunner:
         """Makes steps without adapters run compiled, for models that torch.compile suits."""
         body = self.model.body_to_compile(self.attention)
         if body is not None:
-            self.compiled = CompiledModel(self.model, body, self.attention, backend)
+            done = self.kernel_choice.done
+            self.compiled = CompiledModel(self.model, body, self.attention, backend, done)
+        elif self.device.type == "cpu":
+            logger.info(
+                "compilation_config: mode=%s compiles nothing, because this model runs on the "
+                "CPU's own kernels",
+                self.setup.compilation.mode,
+            )
 
     @torch.inference_mode()
     def launch(self, host_batch: Batch[np.ndarray]) -> PendingStep:
@@ -126,8 +135,8 @@ class ModelRunner:
                 return self.run(host_batch)
 
     def run(self, host_batch: Batch[np.ndarray]) -> PendingStep:
-        if self.graphs is not None and self.graphs.has_graph(host_batch):
-            if not host_batch.parts:
+        if self.graphs is not None and self.graphs.can_run(host_batch):
+            if self.graphs.can_sample(host_batch):
                 return PendingStep(Sampled(self.graphs.next_tokens(host_batch)), {}, NO_ROWS)
             hidden = self.graphs.hidden_states(host_batch)
             batch = to_device(host_batch, self.device)

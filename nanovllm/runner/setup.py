@@ -80,6 +80,18 @@ class Setup:
         compiles = self.device.type == "cuda" and compilation.mode != 0
         return KernelChoice(compilation.left_out(), compiles, compilation.backend)
 
+    @property
+    def compiles_models(self) -> bool:
+        """Whether the models that torch.compile suits run compiled.
+
+        On a CPU they do if the user asks for it, because they are hardly faster then
+        (docs/experiments.md).
+        """
+        mode = self.compilation.mode
+        if self.device.type == "cpu":
+            return mode not in (None, 0)
+        return mode != 0
+
     def _model_config(self) -> ModelConfig:
         """The config of the model. Its `tie_embeddings` follows the checkpoint."""
         args = self.args
