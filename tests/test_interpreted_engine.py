@@ -1,4 +1,4 @@
-"""The whole engine with every Triton kernel, under Triton's interpreter: the tokens are those of the CPU's engine.
+"""The whole engine with every Triton kernel, under the interpreter, gives the tokens of the CPU's engine.
 
 Norms, activations, the K/V write, attention, filters, draws and mixtures of experts run as kernels, in prompts, mixed
 steps and the static path of CUDA graphs. The interpreter is chosen when triton is imported, so one test runs this file
