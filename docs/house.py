@@ -56,6 +56,7 @@ LEVELS = (
         "chat_format",
         "messages",
         "progress",
+        "trace",
     ),
     ("batch", "terminal_chat", "ray"),
     ("cli",),

@@ -654,6 +654,22 @@ def test_filters_on_ties_and_extremes(values):
         assert torch.equal(logits >= threshold, logits == max(values))
 
 
+@runs
+def test_rows_without_a_filter_keep_every_logit():
+    """Whatever the logits and the temperature are: greedy and padding rows have no filter."""
+    logits = torch.randn(5, 3000).to(DEVICE)
+    logits[1] = float("nan")
+    threshold = triton_ops.filter_threshold(
+        logits,
+        tensor([0.0, 0.0, 0.7, 1.0, 1.0]),
+        tensor([0, -1, 3000, 0, 2], torch.int32),
+        tensor([1.0, 1.0, 1.0, 0.5, 1.0]),
+        tensor([0.0] * 5),
+    )
+    assert threshold.isneginf().tolist() == [True, True, True, False, False]
+    assert threshold[4] == logits[4].topk(2).values[1]
+
+
 # Mixtures of experts
 
 

@@ -45,6 +45,7 @@ ONLY_SPEED = (
     "data_parallel_size",
     "distributed_executor_backend",
     "step_timeout",
+    "trace",
 )
 
 Fingerprint = dict[str, str]

@@ -100,7 +100,11 @@ def adapter_bytes(runner: ModelRunner) -> int:
 def graph_bytes(runner: ModelRunner) -> int:
     """Bytes of the decode graphs: the largest one's, and a second one's for each other."""
     before = free_gpu_memory(runner.device)
-    record_graphs(runner, 1)  # libraries take the memory that they then keep
+    # Libraries take the memory that they then keep.
+    if record_graphs(runner, 1) is None:
+        # Nothing else uses the GPU's memory yet, so no recording will ever succeed.
+        runner.capture_stream = None
+        return 0
     free = []
     for count in (1, 2):
         graphs = record_graphs(runner, count)
@@ -114,20 +118,23 @@ def graph_bytes(runner: ModelRunner) -> int:
 def record_graphs(runner: ModelRunner, count: int | None = None) -> DecodeGraphs | None:
     """Decode graphs of the `count` largest sizes (None: of all sizes).
 
-    None where there are no graphs, or one cannot be recorded. Raises RuntimeError if the
-    step itself fails and there are other ranks.
+    None where there are no graphs, or one cannot be recorded: another call may succeed, once
+    there is more memory. Raises RuntimeError if the step itself fails and there are other
+    ranks.
     """
     if runner.capture_stream is None:
         return None
     graphs = DecodeGraphs(runner.setup, runner.capture_stream)
+    if not graphs.sizes:
+        return None
+    is_recorded = False
     try:
-        if record_sizes(runner, graphs, graphs.sizes[::-1][:count]):
-            return graphs
-    except BaseException:
-        graphs.clear()  # the error's traceback holds them
-        raise
-    runner.capture_stream = None
-    return None
+        is_recorded = record_sizes(runner, graphs, graphs.sizes[::-1][:count])
+    finally:
+        if not is_recorded:
+            graphs.clear()  # the traceback of an error holds them
+    free_gpu_memory(runner.device)  # what the first runs of the sizes have left in torch's cache
+    return graphs if is_recorded else None
 
 
 def record_sizes(runner: ModelRunner, graphs: DecodeGraphs, sizes: list[int]) -> bool:

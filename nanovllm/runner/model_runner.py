@@ -69,7 +69,7 @@ class SleepingWeights:
     """What brings freed weights back: their shapes, and a copy on the host or the checkpoint."""
 
     shapes: list[torch.Size]
-    copies: list[Tensor] | None
+    copies: list[list[Tensor]] | None  # the pieces of each parameter (sleep.pieces_on_host)
 
 
 class ModelRunner:
@@ -135,8 +135,8 @@ class ModelRunner:
                 return self.run(host_batch)
 
     def run(self, host_batch: Batch[np.ndarray]) -> PendingStep:
-        if self.graphs is not None and self.graphs.has_graph(host_batch):
-            if not host_batch.parts:
+        if self.graphs is not None and self.graphs.can_run(host_batch):
+            if self.graphs.can_sample(host_batch):
                 return PendingStep(Sampled(self.graphs.next_tokens(host_batch)), {}, NO_ROWS)
             hidden = self.graphs.hidden_states(host_batch)
             batch = to_device(host_batch, self.device)
