@@ -19,7 +19,7 @@ from nanovllm import LLM, SamplingParams
 from nanovllm.attention.base import AttentionSpec
 from nanovllm.attention.select import BACKENDS, make
 from nanovllm.cache.spec import PagedKV
-from nanovllm.runner.cuda_graphs import is_decode
+from nanovllm.runner.cuda_graphs import DecodeGraphs, is_decode
 from nanovllm.runner.model_runner import ModelRunner
 from nanovllm.runner.readouts.next_tokens import NextTokens
 
@@ -155,6 +155,27 @@ def test_any_sampling_gives_the_tokens_of_the_cpu(graphs, overlap):
             assert all(abs(a[token].logprob - b[token].logprob) < 1e-3 for token in a)
 
 
+def test_filters_are_sampled_inside_a_graph(monkeypatch):
+    """Greedy rows, temperatures and filters share one recording, beside padding rows."""
+    folder, _ = shared_model()
+    prompts = random_prompts([12, 20, 5, 33, 8])
+    ways = [{}, {"top_k": 5}, {"temperature": 0.0}, {"top_p": 0.7, "seed": 1}, {"min_p": 0.2}]
+    params = [
+        SamplingParams(max_tokens=24 - 4 * i, ignore_eos=True, **way) for i, way in enumerate(ways)
+    ]
+    expected = make_llm(folder, device="cpu").generate(prompts, params, use_tqdm=False)
+    llm = make_llm(folder)
+
+    def outside(self: DecodeGraphs, batch: Any) -> torch.Tensor:
+        raise AssertionError(f"a batch with {set(batch.parts)} was sampled outside the graph")
+
+    monkeypatch.setattr(DecodeGraphs, "hidden_states", outside)
+    found = llm.generate(prompts, params, use_tqdm=False)
+    assert [out.outputs[0].token_ids for out in found] == [
+        out.outputs[0].token_ids for out in expected
+    ]
+
+
 def test_nothing_waits_for_the_device_between_launches(monkeypatch):
     """torch raises at any operation that makes the host wait. Only `collect` may wait."""
     folder, _ = shared_model()
@@ -214,7 +235,7 @@ def test_a_failed_capture_leaves_an_eager_engine_and_a_healthy_torch(
         patch.setattr(NextTokens, "sample", failing)
         llm = make_llm(folder)
     assert not recorded(llm)
-    assert f"without CUDA graphs, recording a graph for {size} sequences failed" in caplog.text
+    assert f"without CUDA graphs: recording a graph for {size} sequences failed" in caplog.text
     assert torch.cuda.current_stream() == torch.cuda.default_stream()
     torch.manual_seed(0)
     first = torch.rand(3, device="cuda")
