@@ -18,7 +18,7 @@ from hypothesis import event, given, settings
 from hypothesis import strategies as st
 from tiny import greedy, make_llm, nothing_is_left, random_prompts, shared_model  # noqa: F401
 
-from nanovllm import LLM, SamplingParams, kernels
+from nanovllm import LLM, SamplingParams
 from nanovllm.core.ability import ModelFacts
 from nanovllm.core.batch import Batch
 from nanovllm.core.sequence import Sequence
@@ -375,63 +375,6 @@ def test_filters_inside_a_graph_give_the_tokens_of_the_eager_path(overlap):
     prompts, params = mixed_rows(24)
     expected = outputs(make_llm(max_num_seqs=8), prompts, params)
     check_static_path(prompts, params, expected, overlap)
-
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-
-
-@pytest.mark.skipif(not INTERPRETED, reason="test_the_triton_backend_under_the_interpreter runs it")
-def test_greedy_tokens_of_the_triton_backend_equal_transformers():
-    _, model = shared_model()
-    prompts = random_prompts([1, 15, 17, 40, 9])
-    expected = [greedy(model, prompt, 6) for prompt in prompts]
-    llm = make_llm(attention_backend="triton", async_scheduling=True, max_num_seqs=8)
-    graphs = with_static_path(llm)
-    assert (
-        outputs(llm, prompts, SamplingParams(temperature=0, max_tokens=6, ignore_eos=True))
-        == expected
-    )
-    assert graphs.sizes_replayed
-
-
-@pytest.mark.skipif(not INTERPRETED, reason="test_the_triton_backend_under_the_interpreter runs it")
-def test_filters_inside_a_graph_of_the_triton_backend_equal_the_eager_path(monkeypatch):
-    from nanovllm.kernels import triton_ops
-
-    prompts, params = mixed_rows(9)
-    expected = outputs(make_llm(max_num_seqs=8), prompts, params)
-    used = set()
-
-    def triton_for(x: torch.Tensor, name: str) -> Any:
-        used.add(name)
-        return triton_ops
-
-    monkeypatch.setattr(kernels, "triton_for", triton_for)
-    assert DecodeGraphs(make_llm().llm_engine.setup).parts == {"filters"}
-    check_static_path(prompts, params, expected, overlap=True)
-    assert {"draw", "filter_threshold"} <= used
-
-
-@pytest.mark.skipif(
-    INTERPRETED or find_spec("triton") is None, reason="needs triton, not yet interpreting"
-)
-def test_the_triton_backend_under_the_interpreter():
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        __file__,
-        "-k",
-        "of_the_triton_backend",
-    ]
-    done = subprocess.run(
-        command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout[-3000:]
-    assert "2 passed" in done.stdout
 
 
 @pytest.mark.parametrize("overlap", [False, True])
