@@ -127,7 +127,19 @@ def record_graphs(runner: ModelRunner, count: int | None = None) -> DecodeGraphs
     graphs = DecodeGraphs(runner.setup, runner.capture_stream)
     if not graphs.sizes:
         return None
-    for size in graphs.sizes[::-1][:count]:
+    is_recorded = False
+    try:
+        is_recorded = record_sizes(runner, graphs, graphs.sizes[::-1][:count])
+    finally:
+        if not is_recorded:
+            graphs.clear()  # the traceback of an error holds them
+    free_gpu_memory(runner.device)  # what the first runs of the sizes have left in torch's cache
+    return graphs if is_recorded else None
+
+
+def record_sizes(runner: ModelRunner, graphs: DecodeGraphs, sizes: list[int]) -> bool:
+    """Whether the graphs of all sizes are recorded, on all ranks."""
+    for size in sizes:
         failure = ""
         try:
             choice = kernel_choice(runner.kernel_choice)
@@ -146,9 +158,8 @@ def record_graphs(runner: ModelRunner, count: int | None = None) -> DecodeGraphs
                 size,
                 failure or "another rank failed",
             )
-            return None
-    free_gpu_memory(runner.device)  # what the first runs of the sizes have left in torch's cache
-    return graphs
+            return False
+    return True
 
 
 def head(runner: ModelRunner, hidden: Tensor, batch: Batch[Tensor]) -> Tensor:
