@@ -57,12 +57,6 @@ def test_sizes_are_1_2_4_8_then_steps_of_16_then_of_32_up_to_the_most_sequences(
     assert graph_sizes(1000) == [1, 2, 4, 8, *range(16, 256, 16), *range(256, 1000, 32), 1000]
 
 
-def test_sizes_that_the_user_gives_are_the_only_ones():
-    assert graph_sizes(50, (8, 2, 8)) == [2, 8]
-    assert graph_sizes(50, (4, 100)) == [4, 50], "no batch is larger than 50"
-    assert graph_sizes(50, ()) == []
-
-
 @given(st.integers(1, 600), st.data())
 def test_a_batch_gets_the_smallest_size_that_holds_it(most, data):
     sizes = graph_sizes(most)
@@ -146,14 +140,6 @@ def test_temperatures_and_filters_are_sampled_inside_a_graph(extra, inside):
     assert graphs.can_sample(batch) is (not batch.parts), "the plain definition cannot be recorded"
     graphs.parts = {"filters"}
     assert graphs.can_sample(batch) is inside
-
-
-def test_batches_above_the_largest_size_have_no_graph():
-    *_, batch = batches([SamplingParams(), SamplingParams(), SamplingParams()])
-    graphs = DecodeGraphs(make_llm().llm_engine.setup)
-    for sizes, expected in [([1, 2], False), ([1, 4], True)]:
-        graphs.sizes = sizes
-        assert graphs.can_run(batch) is expected
 
 
 def check_rows(inputs: DecodeInputs[np.ndarray], batch: Batch[np.ndarray], size: int) -> None:
@@ -290,6 +276,7 @@ class Replayed(DecodeGraphs):
         self.parts = {"filters"}
         self.sizes_replayed: list[int] = []
         self.sampled = 0
+        self.parts_sampled: set[str] = set()
 
     def _forward(self, batch):
         self.sizes_replayed.append(graph_size(len(batch.attention.context_lens), self.sizes))
@@ -297,6 +284,7 @@ class Replayed(DecodeGraphs):
 
     def next_tokens(self, batch):
         self.sampled += 1
+        self.parts_sampled |= batch.parts.keys()
         return super().next_tokens(batch).clone()
 
 

@@ -127,6 +127,7 @@ def test_tokens_equal_the_cpu_s(every_kernel, family):
         assert ours.outputs[0].token_ids == cpus.outputs[0].token_ids
         assert_same_logprobs(ours.outputs[0].logprobs, cpus.outputs[0].logprobs)
     assert len(graphs.sizes_replayed) > graphs.sampled >= 4
+    assert graphs.parts_sampled == {"filters"}
     assert launched >= KERNELS
     if family == "Qwen3Moe":
         assert launched >= KERNELS_OF_EXPERTS
