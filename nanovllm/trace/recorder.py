@@ -180,7 +180,7 @@ class Recorder:
         first_launched = self.launched[0] if self.launched else None
         while self.queue and self.queue[0] is not first_launched:
             record = self.queue.popleft()
-            line = json.dumps(record, ensure_ascii=False, separators=(",", ":"), default=repr)
+            line = json.dumps(record, separators=(",", ":"), default=repr)
             self.file.write(line)
 
     def _state(self, scheduler: TracedScheduler) -> State:
