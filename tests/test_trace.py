@@ -166,14 +166,20 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 
 def test_numbers_that_json_has_not_are_null(tmp_path: Path) -> None:
     llm = make_llm(trace=tmp_path / "run.jsonl", logprobs_mode="processed_logprobs")
-    params = SamplingParams(max_tokens=2, allowed_token_ids=[256, 257], logprobs=3)
+    biases = {256: float("-inf")}
+    params = SamplingParams(
+        max_tokens=2, allowed_token_ids=[256, 257], logprobs=3, logit_bias=biases
+    )
     llm.generate(PROMPTS[0], params, use_tqdm=False)
     text = (tmp_path / "run.jsonl").read_text()
     assert "Infinity" not in text
     (first, *_) = [
         t for step in of_kind(read(tmp_path / "run.jsonl"), "step") for t in step["tokens"]
     ]
-    assert [value is None for _, value in first["top"]] == [False, False, True]
+    assert [value is None for _, value in first["top"]] == [False, True, True]
+    assert of_kind(read(tmp_path / "run.jsonl"), "request")[0]["params"]["logit_bias"] == str(
+        biases
+    )
 
 
 def test_the_document_names_every_field() -> None:
@@ -532,6 +538,30 @@ def test_an_emptied_prefix_cache_is_in_the_records() -> None:
     run.check(records)
     evictions = [e for r in records for e in r.get("blocks", ()) if e["event"] == "evict"]
     assert any(event["seq"] is None for event in evictions)
+
+
+def test_a_closed_stream_is_in_the_records() -> None:
+    run = recorded(True, True)
+    stream = run.traced.stream(PROMPTS, GREEDY)
+    next(stream)
+    stream.close()
+    aborted = run.new_records()
+    run.traced.generate(PROMPTS, GREEDY, use_tqdm=False)  # a step of the stream was in flight
+    run.check([*aborted, *run.new_records()])
+    assert [finish["reason"] for finish in aborted[-1]["finished"]] == ["abort"] * 2
+
+
+def test_an_engine_that_slept_has_an_empty_cache(tmp_path: Path) -> None:
+    llm = make_llm(trace=tmp_path / "run.jsonl", num_gpu_blocks_override=32)
+    llm.generate(PROMPTS, GREEDY, use_tqdm=False)
+    llm.sleep()
+    llm.wake_up()
+    llm.generate(PROMPTS, GREEDY, use_tqdm=False)
+    replay = Replay(32)
+    for record in read(tmp_path / "run.jsonl"):
+        replay.apply(record)
+    steps = of_kind(read(tmp_path / "run.jsonl"), "step")
+    assert [step["number"] for step in steps if step.get("reset")] == [6]
 
 
 # -- errors ----------------------------------------------------------------------------------------
