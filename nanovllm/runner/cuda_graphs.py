@@ -167,6 +167,10 @@ class DecodeGraphs:
         if stream is not None:
             self.capture = partial(capture, stream, torch.cuda.graph_pool_handle())
 
+    def has_graph(self, batch: Batch[np.ndarray]) -> bool:
+        """Whether the batch is a decode step of at most the largest size."""
+        return is_decode(batch) and len(batch.attention.context_lens) <= self.sizes[-1]
+
     def static_batch(self, size: int) -> Batch[Tensor]:
         """A batch of `size` sequences. Its arrays are views of `inputs`."""
         columns = {}
