@@ -20,15 +20,19 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
+# Kernels that run only where an engine asks for them. No GPU has measured what they bring.
+ON_REQUEST = frozenset({"few_rows_linear", "swiglu_linear", "pdl"})
+
+
 @dataclass(frozen=True)
 class KernelChoice:
-    """What an engine chose. The default runs kernels where there are any, and compiles nothing.
+    """What an engine chose. The default runs all kernels but ON_REQUEST, and compiles nothing.
 
     without: names of hand-written kernels that do not run. compiles: definitions without a
     kernel run compiled. backend: of torch.compile.
     """
 
-    without: frozenset[str] = frozenset()
+    without: frozenset[str] = ON_REQUEST
     compiles: bool = False
     backend: str = "inductor"
 
