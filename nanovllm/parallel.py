@@ -7,6 +7,7 @@ collective on the current stream and works in place, so a CUDA graph can record 
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Protocol, TypeVar, cast
@@ -41,6 +42,7 @@ class Group(Protocol):
     def _allgather_base(
         self, output: Tensor, input: Tensor, opts: AllgatherOptions
     ) -> Work | None: ...
+    def name(self) -> str: ...
     def abort(self) -> None: ...
 
 
@@ -55,6 +57,7 @@ class TensorParallel:
     size: int = 1
     group: Group | None = None
     progress: np.ndarray | None = None  # [size] int64 in shared memory: see `count`
+    is_aborted: bool = False
 
     @classmethod
     def join(cls, store: dist.Store, rank: int, size: int, device: torch.device) -> TensorParallel:
@@ -126,8 +129,24 @@ class TensorParallel:
         if self.progress is not None:
             self.progress[self.rank] += 1
 
+    def abort(self) -> None:
+        """Ends this rank's collectives, whether or not the other ranks still take part.
+
+        NCCL then waits until no CUDA graph holds a collective of the group. Any thread may
+        call this, and a second call does nothing, because two aborts wait for each other.
+        """
+        if self.group is None or self.is_aborted or self.group.name() != "nccl":
+            return
+        self.is_aborted = True
+        with suppress(RuntimeError):  # from connections that are broken already
+            self.group.abort()
+
     def close(self) -> None:
-        """Closes the connections to the other ranks."""
+        """Closes the connections to the other ranks. Graphs of collectives are freed before.
+
+        Waits for no other rank: it may have ended, or wait for this one.
+        """
+        self.abort()
         self.group = None
 
 

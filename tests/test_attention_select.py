@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import logging
 from importlib import import_module
+from subprocess import CalledProcessError
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
+from nanovllm import kernels
 from nanovllm.attention import select
 from nanovllm.attention.base import AttentionSpec
-from nanovllm.attention.select import BACKENDS, select_backend
+from nanovllm.attention.select import BACKENDS, VLLM_NAMES, select_backend
 from nanovllm.attention.torch_backend import TorchAttention
 from nanovllm.cache.spec import PagedKV
+from nanovllm.kernels import moe
 
 
 def spec(device: str = "cpu", dtype: torch.dtype = torch.float32) -> AttentionSpec:
@@ -42,13 +47,53 @@ def test_a_gpu_without_triton_and_flash_attn_runs_the_torch_backend(monkeypatch,
     assert "not triton: No module named" in caplog.text
 
 
+@pytest.fixture
+def first_use_of_triton():
+    for cached in (kernels.gpu, moe.gpu):
+        cached.cache_clear()
+    yield
+    for cached in (kernels.gpu, moe.gpu):
+        cached.cache_clear()
+
+
+@pytest.mark.usefixtures("first_use_of_triton")
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("Failed to find C compiler. Please specify via CC environment variable."),
+        CalledProcessError(1, ["gcc", "cuda_utils.c"]),  # Python.h is missing
+    ],
+)
+def test_a_gpu_on_which_triton_cannot_build_its_launcher_runs_plain_torch(
+    monkeypatch, caplog, error
+):
+    pytest.importorskip("triton")
+
+    def get_current_target() -> None:
+        raise error
+
+    driver = SimpleNamespace(active=SimpleNamespace(get_current_target=get_current_target))
+    monkeypatch.setattr("triton.runtime.driver", driver)
+    on_gpu: Any = SimpleNamespace(is_cuda=True)
+    with caplog.at_level(logging.INFO, "nanovllm"):
+        assert isinstance(select_backend(spec("cuda"), None), TorchAttention)
+        assert kernels.triton_for(on_gpu, "rms_norm") is None
+        assert moe.triton_for(on_gpu, "route") is None
+    (warning,) = [each for each in caplog.records if each.levelname == "WARNING"]
+    assert str(error) in warning.getMessage()
+    assert "install gcc and python3-dev" in warning.getMessage()
+    with pytest.raises(ValueError, match="not triton: Triton cannot run kernels here"):
+        select_backend(spec("cuda"), "triton")
+
+
 @pytest.mark.parametrize(
     ("name", "kv_cache_dtype", "message"),
     [
         (
             "nope",
             "auto",
-            "attention_backend='nope' is not known; accepted are None, 'flash', 'triton', 'cpu', 'torch'",
+            "attention_backend='nope' is not known; accepted are None, 'flash', 'triton', 'varlen', 'cpu', "
+            "'torch', 'FLASH_ATTN', 'TRITON_ATTN', 'CPU_ATTN', 'TORCH_SDPA'",
         ),
         (
             "flash",
@@ -67,6 +112,33 @@ def test_a_backend_that_cannot_run_is_refused_by_a_sentence(name, kv_cache_dtype
     pytest.importorskip("triton")
     with pytest.raises(ValueError, match=message):
         select_backend(spec(), name, kv_cache_dtype)
+
+
+@pytest.mark.parametrize("name", ["FLASHINFER", "FLEX_ATTENTION"])
+def test_a_kernel_of_vllm_s_that_we_lack_is_refused_by_name(name):
+    with pytest.raises(ValueError, match=f"attention_backend='{name}' is not known; accepted"):
+        select_backend(spec(), name)
+
+
+def test_vllm_s_names_of_backends_stand_for_ours():
+    assert isinstance(select_backend(spec(), "TORCH_SDPA"), TorchAttention)
+    with pytest.raises(ValueError, match="not flash: it runs float16 and bfloat16 on CUDA"):
+        select_backend(spec(), "FLASH_ATTN")
+    assert set(VLLM_NAMES.values()) <= set(BACKENDS)
+
+
+def test_a_backend_whose_import_fails_in_any_way_is_passed_over(monkeypatch, caplog):
+    """Triton may import and then find no compiler, or no driver."""
+
+    def failing(name: str) -> object:
+        if name.endswith("cpu_backend"):
+            raise RuntimeError("Failed to find C compiler")
+        return import_module(name)
+
+    monkeypatch.setattr(select, "import_module", failing)
+    with caplog.at_level(logging.INFO, "nanovllm"):
+        assert isinstance(select_backend(spec(), None), TorchAttention)
+    assert "not cpu: Failed to find C compiler" in caplog.text
 
 
 def test_every_name_stands_for_a_backend():

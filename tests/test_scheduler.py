@@ -30,7 +30,7 @@ from nanovllm.core.sequence import PENDING, Sequence
 from nanovllm.core.step import Step
 from nanovllm.engine.batch_builder import build_batch, uniform
 from nanovllm.engine.input_processor import InputProcessor, hash_seed
-from nanovllm.engine.scheduler import Scheduler
+from nanovllm.engine.scheduler import ADMISSION_STEPS, Scheduler
 from nanovllm.runner.readouts.prompt_logprobs import PromptLogprobs
 from nanovllm.sampling.sampler import sampling_abilities
 from nanovllm.sampling_params import SamplingParams
@@ -106,6 +106,7 @@ class Config:
     weak_hash: bool = False
     resets: frozenset[int] = frozenset()  # before which steps the prefix cache is emptied
     policy: str = "fcfs"
+    admission_group: int = 1
 
     @property
     def num_blocks(self) -> int:
@@ -128,6 +129,7 @@ class Config:
             enable_chunked_prefill=self.chunked,
             columns=columns,
             policy=self.policy,
+            admission_group=self.admission_group,
         )
 
 
@@ -201,6 +203,7 @@ class Trace:
         self.streams: dict[int, list[int]] = {}
         self.asked: dict[int, Request] = {}
         self.known: dict[int, tuple[object, np.ndarray]] = {}
+        self.passed_over = 0  # steps in a row that the head of the queue could have entered
 
     def run(self) -> Trace:
         with mock.patch(
@@ -277,7 +280,12 @@ class Trace:
 
     def launch(self) -> tuple[Step, np.ndarray] | None:
         scheduler = self.scheduler
+        head = self.head_that_fits()
         step = scheduler.schedule()
+        is_passed_over = head is not None and head.row < 0
+        self.passed_over = self.passed_over + 1 if is_passed_over else 0
+        limit = 0 if self.config.admission_group == 1 else ADMISSION_STEPS - 1
+        assert self.passed_over <= limit, "the head of the queue waits too long"
         if step is None:
             assert self.in_flight or not scheduler.unfinished, "unfinished work, and nothing runs"
             return None
@@ -290,6 +298,22 @@ class Trace:
             assert end < seq.end, "computes a token that is its last"
         self.steps.append((step, batch))
         return step, self.device.launch(batch, seqs, [self.text(seq) for seq in seqs], self.now)
+
+    def head_that_fits(self) -> Sequence | None:
+        """The first waiting sequence, if a row, blocks and tokens are certainly left for it."""
+        scheduler, table, config = self.scheduler, self.scheduler.table, self.config
+        if not scheduler.waiting or not table.free_rows:
+            return None
+        head = scheduler.waiting[0]
+        running = table.seqs.values()
+        lengths = [int(table.num_tokens[seq.row]) + 1 for seq in running]
+        blocks = sum(ceil_div(length, config.block_size) for length in lengths)
+        used = sum(int(table.num_blocks[seq.row]) for seq in running)
+        growth = ceil_div(len(head.token_ids), config.block_size) + max(blocks - used, 0)
+        tokens = sum(lengths) - sum(int(table.num_computed[seq.row]) for seq in running)
+        tokens += 1 if config.chunked else len(head.token_ids)
+        fits = growth <= scheduler.blocks.num_free and tokens <= config.budget
+        return head if fits else None
 
     def collect(self) -> None:
         (step, tokens), self.in_flight = self.in_flight, None
@@ -417,6 +441,7 @@ def trace_of(data: bytes) -> tuple[Config, list[Request]]:
         weak_hash=dice.rare(5),
         resets=frozenset(dice(0, 40) for _ in range(2)) if dice.rare(8) else frozenset(),
         policy="priority" if dice.rare(4) else "fcfs",
+        admission_group=dice(2, 4) if dice.rare(2) else 1,
     )
 
     def length() -> int:  # half of them next to a block's edge
@@ -450,7 +475,7 @@ def trace_of(data: bytes) -> tuple[Config, list[Request]]:
     return config, requests
 
 
-traces = st.binary(min_size=260, max_size=260).map(trace_of)
+traces = st.binary(min_size=264, max_size=264).map(trace_of)
 
 
 @given(traces)
@@ -697,6 +722,44 @@ def test_longest_first_is_within_four_thirds_of_the_best_order(lengths):
         for row_of in product(range(rows), repeat=len(lengths))
     )
     assert best <= steps_of(lengths, reorder=True) <= (4 / 3 - 1 / (3 * rows)) * best + 1e-9
+
+
+def mixed_steps(trace: Trace) -> list[int]:
+    """The numbers of the steps that hold a prompt."""
+    return [i for i, (_, batch) in enumerate(trace.steps) if batch.attention.num_prefills]
+
+
+def test_prompts_enter_in_groups_when_rows_are_scarce():
+    """Four rows, and each step one sequence ends. A group of two enters every second step."""
+    requests = [
+        Request(plain(4, stem=i % 2), max_tokens=2 + min(i, 3), ignore_eos=True, same_seed=False)
+        for i in range(24)
+    ]
+    alone = run(*requests, max_num_seqs=4, caching=False)
+    groups = run(*requests, max_num_seqs=4, caching=False, admission_group=2)
+    assert len(mixed_steps(alone)) > 0.6 * len(alone.steps)
+    assert len(mixed_steps(groups)) < 0.6 * len(mixed_steps(alone))
+    for seq, other in zip(alone.seqs, groups.seqs):
+        assert seq.token_ids.tolist() == other.token_ids.tolist()
+
+
+def test_a_group_waits_eight_steps_at_most():
+    """The second sequence ends after two tokens, and the first and third are long."""
+    long = Request(plain(4), max_tokens=26, ignore_eos=True)
+    short = Request(plain(4, stem=1), max_tokens=2, ignore_eos=True)
+    requests = [long, short, long, long]
+    config = {"max_num_seqs": 2, "caching": False}
+    assert mixed_steps(run(*requests, **config))[:2] == [0, 2]
+    waited = run(*requests, **config, admission_group=2)
+    assert mixed_steps(waited)[:2] == [0, ADMISSION_STEPS]
+
+
+def test_the_last_waiting_sequences_wait_for_no_group():
+    """As many rows are free as sequences wait, so the rows are not scarce."""
+    short = Request(plain(4, stem=1), max_tokens=2, ignore_eos=True)
+    long = Request(plain(4), max_tokens=20, ignore_eos=True)
+    trace = run(long, short, long, max_num_seqs=2, caching=False, admission_group=2)
+    assert mixed_steps(trace) == [0, 2]
 
 
 def test_sampling_that_needs_the_last_token_waits_for_it():

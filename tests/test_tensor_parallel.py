@@ -21,6 +21,7 @@ import pytest
 import torch
 import torch.distributed
 from tiny import greedy, random_prompts, tiny_model
+from tp_scripts.ends import IN_ORDER, note_ends
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.models.config import check_shards
@@ -339,6 +340,23 @@ def test_engines_live_side_by_side_and_leave_nothing_when_deleted(qwen3, two):
     assert tokens_of(two, [[5, 6, 7]]) == expected
 
 
+@pytest.mark.parametrize("by", ["close", "del"])
+def test_the_group_ends_after_the_graphs_of_its_collectives(qwen3, by):
+    """NCCL's group waits for them, and nothing frees them while it waits."""
+    ends: list[str] = []
+    llm = make_llm(qwen3[0], 1)
+    runner = llm.llm_engine.executor.runner
+    runner.tp = TensorParallel()
+    note_ends(runner, ends.append)
+    if by == "close":
+        llm.llm_engine.executor.close()
+        assert ends == IN_ORDER
+    del llm
+    gc.collect()
+    assert ends == IN_ORDER
+    assert runner.graphs is runner.tp.group is None
+
+
 def run_script(name: str, *args: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, str(SCRIPTS / name), *args],
@@ -353,9 +371,11 @@ def script_env() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), "OMP_NUM_THREADS": "1"}
 
 
-def test_a_script_needs_no_main_guard(qwen3):
-    done = run_script("no_guard.py", qwen3[0])
+def test_a_script_needs_no_main_guard(qwen3, tmp_path):
+    ends = tmp_path / "ends"
+    done = run_script("no_guard.py", qwen3[0], str(ends))
     assert done.returncode == 0, done.stderr
+    assert ends.read_text().splitlines() == IN_ORDER
     tokens, answer = done.stdout.splitlines()[-2:]  # torch 2.8's gloo prints too
     assert json.loads(tokens) == greedy(qwen3[1], [5, 6, 7], 8)
     # Only a function in such a script cannot reach the ranks, and the error says what to add.
@@ -387,6 +407,8 @@ def test_under_torchrun_every_rank_returns_the_same(qwen3, tmp_path, world, size
     assert [tokens for tokens, _ in first[:2]] == [
         greedy(qwen3[1], prompt, 10) for prompt in prompts
     ]
+    for rank in range(world if size > 1 else 0):
+        assert (tmp_path / f"ends {rank}").read_text().splitlines() == IN_ORDER
 
 
 # -- what is refused -----------------------------------------------------------------------------------------------------
@@ -464,9 +486,12 @@ def test_what_rank_0_raises_in_a_step_ends_the_engine(qwen3, monkeypatch):
     def explode(*args: Any) -> None:
         raise ArithmeticError("out of luck")
 
+    ends: list[str] = []
+    note_ends(llm.llm_engine.executor.runner, ends.append)
     monkeypatch.setattr(llm.llm_engine.executor.runner.model.model, "forward", explode)
     with pytest.raises(ArithmeticError, match="out of luck"):
         tokens_of(llm, [[5, 6, 7]])
+    assert ends == IN_ORDER, "an NCCL group that waits for graphs would hide the error"
     with pytest.raises(EngineDeadError, match="rank 0 raised ArithmeticError: out of luck"):
         tokens_of(llm, [[5, 6, 7]])
     assert children(os.getpid()) == processes
@@ -475,13 +500,17 @@ def test_what_rank_0_raises_in_a_step_ends_the_engine(qwen3, monkeypatch):
 def test_a_rank_that_dies_between_calls_is_noticed_at_the_next(qwen3):
     processes = children(os.getpid())
     llm = make_llm(qwen3[0], 2)
+    ends: list[str] = []
+    note_ends(llm.llm_engine.executor.runner, ends.append)
     os.kill(*(children(os.getpid()) - processes), signal.SIGKILL)
     assert wait_until(lambda: children(os.getpid()) == processes)
+    assert not ends, "another thread ends the group, and the graphs may be in use"
     for _ in range(2):
         with pytest.raises(
             EngineDeadError, match=r"this engine is dead and a new one is needed: rank 1 .* SIGKILL"
         ):
             tokens_of(llm, [[5, 6, 7]])
+        assert ends == IN_ORDER
 
 
 def test_a_rank_that_hangs_is_named_after_the_time_limit_of_a_step(qwen3):
@@ -607,7 +636,9 @@ def test_an_nccl_group_of_our_own_works_in_a_cuda_graph():
     graph.replay()
     torch.cuda.synchronize()
     assert torch.equal(x, expected)
-    tp.close()
+    graph.reset()  # or the end of the group waits for it
+    several.close()
+    assert several.is_aborted
 
 
 @pytest.mark.gpu

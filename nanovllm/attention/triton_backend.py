@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nanovllm import kernels
 from nanovllm.attention.base import AttentionBackend, AttentionSpec, zeroed_pages
 from nanovllm.cache.spec import PagedKV
 from nanovllm.core.batch import AttentionMetadata, ceil_div
@@ -482,6 +483,8 @@ class TritonAttention(AttentionBackend):
     def refuses(spec: AttentionSpec) -> str | None:
         if spec.device.type != "cuda" and not INTERPRETED:
             return f"Triton compiles for GPUs, not for {spec.device.type}"
+        if spec.device.type == "cuda" and kernels.gpu() is None:
+            return "Triton cannot run kernels here, and a warning says why"
         capability = gpu_table.device_properties(spec.device).capability
         if capability < OLDEST:
             return "it needs compute capability {}.{} or higher, not {}.{}".format(

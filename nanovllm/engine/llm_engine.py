@@ -23,7 +23,7 @@ import numpy as np
 from nanovllm.config import EngineArgs
 from nanovllm.core.ability import Ability
 from nanovllm.core.adapter import Adapter
-from nanovllm.core.batch import Batch
+from nanovllm.core.batch import Batch, ceil_div
 from nanovllm.core.lora import LoRA
 from nanovllm.core.request import OutputQueue, Request
 from nanovllm.core.sequence import Failure
@@ -53,6 +53,9 @@ from nanovllm.sampling_params import RequestOutputKind, SamplingParams
 
 logger = logging.getLogger("nanovllm")
 
+# A group of waiting sequences takes this part of the rows (docs/experiments.md).
+ADMISSION_GROUPS = 16
+
 NewOutputs = list[tuple[Request, RequestOutput]]
 
 
@@ -71,6 +74,7 @@ class LLMEngine:
     Several threads may use one engine: each method waits for its turn.
     """
 
+    scheduler_class = Scheduler  # trace/ has another
     first_pid: int | None = None  # of the first engine: OpenMP's threads do not survive a fork
 
     def __init__(self, args: EngineArgs) -> None:
@@ -111,11 +115,18 @@ class LLMEngine:
         self.load()
 
     def load(self) -> None:
-        """Starts the ranks and loads the model. Raises ValueError for several engines."""
+        """Starts the ranks and loads the model.
+
+        Raises ValueError for several engines, and for a trace.
+        """
         if self.args.data_parallel_size > 1:
             raise ValueError(
                 f"data_parallel_size={self.args.data_parallel_size}: an LLMEngine is one engine; "
                 "use LLM or AsyncLLM"
+            )
+        if self.args.trace is not None and self.scheduler_class is Scheduler:
+            raise ValueError(
+                f"trace={self.args.trace!r}: an LLMEngine records nothing; use LLM or AsyncLLM"
             )
         self.executor = make_executor(self.setup)
         self.model_executor = client_views.model_executor(self.executor.runner)
@@ -147,7 +158,7 @@ class LLMEngine:
         columns: dict[str, type] = {}
         for ability in self.abilities:
             columns.update(ability.columns)
-        self.scheduler = Scheduler(
+        self.scheduler = self.scheduler_class(
             num_blocks=self.executor.num_blocks,
             block_size=self.setup.block_size,
             max_model_len=self.max_model_len,
@@ -160,9 +171,22 @@ class LLMEngine:
             stats=self.stats,
             policy=self.args.scheduling_policy,
             adapters=self.adapters,
+            admission_group=self._admission_group(),
         )
         self.output_processor.clear()
         self._drop_in_flight()
+
+    def _admission_group(self) -> int:
+        """How many waiting sequences enter together when rows or blocks are scarce.
+
+        More than one where steps of decodes replay CUDA graphs. An urgent sequence does not
+        wait for others, and steps with adapters replay nothing.
+        """
+        args = self.args
+        replays = self.executor.runner.graphs is not None and not args.enable_lora
+        if not replays or args.scheduling_policy == "priority":
+            return 1
+        return ceil_div(self.setup.max_num_seqs, ADMISSION_GROUPS)
 
     # -- requests ----------------------------------------------------------------------------------
 

@@ -23,6 +23,8 @@ from nanovllm.engine.adapters import Adapters
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.stats import EngineStats
 
+ADMISSION_STEPS = 8  # the most steps from one admission to the next, where sequences wait
+
 
 @dataclass
 class Passed:
@@ -33,6 +35,14 @@ class Passed:
 
     head: Sequence
     newest: int
+
+
+@dataclass
+class Full:
+    """The engine when a waiting sequence last found no row or no blocks."""
+
+    num_running: int
+    num_steps: int = 0  # since then
 
 
 class Scheduler:
@@ -59,7 +69,9 @@ class Scheduler:
         stats: EngineStats | None = None,
         policy: str = "fcfs",
         adapters: Adapters | None = None,
+        admission_group: int = 1,
     ) -> None:
+        """admission_group: how many sequences enter together when rows or blocks are scarce."""
         self.block_size = block_size
         self.max_num_batched_tokens = max_num_batched_tokens
         self.eos_token_ids = eos_token_ids
@@ -69,6 +81,8 @@ class Scheduler:
         self.by_priority = policy == "priority"
         self.adapters = adapters  # None: no sequence has an adapter
         self.passed: Passed | None = None
+        self.admission_group = admission_group
+        self.full: Full | None = None
         self.blocks = BlockManager(num_blocks, block_size)
         self.table = SequenceTable(max_num_seqs, max_model_len, block_size, columns)
         self.running = np.empty(0, np.int64)
@@ -119,7 +133,8 @@ class Scheduler:
         sampled = self._advance(rows, counts)
         grants = [(rows, starts, counts, sampled)]
         budget = self.max_num_batched_tokens - int(counts.sum())
-        while self.waiting and budget > 0 and table.free_rows:
+        is_open = self._admits(counts, sampled)
+        while is_open and self.waiting and budget > 0 and table.free_rows:
             if self.stats.num_preemptions > preemptions:
                 break
             seq = self._next_waiting()
@@ -130,10 +145,13 @@ class Scheduler:
             start = table.num_computed[new]
             count = np.minimum(table.num_tokens[new] - start, budget)
             end = int(start[0] + count[0])
-            self._allocate(row, ceil_div(end, self.block_size) - int(table.num_blocks[row]))
+            self._allocate(new, ceil_div(end, self.block_size) - table.num_blocks[new])
             grants.append((new, start, count, self._advance(new, count)))
             self._run(row)
             budget -= int(count[0])
+        if is_open:
+            is_full = bool(self.waiting) and budget > 0
+            self.full = Full(len(self.running)) if is_full else None
         if len(grants) > 1:
             rows, starts, counts, sampled = map(np.concatenate, zip(*grants))
         if not len(rows):
@@ -162,8 +180,10 @@ class Scheduler:
             # A sequence whose end is known, but not its last token, has nothing left to
             # compute.
             wanted = np.where(num_tokens < table.end[rows], num_tokens - computed, 0)
-            wanted_before = np.cumsum(wanted) - wanted
-            counts = np.clip(self.max_num_batched_tokens - wanted_before, 0, wanted)
+            counts = wanted
+            if wanted.sum() > self.max_num_batched_tokens:
+                wanted_before = np.cumsum(wanted) - wanted
+                counts = np.clip(self.max_num_batched_tokens - wanted_before, 0, wanted)
             # A new block is due when the computed tokens no longer fit into the
             # sequence's blocks.
             needed = ceil_div(computed + counts, self.block_size) - table.num_blocks[rows]
@@ -171,10 +191,28 @@ class Scheduler:
             if needed.sum() <= self.blocks.num_free:
                 break
             self._preempt(table.seqs[rows[-1]])
-        for i in np.flatnonzero(needed):
-            self._allocate(int(rows[i]), int(needed[i]))
+        is_short = needed > 0
+        self._allocate(rows[is_short], needed[is_short])
         has_work = counts > 0
         return rows[has_work], counts[has_work].astype(np.int32)
+
+    def _admits(self, counts: np.ndarray, sampled: np.ndarray) -> bool:
+        """Whether waiting sequences may enter a step in which running ones compute `counts`.
+
+        While rows or blocks are scarce, sequences enter in groups. The steps between two
+        groups only decode, and such steps replay CUDA graphs. A group enters when
+        `admission_group` sequences have ended, or as many as wait, or after
+        ADMISSION_STEPS steps. A step that computes a prompt anyway is open to others.
+        """
+        full = self.full
+        if full is None or self.admission_group == 1:
+            return True
+        full.num_steps += 1
+        num_ended = full.num_running - len(self.running)
+        if num_ended >= min(self.admission_group, len(self.waiting)):
+            return True
+        only_decodes = len(counts) > 0 and counts.max() == 1 and bool(sampled.all())
+        return not only_decodes or full.num_steps >= ADMISSION_STEPS
 
     def _next_waiting(self) -> Sequence | None:
         """The first waiting sequence whose adapter may run beside the adapters that run.
@@ -246,10 +284,14 @@ class Scheduler:
             self.stats.prefix_cache_hits += num_cached
         return row
 
-    def _allocate(self, row: int, count: int) -> None:
-        used = int(self.table.num_blocks[row])
-        self.table.block_table[row, used : used + count] = self.blocks.allocate(count)
-        self.table.num_blocks[row] = used + count
+    def _allocate(self, rows: np.ndarray, counts: np.ndarray) -> None:
+        """Gives each row its count of new blocks."""
+        table = self.table
+        owner = np.repeat(rows, counts)
+        first = np.repeat(np.cumsum(counts) - counts, counts)  # of the same owner
+        place = table.num_blocks[owner] + np.arange(len(owner)) - first
+        table.block_table[owner, place] = self.blocks.allocate(len(owner))
+        table.num_blocks[rows] += counts
 
     def _advance(self, rows: np.ndarray, counts: np.ndarray) -> np.ndarray:
         """Counts the tokens as computed and registers full blocks. Returns which rows sample."""

@@ -32,7 +32,7 @@ class GPUKind:
     decode_tile: int = 64
     decode_stages: int = 3
     has_pdl: bool = False  # programmatic dependent launch; not measured
-    few_rows: bool = False  # our products of few rows, see `linear_triton`; not measured
+    few_rows: bool = True  # our products of few rows, see `linear_triton`; not measured
 
 
 # A key tile of 64 in prefill needs the matrix instructions of 9.x and 10.x (wgmma, tcgen05),
@@ -47,16 +47,17 @@ TABLE: dict[tuple[int, int], GPUKind] = {
         prefill_stages=1,
         decode_tile=16,
         decode_stages=1,
+        few_rows=False,
     ),
-    (8, 0): GPUKind("A100, A30", 164, 163, few_rows=True),
-    (8, 6): GPUKind("A10, A40, RTX 30", 100, 99, decode_stages=2, few_rows=True),
-    (8, 7): GPUKind("Jetson Orin", 164, 163, few_rows=True),
-    (8, 9): GPUKind("L4, L40S, RTX 40", 100, 99, decode_stages=2, few_rows=True),
-    (9, 0): GPUKind("H100, H200", 228, 227, prefill_tile=64, has_pdl=True, few_rows=True),
-    (10, 0): GPUKind("B200, B300", 228, 227, prefill_tile=64, has_pdl=True, few_rows=True),
-    (12, 0): GPUKind("RTX 50, RTX PRO 6000", 100, 99, decode_stages=2, has_pdl=True, few_rows=True),
+    (8, 0): GPUKind("A100, A30", 164, 163),
+    (8, 6): GPUKind("A10, A40, RTX 30", 100, 99, decode_stages=2),
+    (8, 7): GPUKind("Jetson Orin", 164, 163),
+    (8, 9): GPUKind("L4, L40S, RTX 40", 100, 99, decode_stages=2),
+    (9, 0): GPUKind("H100, H200", 228, 227, prefill_tile=64, has_pdl=True),
+    (10, 0): GPUKind("B200, B300", 228, 227, prefill_tile=64, has_pdl=True),
+    (12, 0): GPUKind("RTX 50, RTX PRO 6000", 100, 99, decode_stages=2, has_pdl=True),
 }
-AMD = GPUKind("MI300", 64, 64, prefill_stages=2, decode_tile=32, decode_stages=2)
+AMD = GPUKind("MI300", 64, 64, prefill_stages=2, decode_tile=32, decode_stages=2, few_rows=False)
 OLDEST = min(TABLE)
 
 

@@ -15,7 +15,6 @@ from torch.nn.modules import module as torch_module
 
 from nanovllm import kernels
 from nanovllm.core.batch import ceil_div
-from nanovllm.kernels.choice import has_kernel
 from nanovllm.loader.source import Source
 from nanovllm.parallel import TensorParallel
 from nanovllm.weights.select import new_weight
@@ -115,7 +114,7 @@ def swiglu(gate_up: nn.Module, x: Tensor) -> Tensor:
     On a GPU the weight may compute all of it in one kernel. This needs a layer whose result
     no hook reads.
     """
-    if x.is_cuda and has_kernel("swiglu_linear") and is_plain_product(gate_up):
+    if kernels.triton_for(x, "swiglu_linear") is not None and is_plain_product(gate_up):
         assert isinstance(gate_up, ColumnParallelLinear)
         return gate_up.storage.swiglu(gate_up, x, gate_up.bias)
     return kernels.silu_and_mul(gate_up(x))
@@ -228,7 +227,8 @@ class ScaledEmbedding(VocabParallelEmbedding):
     ) -> None:
         super().__init__(vocab_size, hidden_size, tp)
         # Gemma was trained with a factor in the precision of the weights.
-        self.factor: float = torch.tensor(factor, dtype=torch.get_default_dtype()).item()
+        rounded = torch.tensor(factor, dtype=torch.get_default_dtype(), device="cpu")
+        self.factor: float = rounded.item()
 
     def forward(self, token_ids: Tensor) -> Tensor:
         """[T] -> [T, hidden]."""

@@ -49,8 +49,9 @@ class Executor:
     def __init__(self, runner: ModelRunner) -> None:
         self.runner = runner
         self.num_blocks = runner.num_blocks
-        # Also at exit, because gloo's threads abort a process that ends while they run.
-        weakref.finalize(self, runner.tp.close)
+        # Also at exit, because gloo's threads abort a process that ends while they run, and
+        # NCCL's destructor waits for graphs that may be destroyed after it.
+        weakref.finalize(self, runner.close)
 
     def launch(self, batch: Batch[np.ndarray]) -> PendingStep:
         """Queues a step, and does not wait for it."""
@@ -67,7 +68,7 @@ class Executor:
 
     def close(self) -> None:
         """Closes the connections to the other ranks, and ends the ranks of ranks.py."""
-        self.runner.tp.close()
+        self.runner.close()
 
 
 def join_torchrun(setup: Setup, size: int) -> TensorParallel:

@@ -16,11 +16,15 @@ import torch
 from torch import Tensor
 
 from nanovllm.cache.spec import row_bytes
-from nanovllm.core.batch import AttentionMetadata, Batch, SampleRows, Tokens, ceil_div
+from nanovllm.config import EngineArgs
+from nanovllm.core.batch import AttentionMetadata, Batch, Part, SampleRows, Tokens, ceil_div
+from nanovllm.kernels.choice import kernel_choice
 from nanovllm.runner.cuda_graphs import CaptureError, DecodeGraphs
 from nanovllm.runner.device import current, free_gpu_memory
 from nanovllm.runner.model_runner import ModelRunner
 from nanovllm.sampling.filters import FiltersPart
+from nanovllm.sampling.logprobs import LogprobsPart
+from nanovllm.sampling.penalties import PenaltiesPart
 
 logger = logging.getLogger("nanovllm")
 CPU_CACHE_BYTES = 4 << 30
@@ -96,7 +100,11 @@ def adapter_bytes(runner: ModelRunner) -> int:
 def graph_bytes(runner: ModelRunner) -> int:
     """Bytes of the decode graphs: the largest one's, and a second one's for each other."""
     before = free_gpu_memory(runner.device)
-    record_graphs(runner, 1)  # libraries take the memory that they then keep
+    # Libraries take the memory that they then keep.
+    if record_graphs(runner, 1) is None:
+        # Nothing else uses the GPU's memory yet, so no recording will ever succeed.
+        runner.capture_stream = None
+        return 0
     free = []
     for count in (1, 2):
         graphs = record_graphs(runner, count)
@@ -110,16 +118,32 @@ def graph_bytes(runner: ModelRunner) -> int:
 def record_graphs(runner: ModelRunner, count: int | None = None) -> DecodeGraphs | None:
     """Decode graphs of the `count` largest sizes (None: of all sizes).
 
-    None where there are no graphs, or one cannot be recorded. Raises RuntimeError if the
-    step itself fails and there are other ranks.
+    None where there are no graphs, or one cannot be recorded: another call may succeed, once
+    there is more memory. Raises RuntimeError if the step itself fails and there are other
+    ranks.
     """
     if runner.capture_stream is None:
         return None
-    graphs = DecodeGraphs(runner.setup, runner.capture_stream)
-    for size in graphs.sizes[::-1][:count]:
+    with kernel_choice(runner.kernel_choice):
+        graphs = DecodeGraphs(runner.setup, runner.capture_stream)
+    try:
+        is_recorded = record_sizes(runner, graphs, graphs.sizes[::-1][:count])
+    except BaseException:
+        graphs.clear()  # the error's traceback holds them
+        raise
+    if not is_recorded:
+        return None
+    free_gpu_memory(runner.device)  # what the first runs of the sizes have left in torch's cache
+    return graphs
+
+
+def record_sizes(runner: ModelRunner, graphs: DecodeGraphs, sizes: list[int]) -> bool:
+    """Whether the graphs of all sizes are recorded, on all ranks."""
+    for size in sizes:
         failure = ""
         try:
-            with current(runner.device), no_garbage_collection():
+            choice = kernel_choice(runner.kernel_choice)
+            with current(runner.device), choice, no_garbage_collection():
                 graphs.record(
                     size, runner.forward, lambda hidden, batch: head(runner, hidden, batch)
                 )
@@ -134,9 +158,8 @@ def record_graphs(runner: ModelRunner, count: int | None = None) -> DecodeGraphs
                 size,
                 failure or "another rank failed",
             )
-            runner.capture_stream = None
-            return None
-    return graphs
+            return False
+    return True
 
 
 def head(runner: ModelRunner, hidden: Tensor, batch: Batch[Tensor]) -> Tensor:
@@ -163,12 +186,15 @@ def profile_step(runner: ModelRunner) -> int:
     length = min(ceil_div(setup.max_num_batched_tokens, num_seqs), setup.max_model_len)
     blocks = ceil_div(length, setup.block_size)
     runner.attention.allocate(blocks)
-    runner.launch(uniform_batch(num_seqs, length, blocks, setup.config.vocab_size)).collect()
+    batch = uniform_batch(num_seqs, length, blocks)
+    vocab_size = setup.config.vocab_size
+    batch.parts = sampling_parts(num_seqs, length, vocab_size, setup.args.max_logprobs)
+    runner.launch(batch).collect()
     return blocks
 
 
-def uniform_batch(num_seqs: int, length: int, blocks: int, vocab_size: int) -> Batch[np.ndarray]:
-    """Sequences of equal lengths that all write the same pages and sample with filters."""
+def uniform_batch(num_seqs: int, length: int, blocks: int) -> Batch[np.ndarray]:
+    """Sequences of equal lengths that all write the same pages and sample."""
     each = np.arange(num_seqs, dtype=np.int32)
     positions = np.tile(np.arange(length, dtype=np.int32), num_seqs)
     zeros = np.zeros(num_seqs * length, np.int32)
@@ -188,10 +214,32 @@ def uniform_batch(num_seqs: int, length: int, blocks: int, vocab_size: int) -> B
         temperature=np.ones(num_seqs, np.float32),
         uniform=np.zeros(num_seqs, np.float32),
     )
+    return Batch(Tokens(zeros, zeros), attention, sample)
+
+
+def sampling_parts(
+    num_seqs: int, length: int, vocab_size: int, max_logprobs: int
+) -> dict[str, Part[np.ndarray]]:
+    """Filters, penalties and logprobs of all sequences, each of which has `length` tokens.
+
+    max_logprobs: -1 allows the whole vocabulary, which is not what most requests ask for.
+    """
+    each = np.arange(num_seqs, dtype=np.int32)
+    ones = np.ones(num_seqs, np.float32)
     filters = FiltersPart(
         at=each,
         top_k=np.full(num_seqs, vocab_size, np.int32),
-        top_p=np.full(num_seqs, 0.9, np.float32),
-        min_p=np.zeros(num_seqs, np.float32),
+        top_p=0.9 * ones,
+        min_p=0 * ones,
     )
-    return Batch(Tokens(zeros, zeros), attention, sample, {"filters": filters})
+    penalties = PenaltiesPart(
+        at=each,
+        presence=0.1 * ones,
+        frequency=0.1 * ones,
+        repetition=1.1 * ones,
+        history=np.zeros(num_seqs * length, np.int32),
+        history_start=np.arange(num_seqs + 1, dtype=np.int32) * length,
+        prompt_lens=np.ones(num_seqs, np.int32),
+    )
+    k = min(vocab_size, max_logprobs if max_logprobs > 0 else EngineArgs.max_logprobs)
+    return {"filters": filters, "penalties": penalties, "logprobs": LogprobsPart(each, k)}

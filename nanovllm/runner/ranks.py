@@ -96,6 +96,7 @@ class SpawnedExecutor(Executor):
             )
         # A rank's share of the cores, for rank 0 too, because ranks wait for each other.
         self.threads = max(1, torch.get_num_threads() // size) if setup.device.type == "cpu" else 0
+        self.tp = TensorParallel()  # `_start` joins the others
         self.slots = [Slot(os.memfd_create("nanovllm")) for _ in range(2)]
         self.progress = Progress(os.memfd_create("nanovllm"), size)
         self.step_timeout = setup.args.step_timeout
@@ -127,14 +128,13 @@ class SpawnedExecutor(Executor):
         self.workers.send(pickle.dumps(Start(setup, port, size, user_script())))
         self.workers.replies()
         tp = self.workers.unless_dead(lambda: TensorParallel.join(store, 0, size, setup.device))
-        if setup.device.type == "cuda":
-            assert tp.group is not None
-            self.workers.on_failure = tp.group.abort
+        self.tp = tp
+        self.workers.on_failure = tp.abort
         tp.progress = self.progress.counts
         return make_runner(setup, tp)
 
     def launch(self, batch: Batch[np.ndarray]) -> PendingOnAllRanks:
-        self.workers.check()
+        self._check()
         with uninterrupted(), self._few_threads():
             try:
                 self.runner.tp.count()
@@ -162,13 +162,13 @@ class SpawnedExecutor(Executor):
             self._fail(err)
             raise
         # If a rank died, the result is wrong, because NCCL's collectives were aborted.
-        self.workers.check()
+        self._check()
         return result
 
     def collective_rpc(
         self, method: Method, args: tuple[object, ...] = (), kwargs: dict[str, object] | None = None
     ) -> list[object]:
-        self.workers.check()
+        self._check()
         try:
             message = pickle.dumps(Call(method, args, kwargs or {}))
         except Exception as err:
@@ -199,8 +199,22 @@ class SpawnedExecutor(Executor):
         return results
 
     def close(self) -> None:
+        self._free_graphs()
         self.close_once()
-        super().close()
+        self.tp.close()
+
+    def _free_graphs(self) -> None:
+        """Frees this rank's recordings, because `on_failure` in another thread waits for them."""
+        if hasattr(self, "runner"):
+            self.runner.drop_recordings()
+
+    def _check(self) -> None:
+        """Raises EngineDeadError if a rank has failed or the engine is closed."""
+        try:
+            self.workers.check()
+        except EngineDeadError:
+            self.close()
+            raise
 
     @contextmanager
     def _few_threads(self) -> Iterator[None]:
@@ -245,9 +259,7 @@ class SpawnedExecutor(Executor):
             self.workers.failed.wait(5 * GRACE)
         other_failed = self.workers.failed.is_set()
         self.workers.failure = self.workers.failure or f"rank 0 raised {type(err).__name__}: {err}"
-        self.close_once()
-        if hasattr(self, "runner"):
-            self.runner.tp.close()
+        self.close()
         if other_failed and not isinstance(err, EngineDeadError):
             raise EngineDeadError(self.workers.failure) from err
 
@@ -579,6 +591,7 @@ def serve(rank: int, connection: Connection, slots: list[Slot], progress_fd: int
         message = connection.recv_bytes()
         while message:
             if message == STOP:
+                runner.close()
                 return
             connection.send_bytes(REPLY + answer(runner, message, start.script))
             message = connection.recv_bytes()

@@ -1,8 +1,13 @@
-"""What torchrun runs: every rank generates the same prompts and writes down what it got."""
+"""What torchrun runs: every rank generates the same prompts and writes its tokens to a file.
+
+It ends without closing the engine, and another file gets the ends of graphs and group.
+"""
 
 import json
 import os
 import sys
+
+from ends import note_ends
 
 from nanovllm import LLM, SamplingParams
 
@@ -25,3 +30,12 @@ for params in (greedy, drawn):
         results.append([completion.token_ids, completion.cumulative_logprob])
 with open(f"{out}/{os.environ['RANK']}.json", "w") as file:
     json.dump(results, file)
+
+
+def note(end):
+    with open(f"{out}/ends {os.environ['RANK']}", "a") as file:
+        print(end, file=file)
+
+
+if int(size) > 1:
+    note_ends(llm.llm_engine.executor.runner, note)

@@ -1,7 +1,13 @@
-"""A user's script without a __main__ guard: prints a JSON line of tokens, then what apply_model makes of a function in it."""
+"""A user's script without a __main__ guard, and without an end of the engine.
+
+Prints a JSON line of tokens, then the answer of apply_model to a function of the script.
+argv: the model's folder, the file for the ends of graphs and group.
+"""
 
 import json
 import sys
+
+from ends import note_ends
 
 from nanovllm import LLM, SamplingParams
 
@@ -26,3 +32,11 @@ try:
     print(llm.apply_model(layers))
 except RuntimeError as err:
     print(str(err).splitlines()[-1])
+
+
+def note(end):
+    with open(sys.argv[2], "a") as file:
+        print(end, file=file)
+
+
+note_ends(llm.llm_engine.executor.runner, note)
