@@ -667,7 +667,7 @@ def test_rows_without_a_filter_keep_every_logit():
         tensor([0.0] * 5),
     )
     assert threshold.isneginf().tolist() == [True, True, True, False, False]
-    assert threshold[4] == logits[4].topk(2).values[1]
+    assert (logits[4] >= threshold[4]).sum() == 2
 
 
 # Mixtures of experts
