@@ -124,17 +124,17 @@ def record_graphs(runner: ModelRunner, count: int | None = None) -> DecodeGraphs
     """
     if runner.capture_stream is None:
         return None
-    graphs = DecodeGraphs(runner.setup, runner.capture_stream)
-    if not graphs.sizes:
-        return None
-    is_recorded = False
+    with kernel_choice(runner.kernel_choice):
+        graphs = DecodeGraphs(runner.setup, runner.capture_stream)
     try:
         is_recorded = record_sizes(runner, graphs, graphs.sizes[::-1][:count])
-    finally:
-        if not is_recorded:
-            graphs.clear()  # the traceback of an error holds them
+    except BaseException:
+        graphs.clear()  # the error's traceback holds them
+        raise
+    if not is_recorded:
+        return None
     free_gpu_memory(runner.device)  # what the first runs of the sizes have left in torch's cache
-    return graphs if is_recorded else None
+    return graphs
 
 
 def record_sizes(runner: ModelRunner, graphs: DecodeGraphs, sizes: list[int]) -> bool:
