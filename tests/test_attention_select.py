@@ -71,6 +71,12 @@ def test_the_oldest_gpus_of_the_triton_backend_run_float16(monkeypatch, capabili
     assert refused is None if reason is None else reason in (refused or "")
 
 
+def test_a_gpu_has_the_row_of_its_capability_or_of_the_next_lower_one():
+    rows = {(9, 0): (9, 0), (8, 9): (8, 9), (10, 3): (10, 0), (12, 1): (12, 0), (7, 0): (7, 5)}
+    for capability, row in rows.items():
+        assert gpu_table.gpu_kind(capability) is gpu_table.TABLE[row]
+
+
 @pytest.fixture
 def first_use_of_triton():
     for cached in (kernels.gpu, moe.gpu):

@@ -1,8 +1,9 @@
 """What our GPU kernels choose on each kind of GPU: one table, and the shapes that follow from it.
 
 A shape is a dict of launch options: sizes of tiles, warps, stages of the pipeline and a
-bound for registers. The compiler says that the shapes fit and spill nothing
-(tests/gpu/compile_matrix.py). No GPU has measured the entries marked "not measured".
+bound for registers. The compiler says that the shapes fit, and spill nothing but for the
+exceptions in docs/benchmarks.md (tests/gpu/compile_matrix.py). No GPU has measured the
+entries marked "not measured".
 """
 
 from __future__ import annotations
