@@ -10,6 +10,7 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -189,7 +190,14 @@ def profile_step(runner: ModelRunner) -> int:
     batch = uniform_batch(num_seqs, length, blocks)
     vocab_size = setup.config.vocab_size
     batch.parts = sampling_parts(num_seqs, length, vocab_size, setup.args.max_logprobs)
-    runner.launch(batch).collect()
+    # Plain definitions take more memory than compiled ones, and a start takes less time
+    # without compilations that no request may need.
+    choice = runner.kernel_choice
+    runner.kernel_choice = replace(choice, compiles=False)
+    try:
+        runner.launch(batch).collect()
+    finally:
+        runner.kernel_choice = choice
     return blocks
 
 
