@@ -18,7 +18,8 @@ from nanovllm.attention.select import BACKENDS, VLLM_NAMES, select_backend
 from nanovllm.attention.torch_backend import TorchAttention
 from nanovllm.cache.spec import PagedKV
 from nanovllm.compilation import Compilation
-from nanovllm.kernels import moe
+from nanovllm.kernels import gpu_table, moe
+from nanovllm.kernels.gpu_table import DeviceProperties
 from nanovllm.runner.setup import Setup
 
 
@@ -48,6 +49,26 @@ def test_a_gpu_without_triton_and_flash_attn_runs_the_torch_backend(monkeypatch,
         assert isinstance(select_backend(spec("cuda"), None), TorchAttention)
     assert "not flash: No module named" in caplog.text
     assert "not triton: No module named" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "reason"),
+    [
+        ((7, 0), torch.float16, "7.5 or higher, not 7.0"),
+        ((7, 5), torch.bfloat16, "dtype='float16' runs"),
+        ((7, 5), torch.float16, None),
+        ((12, 1), torch.bfloat16, None),
+    ],
+)
+def test_the_oldest_gpus_of_the_triton_backend_run_float16(monkeypatch, capability, dtype, reason):
+    pytest.importorskip("triton")
+    from nanovllm.attention.triton_backend import TritonAttention
+
+    found = DeviceProperties(capability, 40)
+    monkeypatch.setattr(gpu_table, "device_properties", lambda device: found)
+    monkeypatch.setattr(kernels, "gpu", lambda: kernels)
+    refused = TritonAttention.refuses(spec("cuda", dtype))
+    assert refused is None if reason is None else reason in (refused or "")
 
 
 @pytest.fixture

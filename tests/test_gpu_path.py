@@ -5,6 +5,7 @@ A step must not wait for the device, mix devices, or hand a kernel what the kern
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -128,15 +129,36 @@ def test_products_of_few_rows_run_only_on_request(monkeypatch):
         assert gpu.launched.isdisjoint({"_linear_kernel", "_swiglu_kernel"})
 
 
-def test_a_hook_on_gate_up_sees_the_product(monkeypatch):
-    """SwiGLU in the epilogue has no such product, so a layer with a hook runs without it."""
+class Seen(torch.nn.Module):
+    """A layer around a projection that notes the width of its product."""
+
+    def __init__(self, projection: torch.nn.Module, widths: set[int]) -> None:
+        super().__init__()
+        self.projection = projection
+        self.widths = widths
+
+    def forward(self, x: Tensor) -> Tensor:
+        product = self.projection(x)
+        self.widths.add(product.shape[1])
+        return product
+
+
+@pytest.mark.parametrize("how", ["hook", "forward", "layer"])
+def test_what_reads_the_product_of_gate_up_gets_it(monkeypatch, how):
+    """SwiGLU in the epilogue has no such product, so these layers run without it."""
     folder, _ = shared_model()
-    widths = set()
+    widths: set[int] = set()
     with fake_cuda(monkeypatch) as gpu:
         llm = few_rows_llm(folder, enforce_eager=True)
         for layer in llm.llm_engine.executor.runner.model.model.layers:
             projection = layer.mlp.gate_up_proj
-            projection.register_forward_hook(lambda layer, args, out: widths.add(out.shape[1]))
+            if how == "hook":
+                projection.register_forward_hook(lambda layer, args, out: widths.add(out.shape[1]))
+            elif how == "forward":
+                product = type(projection).forward
+                projection.forward = Seen(partial(product, projection), widths).forward
+            else:
+                layer.mlp.gate_up_proj = Seen(projection, widths)
         generate(llm, WAYS[:2])
         assert widths == {len(projection.weight)}
         assert "_swiglu_kernel" not in gpu.launched

@@ -180,6 +180,13 @@ def test_products_of_few_rows(compiled, rows):
         assert max(int(n) for n in re.findall(r"cp\.async\.wait_group\s+(\d+)", ptx)) >= 2
 
 
+def test_one_compilation_serves_many_numbers_of_rows(compiled):
+    """A CUDA graph is recorded for each of some thirty numbers of rows."""
+    for rows in (65, 128, 129, 200, 256):
+        multiply_once(rows)
+    assert len({id(kernel) for kernel in compiled}) == 2
+
+
 @pytest.mark.parametrize("capability", [80, 86, 100, 120])
 def test_products_of_few_rows_fit_every_gpu(capability):
     with compiling_for(NoDevice(capability)) as kernels:

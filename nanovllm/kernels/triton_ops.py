@@ -10,6 +10,7 @@ before each store, because the bfloat16 arithmetic of Triton's interpreter is wr
 from __future__ import annotations
 
 from dataclasses import dataclass
+from inspect import signature
 
 import torch
 import triton
@@ -36,9 +37,21 @@ def compute_type(dtype: torch.dtype) -> tl.dtype:
 # before it still runs. A kernel with PDL must `wait` before its first access to memory.
 
 
+def compiles_pdl() -> bool:
+    """Whether Triton can compile `wait`. The compiler of 3.4 cannot call its own gdc_wait."""
+    if INTERPRETED:
+        return False
+    cuda = getattr(tl.extra, "cuda", None)
+    gdc_wait = getattr(cuda, "gdc_wait", None)
+    return gdc_wait is not None and "_semantic" in signature(gdc_wait).parameters
+
+
+COMPILES_PDL = compiles_pdl()
+
+
 def pdl(device: torch.device) -> dict[str, bool]:
-    """Launch options: PDL where the engine chose it and the GPU has it."""
-    if has_kernel("pdl") and gpu_table.device_properties(device).kind.has_pdl:
+    """Launch options: PDL where the engine chose it, and the GPU and Triton have it."""
+    if COMPILES_PDL and has_kernel("pdl") and gpu_table.device_properties(device).kind.has_pdl:
         return {"PDL": True, "launch_pdl": True}
     return {"PDL": False}
 
