@@ -13,11 +13,13 @@ from itertools import count
 from types import FunctionType
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nanovllm.attention.base import AttentionBackend
 from nanovllm.loader.fields import cause
+from nanovllm.models.base import LanguageModel
 from nanovllm.runner.cpu_program import Structure
+from nanovllm.runner.cuda_graphs import CaptureError
 
 logger = logging.getLogger("nanovllm")
 
@@ -33,7 +35,11 @@ class CompiledModel:
     """
 
     def __init__(
-        self, model: nn.Module, body: Body, attention: AttentionBackend, backend: str = "inductor"
+        self,
+        model: LanguageModel,
+        body: Body,
+        attention: AttentionBackend,
+        backend: str = "inductor",
     ) -> None:
         """backend: of torch.compile."""
         self.model = model
@@ -44,21 +50,27 @@ class CompiledModel:
         self.has_failed = False
         self.reported: set[str] = set()
 
-    def forward(self, input_ids: Tensor) -> Tensor:
-        """input_ids [T] int64 -> hidden states [T, hidden]. For steps without LoRA adapters."""
+    def forward(self, input_ids: Tensor, attention: AttentionBackend) -> Tensor:
+        """input_ids [T] int64 -> hidden states [T, hidden]. For steps without LoRA adapters.
+
+        attention: what the layers call, which is the backend or stands for it.
+        """
         if self.has_failed or not self.is_current():
-            return self.model(input_ids, self.attention)
+            return self.model(input_ids, attention)
+        self.model.attend_by(attention)
         positions = self.attention.meta.positions.long()
         if len(input_ids) > 1:  # torch always compiles a size of 1 apart
             for each in (input_ids, positions):
                 torch._dynamo.mark_dynamic(each, 0)
         try:
             return self.run(self.body, input_ids, positions)
+        except CaptureError:
+            raise
         except Exception as err:  # torch's compilers may raise any type
             self.has_failed = True
             self.report(f"torch.compile failed ({cause(err)})")
         # An error of the step itself is raised here again.
-        return self.model(input_ids, self.attention)
+        return self.model(input_ids, attention)
 
     def is_current(self) -> bool:
         """Whether the compiled code, or the code that will be compiled now, is the model's."""

@@ -8,8 +8,9 @@ from __future__ import annotations
 import gc
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from nanovllm.core.batch import AttentionMetadata, Batch, SampleRows, Tokens, ce
 from nanovllm.runner.cuda_graphs import CaptureError, DecodeGraphs
 from nanovllm.runner.device import current, free_gpu_memory
 from nanovllm.runner.model_runner import ModelRunner
+from nanovllm.runner.pieces import CudaRecorder, Pieces
 from nanovllm.sampling.filters import FiltersPart
 
 logger = logging.getLogger("nanovllm")
@@ -93,17 +95,33 @@ def adapter_bytes(runner: ModelRunner) -> int:
     return runner.lora.num_bytes() * runner.setup.args.num_adapters
 
 
+Recorded = TypeVar("Recorded", DecodeGraphs, Pieces)
+
+
 def graph_bytes(runner: ModelRunner) -> int:
-    """Bytes of the decode graphs: the largest one's, and a second one's for each other."""
+    """Bytes of the decode graphs, and of the pieces of steps with prompts."""
+    return recorded_bytes(runner, record_graphs) + recorded_bytes(runner, record_pieces)
+
+
+def recorded_bytes(
+    runner: ModelRunner, record: Callable[[ModelRunner, int], Recorded | None]
+) -> int:
+    """Bytes of what `record` records: the largest size's, and a second one's for each other."""
     before = free_gpu_memory(runner.device)
-    record_graphs(runner, 1)  # libraries take the memory that they then keep
+    record(runner, 1)  # libraries take the memory that they then keep
     free = []
     for count in (1, 2):
-        graphs = record_graphs(runner, count)
+        recorded = record(runner, count)
         free.append(free_gpu_memory(runner.device))
-        num_others = len(graphs.sizes) - 1 if graphs else 0
-        del graphs
+        num_others = len(recorded.sizes) - 1 if recorded else 0
+        del recorded
     return before - free[0] + num_others * max(free[0] - free[1], 0)
+
+
+def record(runner: ModelRunner) -> None:
+    """Records what steps on a GPU replay."""
+    runner.graphs = record_graphs(runner)
+    runner.pieces = record_pieces(runner)
 
 
 @torch.inference_mode()
@@ -116,38 +134,76 @@ def record_graphs(runner: ModelRunner, count: int | None = None) -> DecodeGraphs
     if runner.capture_stream is None:
         return None
     graphs = DecodeGraphs(runner.setup, runner.capture_stream)
-    try:
-        if record_sizes(runner, graphs, graphs.sizes[::-1][:count]):
-            return graphs
-    except BaseException:
-        graphs.clear()  # the error's traceback holds them
-        raise
+
+    def record_size(size: int) -> None:
+        graphs.record(size, runner.forward, lambda hidden, batch: head(runner, hidden, batch))
+
+    if record_sizes(runner, graphs, count, record_size, "decoding"):
+        return graphs
     runner.capture_stream = None
     return None
 
 
-def record_sizes(runner: ModelRunner, graphs: DecodeGraphs, sizes: list[int]) -> bool:
-    """Whether the graphs of all sizes are recorded, on all ranks."""
-    for size in sizes:
-        failure = ""
-        try:
-            with current(runner.device), no_garbage_collection():
-                graphs.record(
-                    size, runner.forward, lambda hidden, batch: head(runner, hidden, batch)
+@torch.inference_mode()
+def record_pieces(runner: ModelRunner, count: int | None = None) -> Pieces | None:
+    """The pieces of steps with prompts, of the `count` largest sizes (None: of all sizes).
+
+    As `record_graphs`.
+    """
+    if runner.capture_stream is None or not runner.records_pieces:
+        return None
+    pieces = Pieces(runner.setup, runner.attention, CudaRecorder(runner.capture_stream))
+
+    def record_size(size: int) -> None:
+        pieces.record(size, runner.forward)
+
+    if record_sizes(runner, pieces, count, record_size, "prefill"):
+        return pieces
+    runner.records_pieces = False
+    return None
+
+
+def record_sizes(
+    runner: ModelRunner,
+    recorded: DecodeGraphs | Pieces,
+    count: int | None,
+    record_size: Callable[[int], None],
+    what: str,
+) -> bool:
+    """Whether the `count` largest sizes (None: all sizes) are recorded, on all ranks."""
+    try:
+        for size in recorded.sizes[::-1][:count]:
+            failure = failure_of(runner, record_size, size)
+            # All ranks replay or none does, because padding makes their collectives differ.
+            if not runner.tp.minimum(not failure, runner.device):
+                logger.warning(
+                    "%s runs without CUDA graphs: recording a graph for %d %s failed: %s",
+                    what,
+                    size,
+                    recorded.unit,
+                    failure or "another rank failed",
                 )
-        except RuntimeError as error:
-            if runner.tp.size > 1 and not isinstance(error, CaptureError):
-                raise  # the other ranks wait inside this step's collectives
-            failure = str(error) or type(error).__name__
-        # All ranks replay or none does, because padding makes their collectives differ.
-        if not runner.tp.minimum(not failure, runner.device):
-            logger.warning(
-                "decoding runs without CUDA graphs: recording a graph for %d sequences failed: %s",
-                size,
-                failure or "another rank failed",
-            )
-            return False
+                return False
+    except BaseException:
+        recorded.clear()  # the error's traceback holds the graphs
+        raise
     return True
+
+
+def failure_of(runner: ModelRunner, record_size: Callable[[int], None], size: int) -> str:
+    """Records a size. Returns why that failed, or nothing.
+
+    Raises RuntimeError if the step itself fails and there are other ranks, because they
+    wait inside the collectives of this step.
+    """
+    try:
+        with current(runner.device), no_garbage_collection():
+            record_size(size)
+    except RuntimeError as error:
+        if runner.tp.size > 1 and not isinstance(error, CaptureError):
+            raise
+        return str(error) or type(error).__name__
+    return ""
 
 
 def head(runner: ModelRunner, hidden: Tensor, batch: Batch[Tensor]) -> Tensor:

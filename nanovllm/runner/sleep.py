@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from nanovllm.runner.device import free_gpu_memory, to_host
-from nanovllm.runner.memory import record_graphs
+from nanovllm.runner.memory import record
 from nanovllm.runner.model_runner import ModelRunner, SleepingWeights
 
 TAGS = ("kv_cache", "weights")
@@ -36,7 +36,7 @@ def wake_up(runner: ModelRunner, tag: str) -> None:
         bring_weights_back(runner)
     runner.freed.discard(tag)
     if not runner.freed:
-        runner.graphs = record_graphs(runner)
+        record(runner)
 
 
 def bring_weights_back(runner: ModelRunner) -> None:
