@@ -27,19 +27,18 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
+from benchmarks.host_time import FILTERS, host_time
 from benchmarks.limit import LARGE_GPU_STEP, Machine, Sizes, limit, probe, sizes_of
-from benchmarks.ours import Checkpoint, Host, ceil_div, default_dtype, model_config
+from benchmarks.ours import Checkpoint, ceil_div, default_dtype, model_config
 from benchmarks.peer_files import SIMPLE_FORMATS, gguf_file, hf_folder, quantised_file
 from benchmarks.process import Engine, exit_on_signals
-from benchmarks.workloads import SHAPES, WORKLOADS, Workload, draw, smollm2, write_shape
+from benchmarks.workloads import SHAPES, WORKLOADS, Workload, smollm2, write_shape
 
 # "dequantised" is nanovllm itself, with the weights of a GGUF file dequantised.
 PEERS = ("hf", "vllm", "llama.cpp", "dequantised")
@@ -448,33 +447,6 @@ class ModelBench:
             self.results["nanovllm", name].profile = reply
 
 
-def host_time(count: int = 256, steps: int = 200) -> dict[str, float]:
-    """Median microseconds of the host's work on a decode step of `count` sequences.
-
-    The model is replaced by a constant. Prompts have 100 to 1024 tokens, the temperature
-    is 0.6. A step is scheduled, prepared (packed into the one buffer that the device
-    reads) and updated.
-    """
-    prompts, _ = draw(count, 100, 1024)
-    outputs = [steps + 50] * count
-    host = Host(prompts, outputs, 1024 + outputs[0], LARGE_GPU_STEP)
-    parts: dict[str, list[float]] = {"schedule": [], "prepare": [], "update": [], "sum": []}
-    while len(parts["sum"]) < steps:
-        times = [time.perf_counter()]
-        step = host.schedule()
-        assert step is not None
-        times.append(time.perf_counter())
-        host.prepare(step)
-        times.append(time.perf_counter())
-        host.update(step)
-        times.append(time.perf_counter())
-        tokens = int((step.ends - step.starts).sum())
-        if len(step.rows) == tokens == count:  # a step of decodes only
-            for name, seconds in zip(parts, (*np.diff(times), times[-1] - times[0])):
-                parts[name].append(float(seconds))
-    return {name: 1e6 * statistics.median(seconds) for name, seconds in parts.items()}
-
-
 # -- reports ---------------------------------------------------------------------------------------
 
 COLUMNS = [
@@ -775,10 +747,19 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def run_host() -> dict[str, Any]:
-    parts = host_time()
+    found = {
+        "temperature": host_time({}),
+        "top-p + top-k": host_time(FILTERS),
+        "top-p + top-k outside the graph": host_time(FILTERS, records_filters=False),
+    }
     print("Host, decode step of 256 sequences, microseconds (median):\n")
-    print(table(list(parts), [[f"{value:.0f}" for value in parts.values()]]))
-    return {"host_us": parts}
+    names = ["sampling", *found["temperature"]]
+    rows = [
+        [sampling, *(f"{value:.0f}" for value in parts.values())]
+        for sampling, parts in found.items()
+    ]
+    print(table(names, rows))
+    return {"host_us": found}
 
 
 def run_startup(bench: Bench) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from benchmarks.ours import Host, ModelConfig
 from benchmarks.workloads import Workload
@@ -36,11 +37,7 @@ def probe(device: str, dtype: str) -> Machine:
 
     The best of several tries counts, because other programs slow it.
     """
-    size = 8192 if device == "cuda" else 2048
-    a, b = (torch.randn(size, size, device=device).to(getattr(torch, dtype)) for _ in range(2))
-    copied = 2 << 30 if device == "cuda" else 256 << 20  # bytes
-    source = torch.zeros(copied // 4, device=device)
-    target = torch.ones_like(source)
+    source, target, a, b = probed_tensors(device, dtype)
 
     def best(work: Callable[[], Any]) -> float:
         times = []
@@ -53,7 +50,22 @@ def probe(device: str, dtype: str) -> Machine:
         return min(times)
 
     bandwidth = 2 * source.nbytes / best(lambda: target.copy_(source))
-    return Machine(bandwidth, 2 * size**3 / best(lambda: a @ b))
+    return Machine(bandwidth, 2 * len(a) ** 3 / best(lambda: a @ b))
+
+
+def probed_tensors(device: str, dtype: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(source, target) of a copy and (a, b) of a product.
+
+    On a GPU they take little memory, because an engine may use nearly all of it meanwhile.
+    The two of the copy are several times as large as the caches of any GPU.
+    """
+    size = 8192 if device == "cuda" else 2048
+    copied = 512 << 20 if device == "cuda" else 256 << 20  # bytes
+    source = torch.zeros(copied // 4, device=device)
+    target = torch.ones_like(source)
+    # Drawn in their dtype, because float32 numbers would take twice the memory meanwhile.
+    a, b = (torch.randn(size, size, device=device, dtype=getattr(torch, dtype)) for _ in range(2))
+    return source, target, a, b
 
 
 @dataclass

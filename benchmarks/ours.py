@@ -1,4 +1,4 @@
-"""The only file of the benchmark that knows the inside of nanovllm.
+"""With host_time.py the only file of the benchmark that knows the inside of nanovllm.
 
 engines.py imports this file only in nanovllm's process: peers run without nanovllm.
 """
@@ -13,12 +13,12 @@ import numpy as np
 import torch
 
 from nanovllm import kernels, loader
-from nanovllm.core.batch import ceil_div, pack
-from nanovllm.core.sequence import Sequence
+from nanovllm.core.batch import Batch, ceil_div
 from nanovllm.core.step import Step
 from nanovllm.engine import llm_engine
 from nanovllm.engine.batch_builder import build_batch
 from nanovllm.engine.detokenizer import Detokenizer
+from nanovllm.engine.input_processor import InputProcessor
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.loader import gguf_tokenizer
 from nanovllm.models.config import ModelConfig
@@ -26,9 +26,12 @@ from nanovllm.models.registry import read_config
 from nanovllm.runner.model_runner import PendingStep
 from nanovllm.runner.readouts.next_tokens import NextTokens
 from nanovllm.runner.setup import pick_dtype
-from nanovllm.sampling_params import SamplingParams
+from nanovllm.sampling.sampler import sampling_abilities
+from nanovllm.sampling_params import RequestOutputKind, SamplingParams
 
 PAGE = 16  # tokens of a page of the KV cache
+VOCAB_SIZE = 151936  # of Qwen3
+ABILITIES = sampling_abilities()
 
 
 def default_dtype(device: str) -> torch.dtype:
@@ -74,39 +77,56 @@ class Host:
     """The host's half of an engine, without a model: every sampled token is token 7."""
 
     def __init__(
-        self, prompts: list[list[int]], outputs: list[int], max_model_len: int, step_tokens: int
+        self,
+        prompts: list[list[int]],
+        outputs: list[int],
+        max_model_len: int,
+        step_tokens: int,
+        filters: dict[str, Any] | None = None,
     ) -> None:
         """outputs[i]: new tokens of prompts[i]. step_tokens: the most tokens of a step.
 
-        The KV cache is large enough for all requests, so that none is preempted.
+        filters: arguments of SamplingParams, beside a temperature of 0.6. The KV cache is
+        large enough for all requests, so that none is preempted.
         """
         self.tokens = np.full(len(prompts), 7, np.int64)
         pages = sum(ceil_div(len(p) + n, PAGE) for p, n in zip(prompts, outputs))
+        columns: dict[str, type] = {}
+        for ability in ABILITIES:
+            columns.update(ability.columns)
         self.scheduler = Scheduler(
             num_blocks=pages,
             block_size=PAGE,
             max_model_len=max_model_len,
             max_num_seqs=len(prompts),
             max_num_batched_tokens=step_tokens,
+            columns=columns,
+        )
+        processor = InputProcessor(
+            None,
+            vocab_size=VOCAB_SIZE,
+            eos_token_ids=frozenset(),
+            max_model_len=max_model_len,
+            seed=0,
+            abilities=ABILITIES,
         )
         for i, (prompt, count) in enumerate(zip(prompts, outputs)):
-            sequence = Sequence(
-                seq_id=i,
-                params=SamplingParams(temperature=0.6, max_tokens=count, ignore_eos=True),
-                token_ids=np.array(prompt, np.int32),
-                end=len(prompt) + count,
-                seed=i,
+            params = SamplingParams(
+                temperature=0.6, max_tokens=count, ignore_eos=True, **(filters or {})
             )
-            self.scheduler.add(sequence)
+            request = processor.process(
+                str(i), prompt, params, max_logprobs=20, output_kind=RequestOutputKind.FINAL_ONLY
+            )
+            self.scheduler.add(*request.seqs)
 
     def schedule(self) -> Step | None:
         """The next step, or None after the last."""
         return self.scheduler.schedule()
 
-    def prepare(self, step: Step) -> None:
-        """Packs the step into the one buffer that the device reads."""
-        batch, _ = build_batch(self.scheduler.table, step, PAGE)
-        pack(batch)
+    def prepare(self, step: Step) -> Batch[np.ndarray]:
+        """The arrays that the device half gets."""
+        batch, _ = build_batch(self.scheduler.table, step, PAGE, ABILITIES)
+        return batch
 
     def update(self, step: Step) -> None:
         self.scheduler.update(step, self.tokens[: len(step.sampled)])

@@ -1,4 +1,4 @@
-"""The console script `nanovllm`: batch files and a chat in the terminal.
+"""The console script `nanovllm`: batch files, a chat in the terminal, a recorded run.
 
 Imports the engine after the arguments are checked, because torch takes seconds.
 """
@@ -15,6 +15,7 @@ from typing import NoReturn
 from nanovllm.config import EngineArgs
 
 USAGE_ERROR = 2
+TRACED_TOKENS = 64  # of an answer of `nanovllm trace`, by default
 INTERRUPTED = 130  # as shells say it: 128 and the number of SIGINT
 
 
@@ -49,6 +50,14 @@ def make_parser() -> argparse.ArgumentParser:
         )
     )
     add_chat(commands.add_parser("chat", help="chat in the terminal"))
+    add_trace(
+        commands.add_parser(
+            "trace",
+            help="record a run as a page",
+            description="Completes prompts and records every step: a page (.html), JSON lines "
+            "(.jsonl) or Chrome's trace events (.json).",
+        )
+    )
     return parser
 
 
@@ -156,3 +165,43 @@ def chat(args: argparse.Namespace, engine_args: EngineArgs) -> None:
     from nanovllm.terminal_chat import run
 
     run(engine_args, args.system_prompt, args.sampling_params)
+
+
+def add_trace(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "-p", "--prompt", action="append", required=True, help="text; may be given several times"
+    )
+    parser.add_argument(
+        "-o", "--output-file", default="run.html", help="the record; the default is run.html"
+    )
+    parser.add_argument(
+        "--max-tokens",
+        type=int,
+        help=f"of each answer; without it the sampling parameters', or {TRACED_TOKENS}",
+    )
+    parser.add_argument("--logprobs", type=int, help="record as many likely tokens")
+    add_sampling(parser)
+    EngineArgs.add_cli_args(parser)
+    parser.set_defaults(run=trace)
+
+
+def trace(args: argparse.Namespace, engine_args: EngineArgs) -> None:
+    from nanovllm.batch.columns import check_names
+    from nanovllm.batch.work import sampling_defaults
+    from nanovllm.llm import LLM
+    from nanovllm.sampling_params import SamplingParams
+
+    check_names(args.sampling_params)
+    llm = LLM(**{**vars(engine_args), "trace": args.output_file})
+    fields = {
+        "max_tokens": TRACED_TOKENS,
+        **sampling_defaults(llm.llm_engine, args.sampling_params),
+    }
+    for name in ("max_tokens", "logprobs"):
+        if getattr(args, name) is not None:
+            fields[name] = getattr(args, name)
+    params = SamplingParams.from_optional(**fields)
+    for output in llm.generate(args.prompt, params):
+        for completion in output.outputs:
+            print(f"{output.prompt}{completion.text}")
+    print(f"{args.output_file} is written.", file=sys.stderr)

@@ -55,7 +55,8 @@ def reading(field: Field[object]) -> dict[str, Any]:
     if annotation.startswith("dict"):
         return {"type": json.loads}
     if words[0] == "Sequence":
-        return {"nargs": "+"}
+        numbers = {"type": int} if "int" in words else {}
+        return {"nargs": "+", **numbers}
     if "int" in words:
         return {"type": int}
     if "float" in words:

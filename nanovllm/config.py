@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from nanovllm import cli_args
 from nanovllm.compat import NANO_VLLM_NAMES, NEUTRAL, NO_EFFECT
+from nanovllm.compilation import Compilation
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -31,6 +32,7 @@ DTYPES = {
     "float": "float32",
     "float32": "float32",
 }
+TRACE_ENDINGS = (".html", ".jsonl", ".json")
 LOGPROBS_MODES = ("raw_logprobs", "processed_logprobs", "raw_logits", "processed_logits")
 
 
@@ -78,7 +80,11 @@ class EngineArgs:
     enable_prefix_caching: bool = True
     enable_chunked_prefill: bool = True
     async_scheduling: bool | None = None
-    enforce_eager: bool = False
+    enforce_eager: bool = False  # no torch.compile, no CUDA graphs, no recorded CPU programs
+    compilation_config: dict[str, object] | Compilation | int | str | None = None
+    cudagraph_capture_sizes: Sequence[int] | None = None  # numbers of sequences with graphs
+    max_cudagraph_capture_size: int | None = None
+    cuda_graph_sizes: Sequence[int] | None = None  # the older form: sizes, or the largest alone
     max_logprobs: int = 20
     logprobs_mode: str = "raw_logprobs"
     logits_processors: Sequence[object] | None = None  # classes, or names "module:Class"
@@ -95,6 +101,7 @@ class EngineArgs:
     data_parallel_size: int = 1  # engines over one queue, each in a process of its own
     distributed_executor_backend: str | None = None
     step_timeout: float | None = None  # seconds after which a rank that hangs ends the engine
+    trace: str | None = None  # file that records the run: .html, .jsonl or .json
 
     def __init__(self, model: str, **kwargs: object) -> None:
         self.model = model
@@ -133,6 +140,7 @@ class EngineArgs:
         self._check_numbers()
         self._check_generation_config()
         self._check_lora()
+        self._check_trace()
 
     def _check_names(self) -> None:
         if not isinstance(self.model, (str, os.PathLike)):
@@ -202,6 +210,28 @@ class EngineArgs:
         dtype = str(self.lora_dtype).removeprefix("torch.")
         one_of("lora_dtype", dtype, tuple(DTYPES))
         self.lora_dtype = DTYPES[dtype]
+
+    def _check_trace(self) -> None:
+        if self.trace is None:
+            return
+        if not isinstance(self.trace, (str, os.PathLike)):
+            raise TypeError(f"trace={self.trace!r} must be None or the path of a file")
+        self.trace = str(self.trace)
+        if Path(self.trace).suffix not in TRACE_ENDINGS:
+            raise ValueError(
+                f"trace={self.trace!r} must end in .html (a page), .jsonl (one record a line) or "
+                ".json (Chrome's trace events)"
+            )
+        if self.data_parallel_size > 1:
+            raise ValueError(
+                f"data_parallel_size={self.data_parallel_size}: a trace records one engine; "
+                "accepted with trace is 1"
+            )
+        if self.distributed_executor_backend == "external_launcher":
+            raise ValueError(
+                "distributed_executor_backend='external_launcher': all processes would write "
+                f"trace={self.trace!r}; accepted with trace are None, 'uni' and 'mp'"
+            )
 
     def _check_formats(self) -> None:
         if self.load_format == "fastsafetensors":  # another reader of the same files

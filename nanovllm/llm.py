@@ -73,6 +73,7 @@ class LLM:
         enable_chunked_prefill: bool = True,
         async_scheduling: bool | None = None,
         enforce_eager: bool = False,
+        compilation_config: dict[str, object] | int | str | None = None,
         max_logprobs: int = 20,
         logprobs_mode: str = "raw_logprobs",
         logits_processors: Sequence[object] | None = None,
@@ -88,6 +89,7 @@ class LLM:
         data_parallel_size: int = 1,
         distributed_executor_backend: str | None = None,
         step_timeout: float | None = None,
+        trace: str | None = None,
         **others: object,
     ) -> None:
         """model: a folder in Hugging Face's layout, a .gguf file, or a name on their hub.
@@ -455,6 +457,10 @@ def run(streams: Sequence[Stream], use_tqdm: Progress) -> list[RequestOutput]:
 
 def make_engine(args: EngineArgs) -> LLMEngine:
     """One engine in this process, or several behind one queue."""
+    if args.trace is not None:
+        from nanovllm.trace.engine import TracedEngine  # nothing of it runs without a trace
+
+        return TracedEngine(args)
     if args.data_parallel_size == 1:
         return LLMEngine(args)
     from nanovllm.data_parallel import DataParallelEngine  # one engine needs nothing of it

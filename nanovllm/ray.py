@@ -73,7 +73,9 @@ class LLMPredictor:
         A column `sampling_params` replaces fields for one row. Without a seed there, the
         samples of two runs differ, because Ray gives rows to replicas as they are free.
         """
-        self.engine = make_engine(EngineArgs(**engine_args))
+        args = EngineArgs(**engine_args)
+        check_trace(args)
+        self.engine = make_engine(args)
         self.format = Columns(sampling_defaults(self.engine, sampling_params or {}))
         self.num_seen = int.from_bytes(os.urandom(6), "big")  # begins the seeds of this replica
 
@@ -281,6 +283,15 @@ def import_ray() -> Any:
     return ray
 
 
+def check_trace(args: EngineArgs) -> None:
+    """Raises ValueError for a trace, which all replicas would write."""
+    if args.trace is not None:
+        raise ValidationError(
+            f"trace={args.trace!r} is not supported with Ray, which starts several engines; "
+            "accepted is None"
+        )
+
+
 def check(options: job.Options, cluster: Cluster) -> None:
     """Raises ValueError for options that cannot work on a cluster."""
     positive("concurrency", cluster.concurrency, optional=True)
@@ -291,6 +302,7 @@ def check(options: job.Options, cluster: Cluster) -> None:
             f"data_parallel_size={options.args.data_parallel_size} is not supported with --ray; "
             "use --concurrency, which is the number of engines in the cluster"
         )
+    check_trace(options.args)
     output = options.output_file
     if output.exists() and not output.is_dir():
         raise ValidationError(f"output_file={str(output)!r} is a file; --ray writes a folder")

@@ -23,6 +23,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 LONG_FIRST = (
     r"test_under_the_interpreter\[attention\]",
     r"test_under_the_interpreter\[rest\]",
+    r"test_the_engine_under_the_interpreter",
     r"/test_tensor_parallel\.py",
     r"/test_triton_compile\.py.*\[80",
     r"/test_triton_compile\.py",

@@ -14,7 +14,7 @@ import torch
 from nanovllm import kernels
 from nanovllm.attention import select
 from nanovllm.attention.base import AttentionSpec
-from nanovllm.attention.select import BACKENDS, select_backend
+from nanovllm.attention.select import BACKENDS, VLLM_NAMES, select_backend
 from nanovllm.attention.torch_backend import TorchAttention
 from nanovllm.cache.spec import PagedKV
 from nanovllm.kernels import moe
@@ -92,7 +92,8 @@ def test_a_gpu_on_which_triton_cannot_build_its_launcher_runs_plain_torch(
         (
             "nope",
             "auto",
-            "attention_backend='nope' is not known; accepted are None, 'flash', 'triton', 'cpu', 'torch'",
+            "attention_backend='nope' is not known; accepted are None, 'flash', 'triton', 'varlen', 'cpu', "
+            "'torch', 'FLASH_ATTN', 'TRITON_ATTN', 'CPU_ATTN', 'TORCH_SDPA'",
         ),
         (
             "flash",
@@ -111,6 +112,33 @@ def test_a_backend_that_cannot_run_is_refused_by_a_sentence(name, kv_cache_dtype
     pytest.importorskip("triton")
     with pytest.raises(ValueError, match=message):
         select_backend(spec(), name, kv_cache_dtype)
+
+
+@pytest.mark.parametrize("name", ["FLASHINFER", "FLEX_ATTENTION"])
+def test_a_kernel_of_vllm_s_that_we_lack_is_refused_by_name(name):
+    with pytest.raises(ValueError, match=f"attention_backend='{name}' is not known; accepted"):
+        select_backend(spec(), name)
+
+
+def test_vllm_s_names_of_backends_stand_for_ours():
+    assert isinstance(select_backend(spec(), "TORCH_SDPA"), TorchAttention)
+    with pytest.raises(ValueError, match="not flash: it runs float16 and bfloat16 on CUDA"):
+        select_backend(spec(), "FLASH_ATTN")
+    assert set(VLLM_NAMES.values()) <= set(BACKENDS)
+
+
+def test_a_backend_whose_import_fails_in_any_way_is_passed_over(monkeypatch, caplog):
+    """Triton may import and then find no compiler, or no driver."""
+
+    def failing(name: str) -> object:
+        if name.endswith("cpu_backend"):
+            raise RuntimeError("Failed to find C compiler")
+        return import_module(name)
+
+    monkeypatch.setattr(select, "import_module", failing)
+    with caplog.at_level(logging.INFO, "nanovllm"):
+        assert isinstance(select_backend(spec(), None), TorchAttention)
+    assert "not cpu: Failed to find C compiler" in caplog.text
 
 
 def test_every_name_stands_for_a_backend():

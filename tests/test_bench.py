@@ -18,6 +18,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import bench
 from benchmarks import engines, limit, ours, peer_files, quantise, workloads
@@ -65,6 +66,18 @@ def test_limit_of_one_request_is_its_weights_and_kv_once_a_token(tmp_path: Path)
     assert found["seconds"] == pytest.approx(
         128 * model.weight_bytes + context * model.kv_bytes + logits
     )
+
+
+def test_the_probe_of_a_gpu_fits_beside_an_engine() -> None:
+    """An engine with its default share leaves 4.7 GiB of an 80 GB GPU."""
+    with FakeTensorMode():  # allocates nothing
+        source, target, a, b = limit.probed_tensors("cuda", "bfloat16")
+    assert {tensor.device.type for tensor in (source, target, a, b)} == {"cuda"}
+    product = a.nbytes
+    needed = source.nbytes + target.nbytes + a.nbytes + b.nbytes + product
+    assert needed <= 1.5 * 2**30
+    largest_cache = 126 << 20  # of a B200
+    assert source.nbytes + target.nbytes >= 8 * largest_cache
 
 
 def test_limit_counts_a_shared_prefix_s_products_once(tmp_path: Path) -> None:
@@ -127,9 +140,13 @@ def test_host_and_startup(
     monkeypatch.setenv("CXX", "no-compiler")  # the cold start would otherwise wait for one
     file = tmp_path / "found.json"
     bench.main(["--host", "--json", str(file)])
-    parts = json.loads(file.read_text())["host_us"]
-    assert list(parts) == ["schedule", "prepare", "update", "sum"]
-    assert all(value > 0 for value in parts.values())
+    host = json.loads(file.read_text())["host_us"]
+    for parts in host.values():
+        assert list(parts) == ["schedule", "prepare", "launch", "update", "sum", "launches"]
+        assert all(value > 0 for value in parts.values())
+    # Two graphs, the copy of the inputs, their scatter, the copy of the tokens.
+    plain, inside, outside = (parts["launches"] for parts in host.values())
+    assert plain == inside == 5 < outside
     bench.main(["--startup", "--shape", "tiny", "--repeats", "1", "--json", str(file)])
     assert {
         caches: len(seconds) for caches, seconds in json.loads(file.read_text())["startup"].items()

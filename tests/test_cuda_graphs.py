@@ -6,13 +6,9 @@ stale or misplaced input gives other tokens than transformers'. tests/gpu has th
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -22,14 +18,15 @@ from hypothesis import event, given, settings
 from hypothesis import strategies as st
 from tiny import greedy, make_llm, nothing_is_left, random_prompts, shared_model  # noqa: F401
 
-from nanovllm import LLM, SamplingParams
+from nanovllm import LLM, SamplingParams, kernels
+from nanovllm.core.ability import ModelFacts
 from nanovllm.core.batch import Batch
 from nanovllm.core.sequence import Sequence
 from nanovllm.engine.batch_builder import build_batch
 from nanovllm.engine.input_processor import InputProcessor
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.parallel import TensorParallel
-from nanovllm.runner import memory
+from nanovllm.runner import memory, sleep
 from nanovllm.runner.cuda_graphs import (
     NEVER_ENDED,
     CaptureError,
@@ -43,18 +40,28 @@ from nanovllm.runner.decode_inputs import DecodeInputs
 from nanovllm.runner.pieces import piece_sizes
 from nanovllm.runner.readouts.prompt_logprobs import PromptLogprobs, PromptLogprobsPart
 from nanovllm.runner.setup import Setup
+from nanovllm.sampling.filters import FILTERS_OFF, Filters, FiltersPart
 from nanovllm.sampling.sampler import sampling_abilities
 
 ABILITIES = [*sampling_abilities(), PromptLogprobs()]
+FILTERS = Filters()
+FACTS = ModelFacts(vocab_size=100, eos_token_ids=frozenset(), encode=lambda text: [])
 
 
-def test_sizes_are_1_2_4_8_then_steps_of_16_up_to_the_most_sequences():
+def test_sizes_are_1_2_4_8_then_steps_of_16_then_of_32_up_to_the_most_sequences():
     assert graph_sizes(1) == [1]
     assert graph_sizes(3) == [1, 2, 3]
     assert graph_sizes(8) == [1, 2, 4, 8]
     assert graph_sizes(16) == [1, 2, 4, 8, 16]
     assert graph_sizes(50) == [1, 2, 4, 8, 16, 32, 48, 50]
     assert graph_sizes(256) == [1, 2, 4, 8, *range(16, 257, 16)]
+    assert graph_sizes(1000) == [1, 2, 4, 8, *range(16, 256, 16), *range(256, 1000, 32), 1000]
+
+
+def test_sizes_that_the_user_gives_are_the_only_ones():
+    assert graph_sizes(50, (8, 2, 8)) == [2, 8]
+    assert graph_sizes(50, (4, 100)) == [4, 50], "no batch is larger than 50"
+    assert graph_sizes(50, ()) == []
 
 
 @given(st.integers(1, 600), st.data())
@@ -121,22 +128,33 @@ def test_only_steps_of_one_sampled_token_a_sequence_are_decode_steps():
 
 
 @pytest.mark.parametrize(
-    ("extra", "plain"),
+    ("extra", "inside"),
     [
         ({}, True),
         ({"temperature": 0.0}, True),
-        ({"top_p": 0.9}, False),
-        ({"top_k": 3}, False),
-        ({"min_p": 0.1}, False),
-        ({"logprobs": 2}, False),
+        ({"top_p": 0.9}, True),
+        ({"top_k": 3}, True),
+        ({"min_p": 0.1}, True),
+        ({"top_p": 0.9, "logprobs": 2}, False),
         ({"logit_bias": {1: 5.0}}, False),
         ({"allowed_token_ids": [1, 2]}, False),
         ({"presence_penalty": 0.5}, False),
     ],
 )
-def test_only_temperatures_are_sampled_inside_a_graph(extra, plain):
+def test_temperatures_and_filters_are_sampled_inside_a_graph(extra, inside):
     *_, batch = batches([SamplingParams(), SamplingParams(**extra)])
-    assert (not batch.parts) is plain
+    graphs = DecodeGraphs(make_llm().llm_engine.setup)
+    assert graphs.can_sample(batch) is (not batch.parts), "the plain definition cannot be recorded"
+    graphs.parts = {"filters"}
+    assert graphs.can_sample(batch) is inside
+
+
+def test_batches_above_the_largest_size_have_no_graph():
+    *_, batch = batches([SamplingParams(), SamplingParams(), SamplingParams()])
+    graphs = DecodeGraphs(make_llm().llm_engine.setup)
+    for sizes, expected in [([1, 2], False), ([1, 4], True)]:
+        graphs.sizes = sizes
+        assert graphs.can_run(batch) is expected
 
 
 def check_rows(inputs: DecodeInputs[np.ndarray], batch: Batch[np.ndarray], size: int) -> None:
@@ -155,6 +173,12 @@ def check_rows(inputs: DecodeInputs[np.ndarray], batch: Batch[np.ndarray], size:
     for name in ("temperature", "uniform"):
         expected = np.zeros(size, np.float32)
         expected[: len(batch.sample.temperature)] = getattr(batch.sample, name)
+        np.testing.assert_array_equal(inputs.columns[name][:size], expected, err_msg=name)
+    filters = batch.parts.get("filters")
+    for name, off in FILTERS_OFF.items():
+        expected = np.full(size, off, np.float32)
+        if isinstance(filters, FiltersPart):
+            expected[filters.at] = getattr(filters, name)
         np.testing.assert_array_equal(inputs.columns[name][:size], expected, err_msg=name)
     assert (inputs.columns["slot_mapping"][count:size] == -1).all()
     assert (inputs.columns["context_lens"][count:size] == 1).all()
@@ -210,14 +234,24 @@ def test_a_device_that_gets_the_changes_alone_has_every_batch(data):
         max_model_len=max_len,
         max_num_seqs=most,
         max_num_batched_tokens=32,
+        columns=FILTERS.columns,
     )
     rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
     for i in range(data.draw(st.integers(1, 30))):
         prompt = rng.integers(0, 50, rng.integers(1, 20)).astype(np.int32)
-        params = SamplingParams(temperature=float(rng.choice([0, 0.7])), max_tokens=20, seed=i)
-        scheduler.add(
-            Sequence(i, params, prompt, end=int(len(prompt) + rng.integers(1, 20)), seed=i)
+        params = SamplingParams(
+            temperature=float(rng.choice([0, 0.7])),
+            top_k=int(rng.choice([0, 5])),
+            top_p=float(rng.choice([1, 0.5])),
+            max_tokens=20,
+            seed=i,
         )
+        seq = Sequence(i, params, prompt, end=int(len(prompt) + rng.integers(1, 20)), seed=i)
+        prepared = FILTERS.prepare(params, FACTS)
+        if prepared is not None:
+            seq.abilities = 1
+            seq.prepared = {"filters": prepared}
+        scheduler.add(seq)
     host, device, sizes, seen = (
         inputs_of(most, max_blocks),
         inputs_of(most, max_blocks),
@@ -228,7 +262,7 @@ def test_a_device_that_gets_the_changes_alone_has_every_batch(data):
     while scheduler.unfinished:
         step = scheduler.schedule()
         if step is not None:
-            batch, _ = build_batch(scheduler.table, step, block_size)
+            batch, _ = build_batch(scheduler.table, step, block_size, [FILTERS])
             if is_decode(batch):
                 size = graph_size(len(batch.attention.context_lens), sizes)
                 places, values = host.update(batch, size)
@@ -254,13 +288,16 @@ class Replayed(DecodeGraphs):
 
     def __init__(self, setup: Setup) -> None:
         super().__init__(setup)
+        self.parts = {"filters"}
         self.sizes_replayed: list[int] = []
+        self.sampled = 0
 
     def _forward(self, batch):
         self.sizes_replayed.append(graph_size(len(batch.attention.context_lens), self.sizes))
         return super()._forward(batch)
 
     def next_tokens(self, batch):
+        self.sampled += 1
         return super().next_tokens(batch).clone()
 
 
@@ -302,6 +339,45 @@ def test_greedy_tokens_equal_transformers(backend, overlap):
     assert {1, 2, 4, 8, 16} <= set(graphs.sizes_replayed)
 
 
+# Greedy, temperature and every filter, alone and together; neighbours differ.
+MIXED = [
+    {},
+    {"top_k": 3},
+    {"temperature": 0.0},
+    {"top_p": 0.5, "temperature": 0.8},
+    {"min_p": 0.3, "seed": 4},
+    {"top_k": 40, "top_p": 0.8, "min_p": 0.02, "temperature": 1.5},
+    {"temperature": 0.6, "seed": 5},
+]
+
+
+def mixed_rows(longest: int) -> tuple[list[list[int]], list[SamplingParams]]:
+    """Prompts and params. The batches shrink from 7 rows to 1, so graphs have padding rows."""
+    params = [
+        SamplingParams(max_tokens=longest - i, ignore_eos=True, **way)
+        for i, way in enumerate(MIXED)
+    ]
+    return random_prompts([12, 20, 5, 33, 8, 17, 2]), params
+
+
+def check_static_path(
+    prompts: list[list[int]], params: list[SamplingParams], expected: object, overlap: bool
+) -> None:
+    llm = make_llm(async_scheduling=overlap, max_num_seqs=8)
+    graphs = with_static_path(llm)
+    assert outputs(llm, prompts, params) == expected
+    assert graphs.sampled == len(graphs.sizes_replayed) >= 8, "no step sampled outside"
+    plain = SamplingParams(temperature=0, max_tokens=5, ignore_eos=True)
+    assert outputs(llm, prompts, plain) == outputs(make_llm(), prompts, plain), "off again"
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_filters_inside_a_graph_give_the_tokens_of_the_eager_path(overlap):
+    prompts, params = mixed_rows(24)
+    expected = outputs(make_llm(max_num_seqs=8), prompts, params)
+    check_static_path(prompts, params, expected, overlap)
+
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -317,6 +393,24 @@ def test_greedy_tokens_of_the_triton_backend_equal_transformers():
         == expected
     )
     assert graphs.sizes_replayed
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="test_the_triton_backend_under_the_interpreter runs it")
+def test_filters_inside_a_graph_of_the_triton_backend_equal_the_eager_path(monkeypatch):
+    from nanovllm.kernels import triton_ops
+
+    prompts, params = mixed_rows(9)
+    expected = outputs(make_llm(max_num_seqs=8), prompts, params)
+    used = set()
+
+    def triton_for(x: torch.Tensor, name: str) -> Any:
+        used.add(name)
+        return triton_ops
+
+    monkeypatch.setattr(kernels, "triton_for", triton_for)
+    assert DecodeGraphs(make_llm().llm_engine.setup).parts == {"filters"}
+    check_static_path(prompts, params, expected, overlap=True)
+    assert {"draw", "filter_threshold"} <= used
 
 
 @pytest.mark.skipif(
@@ -338,7 +432,7 @@ def test_the_triton_backend_under_the_interpreter():
         command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout[-3000:]
-    assert "1 passed" in done.stdout
+    assert "2 passed" in done.stdout
 
 
 @pytest.mark.parametrize("overlap", [False, True])
@@ -360,7 +454,7 @@ def test_preempted_sequences_give_the_same_tokens(overlap):
 
 @pytest.mark.parametrize("overlap", [False, True])
 def test_any_sampling_gives_the_tokens_of_the_eager_path(overlap):
-    """Mixed greedy and random rows inside a graph; everything else samples eagerly from its hidden states."""
+    """Temperatures and filters inside a graph; everything else samples eagerly from its hidden states."""
     prompts = random_prompts([12, 20, 5, 33, 8, 17, 2])
     ways = [
         {},
@@ -601,12 +695,62 @@ def test_an_engine_whose_recording_fails_goes_on_eagerly(pretended_stream, monke
     assert runner.graphs is None
     assert tried == [4, 2], "the largest first, and none after a failure"
     assert "recording a graph for 2 sequences failed: CUDA out of memory" in caplog.text
-    assert memory.record_graphs(runner) is None
-    assert tried == [4, 2], "nor ever again"
     _, model = shared_model()
     (prompt,) = random_prompts([9])
     params = SamplingParams(temperature=0, max_tokens=10, ignore_eos=True)
     assert outputs(llm, [prompt], params) == [greedy(model, prompt, 10)]
+
+
+def test_a_recording_that_fails_after_sleep_is_tried_again_after_the_next(
+    pretended_stream, monkeypatch
+):
+    """Another process may hold the memory for a while."""
+    record, has_memory = Unrecorded.record, True
+
+    def record_with_memory(self: Unrecorded, *args: Any) -> None:
+        if not has_memory:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        record(self, *args)
+
+    monkeypatch.setattr(Unrecorded, "record", record_with_memory)
+    llm = make_llm(max_num_seqs=4)
+    runner = llm.llm_engine.executor.runner
+    runner.capture_stream = pretended_stream
+    for has_memory in (True, False, True):
+        llm.sleep(1)
+        llm.wake_up()
+        assert (runner.graphs is not None) is has_memory
+
+
+def test_an_engine_that_could_record_nothing_at_its_start_does_not_try_again(
+    pretended_stream, monkeypatch
+):
+    monkeypatch.setattr(memory, "record_graphs", lambda runner, count: None)
+    runner = make_llm(max_num_seqs=4).llm_engine.executor.runner
+    runner.capture_stream = pretended_stream
+    assert memory.graph_bytes(runner) == 0
+    assert runner.capture_stream is None
+
+
+def test_what_recording_leaves_in_torch_s_cache_is_freed(pretended_stream, monkeypatch):
+    done: list[object] = []
+    monkeypatch.setattr(Unrecorded, "record", lambda self, size, *functions: done.append(size))
+    monkeypatch.setattr(memory, "free_gpu_memory", lambda device: done.append("free"))
+    runner = make_llm(max_num_seqs=4).llm_engine.executor.runner
+    runner.capture_stream = pretended_stream
+    memory.record_graphs(runner)
+    assert done == [4, 2, 1, "free"]
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=3))
+@settings(deadline=None)
+def test_sleeping_weights_are_in_pieces_that_pinned_memory_does_not_round_up(shape):
+    data = torch.randn(shape)
+    pieces = sleep.powers_of_two(data.reshape(-1))
+    assert all(len(piece).bit_count() == 1 for piece in pieces), "a power of two"
+    assert len({len(piece) for piece in pieces}) == len(pieces)
+    copies = [piece.clone() for piece in pieces]
+    assert torch.equal(sleep.joined(copies, data.shape, data.device), data)
 
 
 def test_one_of_several_ranks_does_not_wait_for_those_that_wait_for_it(

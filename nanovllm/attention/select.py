@@ -14,10 +14,19 @@ logger = logging.getLogger("nanovllm")
 BACKENDS = {
     "flash": "nanovllm.attention.flash_backend.FlashAttention",
     "triton": "nanovllm.attention.triton_backend.TritonAttention",
+    "varlen": "nanovllm.attention.flash_backend.VarlenAttention",
     "cpu": "nanovllm.attention.cpu_backend.CpuAttention",
     "torch": "nanovllm.attention.torch_backend.TorchAttention",
 }
-FASTEST_FIRST = {"cuda": ("flash", "triton", "torch"), "cpu": ("cpu", "torch")}
+FASTEST_FIRST = {"cuda": ("flash", "triton", "varlen", "torch"), "cpu": ("cpu", "torch")}
+
+# vLLM's names for the same kind of kernel.
+VLLM_NAMES = {
+    "FLASH_ATTN": "flash",
+    "TRITON_ATTN": "triton",
+    "CPU_ATTN": "cpu",
+    "TORCH_SDPA": "torch",
+}
 
 
 def select_backend(
@@ -28,8 +37,12 @@ def select_backend(
     Raises ValueError where `name` is unknown or cannot run `spec`.
     """
     if name is not None and name not in BACKENDS:
-        accepted = ", ".join(map(repr, BACKENDS))
-        raise ValueError(f"attention_backend={name!r} is not known; accepted are None, {accepted}")
+        if name not in VLLM_NAMES:
+            accepted = ", ".join(map(repr, [*BACKENDS, *VLLM_NAMES]))
+            raise ValueError(
+                f"attention_backend={name!r} is not known; accepted are None, {accepted}"
+            )
+        name = VLLM_NAMES[name]
     reasons: list[str] = []
     for candidate in (name,) if name else FASTEST_FIRST[spec.device.type]:
         found = make(candidate, spec, kv_cache_dtype)
@@ -46,7 +59,7 @@ def make(name: str, spec: AttentionSpec, kv_cache_dtype: str) -> AttentionBacken
     module, _, class_name = BACKENDS[name].rpartition(".")
     try:
         backend: type[AttentionBackend] = getattr(import_module(module), class_name)
-    except ImportError as err:
+    except Exception as err:  # Triton and what it loads may fail in any way
         return f"{err}"
     if kv_cache_dtype != "auto" and name != "triton":
         return f"kv_cache_dtype={kv_cache_dtype!r} is for the triton backend"

@@ -31,6 +31,10 @@ ONLY_SPEED = (
     "enable_chunked_prefill",
     "async_scheduling",
     "enforce_eager",
+    "compilation_config",
+    "cudagraph_capture_sizes",
+    "max_cudagraph_capture_size",
+    "cuda_graph_sizes",
     "scheduling_policy",
     "disable_log_stats",
     "enable_sleep_mode",
@@ -41,6 +45,7 @@ ONLY_SPEED = (
     "data_parallel_size",
     "distributed_executor_backend",
     "step_timeout",
+    "trace",
 )
 
 Fingerprint = dict[str, str]

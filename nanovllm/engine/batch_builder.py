@@ -28,17 +28,20 @@ def build_batch(
     """
     rows, starts, ends = step.rows, step.starts, step.ends
     counts = ends - starts
-    query_start = np.zeros(len(rows) + 1, np.int32)
-    np.cumsum(counts, out=query_start[1:])
-    if query_start[-1] == len(rows):  # one token each
+    max_query_len = int(counts.max())
+    if max_query_len == 1:
+        query_start = np.arange(len(rows) + 1, dtype=np.int32)
         token_rows = rows
         positions = starts
     else:
+        query_start = np.zeros(len(rows) + 1, np.int32)
+        np.cumsum(counts, out=query_start[1:])
         token_rows = np.repeat(rows, counts)
         offsets = np.repeat(query_start[:-1] - starts, counts)
         positions = np.arange(query_start[-1], dtype=np.int32) - offsets
-    blocks = table.block_table[token_rows, positions // block_size]
-    slots = blocks * block_size + positions % block_size
+    pages = positions // block_size
+    blocks = table.block_table[token_rows, pages]
+    slots = (blocks - pages) * block_size + positions
     is_cached = positions < table.num_cached[token_rows]
     max_context_len = int(ends.max())
     batch = Batch(
@@ -49,7 +52,7 @@ def build_batch(
             query_start=query_start,
             context_lens=ends,
             block_tables=table.block_table[rows, : ceil_div(max_context_len, block_size)],
-            max_query_len=int(counts.max()),
+            max_query_len=max_query_len,
             num_prefills=int(np.count_nonzero(counts > 1)),
             max_context_len=max_context_len,
         ),
@@ -132,7 +135,10 @@ def uniform(seeds: np.ndarray, positions: np.ndarray) -> np.ndarray:
     It is splitmix64 (Steele et al., 2014).
     """
     x = seeds + positions.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    x = x ^ (x >> np.uint64(31))
-    return (x >> np.uint64(40)).astype(np.float32) * np.float32(2**-24)
+    x ^= x >> np.uint64(30)
+    x *= np.uint64(0xBF58476D1CE4E5B9)
+    x ^= x >> np.uint64(27)
+    x *= np.uint64(0x94D049BB133111EB)
+    x ^= x >> np.uint64(31)
+    x >>= np.uint64(40)
+    return x.astype(np.float32) * np.float32(2**-24)

@@ -74,6 +74,7 @@ class LLMEngine:
     Several threads may use one engine: each method waits for its turn.
     """
 
+    scheduler_class = Scheduler  # trace/ has another
     first_pid: int | None = None  # of the first engine: OpenMP's threads do not survive a fork
 
     def __init__(self, args: EngineArgs) -> None:
@@ -114,11 +115,18 @@ class LLMEngine:
         self.load()
 
     def load(self) -> None:
-        """Starts the ranks and loads the model. Raises ValueError for several engines."""
+        """Starts the ranks and loads the model.
+
+        Raises ValueError for several engines, and for a trace.
+        """
         if self.args.data_parallel_size > 1:
             raise ValueError(
                 f"data_parallel_size={self.args.data_parallel_size}: an LLMEngine is one engine; "
                 "use LLM or AsyncLLM"
+            )
+        if self.args.trace is not None and self.scheduler_class is Scheduler:
+            raise ValueError(
+                f"trace={self.args.trace!r}: an LLMEngine records nothing; use LLM or AsyncLLM"
             )
         self.executor = make_executor(self.setup)
         self.model_executor = client_views.model_executor(self.executor.runner)
@@ -150,7 +158,7 @@ class LLMEngine:
         columns: dict[str, type] = {}
         for ability in self.abilities:
             columns.update(ability.columns)
-        self.scheduler = Scheduler(
+        self.scheduler = self.scheduler_class(
             num_blocks=self.executor.num_blocks,
             block_size=self.setup.block_size,
             max_model_len=self.max_model_len,

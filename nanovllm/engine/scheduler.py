@@ -145,7 +145,7 @@ class Scheduler:
             start = table.num_computed[new]
             count = np.minimum(table.num_tokens[new] - start, budget)
             end = int(start[0] + count[0])
-            self._allocate(row, ceil_div(end, self.block_size) - int(table.num_blocks[row]))
+            self._allocate(new, ceil_div(end, self.block_size) - table.num_blocks[new])
             grants.append((new, start, count, self._advance(new, count)))
             self._run(row)
             budget -= int(count[0])
@@ -180,8 +180,10 @@ class Scheduler:
             # A sequence whose end is known, but not its last token, has nothing left to
             # compute.
             wanted = np.where(num_tokens < table.end[rows], num_tokens - computed, 0)
-            wanted_before = np.cumsum(wanted) - wanted
-            counts = np.clip(self.max_num_batched_tokens - wanted_before, 0, wanted)
+            counts = wanted
+            if wanted.sum() > self.max_num_batched_tokens:
+                wanted_before = np.cumsum(wanted) - wanted
+                counts = np.clip(self.max_num_batched_tokens - wanted_before, 0, wanted)
             # A new block is due when the computed tokens no longer fit into the
             # sequence's blocks.
             needed = ceil_div(computed + counts, self.block_size) - table.num_blocks[rows]
@@ -189,8 +191,8 @@ class Scheduler:
             if needed.sum() <= self.blocks.num_free:
                 break
             self._preempt(table.seqs[rows[-1]])
-        for i in np.flatnonzero(needed):
-            self._allocate(int(rows[i]), int(needed[i]))
+        is_short = needed > 0
+        self._allocate(rows[is_short], needed[is_short])
         has_work = counts > 0
         return rows[has_work], counts[has_work].astype(np.int32)
 
@@ -282,10 +284,14 @@ class Scheduler:
             self.stats.prefix_cache_hits += num_cached
         return row
 
-    def _allocate(self, row: int, count: int) -> None:
-        used = int(self.table.num_blocks[row])
-        self.table.block_table[row, used : used + count] = self.blocks.allocate(count)
-        self.table.num_blocks[row] = used + count
+    def _allocate(self, rows: np.ndarray, counts: np.ndarray) -> None:
+        """Gives each row its count of new blocks."""
+        table = self.table
+        owner = np.repeat(rows, counts)
+        first = np.repeat(np.cumsum(counts) - counts, counts)  # of the same owner
+        place = table.num_blocks[owner] + np.arange(len(owner)) - first
+        table.block_table[owner, place] = self.blocks.allocate(len(owner))
+        table.num_blocks[rows] += counts
 
     def _advance(self, rows: np.ndarray, counts: np.ndarray) -> np.ndarray:
         """Counts the tokens as computed and registers full blocks. Returns which rows sample."""

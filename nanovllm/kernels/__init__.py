@@ -2,7 +2,8 @@
 
 A tensor's device may have a faster kernel for an operation (`cpu`, `triton_ops`). Then
 the kernel runs. The definition here is the specification that the kernel is tested
-against.
+against. `_name` is the definition of `name`. On a GPU torch.compile compiles it where no
+kernel runs (`choice.py`).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nanovllm.kernels import cpu
-from nanovllm.kernels.choice import has_kernel
+from nanovllm.kernels.choice import compiled, has_kernel
 from nanovllm.kernels.rope import Rope
 
 logger = logging.getLogger("nanovllm")
@@ -50,8 +51,11 @@ def triton_for(x: Tensor, name: str) -> ModuleType | None:
     """`triton_ops` where its kernel `name` may compute x, else None.
 
     x must lie on a GPU, Triton must run, and the engine must not have left the kernel out.
+    torch.compile sees definitions alone, because it fuses them with what is around them.
     """
-    return gpu() if x.is_cuda and has_kernel(name) else None
+    if not x.is_cuda or torch.compiler.is_compiling():
+        return None
+    return gpu() if has_kernel(name) else None
 
 
 def rms_norm(
@@ -70,6 +74,11 @@ def rms_norm(
     triton = triton_for(x, "rms_norm")
     if triton is not None:
         return triton.rms_norm(x, weight, eps, offset, round_once)
+    return _rms_norm(x, weight, eps, offset, round_once)
+
+
+@compiled("x")
+def _rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float, round_once: bool) -> Tensor:
     x32 = x.float()
     scale = torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
     normed = x32 * scale
@@ -102,8 +111,15 @@ def add_rms_norm(
     triton = triton_for(x, "add_rms_norm")
     if triton is not None:
         return triton.add_rms_norm(x, residual, weight, eps, offset, round_once)
+    return _add_rms_norm(x, residual, weight, eps, offset, round_once)
+
+
+@compiled("x", "residual")
+def _add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset: float, round_once: bool
+) -> tuple[Tensor, Tensor]:
     residual = residual + x
-    return rms_norm(residual, weight, eps, offset, round_once), residual
+    return _rms_norm(residual, weight, eps, offset, round_once), residual
 
 
 def silu_and_mul(x: Tensor) -> Tensor:
@@ -115,6 +131,11 @@ def silu_and_mul(x: Tensor) -> Tensor:
     triton = triton_for(x, "silu_and_mul")
     if triton is not None:
         return triton.silu_and_mul(x)
+    return _silu_and_mul(x)
+
+
+@compiled("x")
+def _silu_and_mul(x: Tensor) -> Tensor:
     gate, up = x.chunk(2, dim=-1)
     return F.silu(gate) * up
 
@@ -128,6 +149,11 @@ def gelu_and_mul(x: Tensor) -> Tensor:
     triton = triton_for(x, "gelu_and_mul")
     if triton is not None:
         return triton.gelu_and_mul(x)
+    return _gelu_and_mul(x)
+
+
+@compiled("x")
+def _gelu_and_mul(x: Tensor) -> Tensor:
     gate, up = x.chunk(2, dim=-1)
     return F.gelu(gate, approximate="tanh") * up
 
@@ -138,6 +164,11 @@ def add(x: Tensor, y: Tensor) -> Tensor:
         out = cpu.add(x, y)
         if out is not None:
             return out
+    return _add(x, y)
+
+
+@compiled("x", "y")
+def _add(x: Tensor, y: Tensor) -> Tensor:
     return x + y
 
 
@@ -147,12 +178,23 @@ def scale(x: Tensor, factor: float) -> Tensor:
         out = cpu.scale(x, factor)
         if out is not None:
             return out
+    return _scale(x, factor)
+
+
+@compiled("x")
+def _scale(x: Tensor, factor: float) -> Tensor:
     return x * factor
+
+
+@compiled("x")
+def softcap(x: Tensor, cap: float) -> Tensor:
+    """Pulls the numbers of x [K, size] smoothly into -cap .. cap (Gemma 2)."""
+    return torch.tanh(x / cap) * cap
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x [T, K] @ weight [N, K].T + bias [N] -> [T, N]."""
-    if x.is_cpu:
+    if x.is_cpu and not torch.compiler.is_compiling():
         out = cpu.linear(x, weight, bias)
         if out is not None:
             return out
@@ -161,7 +203,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def embedding(ids: Tensor, weight: Tensor) -> Tensor:
     """Rows ids [T] of weight [N, K] -> [T, K]."""
-    if ids.is_cpu:
+    if ids.is_cpu and not torch.compiler.is_compiling():
         out = cpu.embedding(ids, weight)
         if out is not None:
             return out
@@ -175,13 +217,18 @@ def qk_norm_rope(qkv: Tensor, positions: Tensor, rope: Rope) -> tuple[Tensor, Te
     The embedding (Su et al., 2021) has the half-split form that checkpoints use. It turns
     the first R numbers of a head, where R is the width of the table of angles.
     """
+    return _qk_norm_rope(qkv, positions, rope)
+
+
+@compiled("qkv", "positions")
+def _qk_norm_rope(qkv: Tensor, positions: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
     heads = qkv.view(qkv.shape[0], -1, rope.head_dim)  # [T, Hq + 2 Hkv, D]
     counts = [rope.num_heads, rope.num_kv_heads, rope.num_kv_heads]
     q, k, v = heads.split(counts, dim=1)
     if rope.q_norm is not None and rope.k_norm is not None:
         how = (rope.eps, rope.norm_offset, rope.norm_round_once)
-        q = rms_norm(q, rope.q_norm, *how)
-        k = rms_norm(k, rope.k_norm, *how)
+        q = _rms_norm(q, rope.q_norm, *how)
+        k = _rms_norm(k, rope.k_norm, *how)
     cos_sin = rope.cos_sin[positions.long()].to(qkv.dtype)  # [T, R]
     cos, sin = cos_sin.unsqueeze(1).chunk(2, dim=-1)
     return rotate(q, cos, sin), rotate(k, cos, sin), v
@@ -241,5 +288,9 @@ def argmax(logits: Tensor) -> Tensor:
         ids = cpu.draw(logits, zeros, zeros)
         if ids is not None:
             return ids
-        logits = without_infinities(logits)
-    return logits.argmax(-1)
+    return _argmax(logits)
+
+
+@compiled("logits")
+def _argmax(logits: Tensor) -> Tensor:
+    return without_infinities(logits).argmax(-1)

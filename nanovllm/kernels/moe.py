@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from nanovllm import kernels
 from nanovllm.kernels import moe_cpu
-from nanovllm.kernels.choice import has_kernel
+from nanovllm.kernels.choice import compiled
 
 
 class Routes(NamedTuple):
@@ -53,7 +53,7 @@ def gpu() -> ModuleType | None:
 
 def triton_for(x: Tensor, name: str) -> ModuleType | None:
     """`moe_triton` where its kernel `name` may compute x, else None: see `kernels.triton_for`."""
-    return gpu() if x.is_cuda and has_kernel(name) else None
+    return None if kernels.triton_for(x, name) is None else gpu()
 
 
 def route(logits: Tensor, top_k: int, renormalise: bool) -> Routes:
@@ -69,6 +69,11 @@ def route(logits: Tensor, top_k: int, renormalise: bool) -> Routes:
     triton = triton_for(logits, "route")
     if triton is not None:
         return Routes(*triton.route(logits, top_k, renormalise))
+    return _route(logits, top_k, renormalise)
+
+
+@compiled("logits")
+def _route(logits: Tensor, top_k: int, renormalise: bool) -> Routes:
     probs = torch.softmax(logits.float(), dim=-1)  # [T, E]
     ordered, ids = torch.sort(probs, dim=-1, descending=True, stable=True)
     weights = ordered[:, :top_k]
@@ -90,6 +95,11 @@ def group_by_expert(experts: Tensor, first: int, count: int) -> Groups:
     triton = triton_for(experts, "group_by_expert")
     if triton is not None:
         return Groups(*triton.group_by_expert(experts, first, count))
+    return _group_by_expert(experts, first, count)
+
+
+@compiled("experts")
+def _group_by_expert(experts: Tensor, first: int, count: int) -> Groups:
     num_tokens, top_k = experts.shape
     local = experts.flatten().long() - first
     is_foreign = (local < 0) | (local >= count)
@@ -109,6 +119,11 @@ def gather(x: Tensor, tokens: Tensor) -> Tensor:
         out = moe_cpu.gather(x, tokens)
         if out is not None:
             return out
+    return _gather(x, tokens)
+
+
+@compiled("x", "tokens")
+def _gather(x: Tensor, tokens: Tensor) -> Tensor:
     return x[tokens.long()]
 
 
@@ -143,6 +158,11 @@ def combine(y: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
     triton = triton_for(y, "combine")
     if triton is not None:
         return triton.combine(y, rows, weights)
+    return _combine(y, rows, weights)
+
+
+@compiled("y", "rows", "weights")
+def _combine(y: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
     total = torch.zeros(rows.shape[0], y.shape[1], device=y.device)
     for at in range(rows.shape[1]):
         total += weights[:, at, None] * y[rows[:, at].long()].float()
@@ -155,6 +175,11 @@ def add_gated(out: Tensor, x: Tensor, gate: Tensor) -> Tensor:
         both = moe_cpu.add_gated(out, x, gate)
         if both is not None:
             return both
+    return _add_gated(out, x, gate)
+
+
+@compiled("out", "x", "gate")
+def _add_gated(out: Tensor, x: Tensor, gate: Tensor) -> Tensor:
     return (out.float() + torch.sigmoid(gate.float()) * x.float()).to(out.dtype)
 
 
@@ -171,6 +196,11 @@ def clamped_swiglu(x: Tensor, alpha: float, limit: float) -> Tensor:
     triton = triton_for(x, "clamped_swiglu")
     if triton is not None:
         return triton.clamped_swiglu(x, alpha, limit)
+    return _clamped_swiglu(x, alpha, limit)
+
+
+@compiled("x")
+def _clamped_swiglu(x: Tensor, alpha: float, limit: float) -> Tensor:
     gate, up = x.float().chunk(2, dim=-1)
     gate = gate.clamp(max=limit)
     up = up.clamp(-limit, limit)

@@ -388,6 +388,47 @@ def _tile_sum_kernel(
     TILE: tl.constexpr, TILES: tl.constexpr, FILTER: tl.constexpr,
 ):  # fmt: skip
     """The maximum of a tile of a row and the sum of exp((x - maximum) / temperature)."""
+    _sum_tile(
+        logits_ptr, stride, temperature_ptr, threshold_ptr, max_ptr, sum_ptr, V, TILE, TILES, FILTER
+    )
+
+
+@triton.jit
+def _filter_tile_sum_kernel(
+    logits_ptr, stride, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, max_ptr, sum_ptr, V,
+    TILE: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """`_tile_sum_kernel` for the rows that a filter limits. Other rows are not read."""
+    row = tl.program_id(0)
+    if _all_off(row, top_k_ptr, top_p_ptr, min_p_ptr, V):
+        return
+    _sum_tile(
+        logits_ptr,
+        stride,
+        temperature_ptr,
+        temperature_ptr,
+        max_ptr,
+        sum_ptr,
+        V,
+        TILE,
+        TILES,
+        False,
+    )
+
+
+@triton.jit
+def _all_off(row, top_k_ptr, top_p_ptr, min_p_ptr, V):
+    """Whether no filter limits the row."""
+    top_k = tl.load(top_k_ptr + row)
+    is_off = (top_k <= 0) | (top_k >= V)
+    return is_off & (tl.load(top_p_ptr + row) >= 1.0) & (tl.load(min_p_ptr + row) <= 0.0)
+
+
+@triton.jit
+def _sum_tile(
+    logits_ptr, stride, temperature_ptr, threshold_ptr, max_ptr, sum_ptr, V,
+    TILE: tl.constexpr, TILES: tl.constexpr, FILTER: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0)
     x = _load_logits(logits_ptr, stride, threshold_ptr, row, tl.program_id(1), V, TILE, FILTER)
     temperature = tl.load(temperature_ptr + row)
@@ -473,8 +514,13 @@ def draw(logits: Tensor, temperature: Tensor, u: Tensor, threshold: Tensor | Non
     rows, vocab_size = logits.shape
     tokens = torch.empty(rows, dtype=torch.int64, device=logits.device)
     if rows:
-        maxima, prob_sums = _tile_sums(logits, temperature, threshold, SAMPLE_TILE)
+        maxima, prob_sums = _tile_buffers(logits, SAMPLE_TILE)
         num_tiles = maxima.shape[1]
+        _tile_sum_kernel[(rows, num_tiles)](
+            logits, logits.stride(0), temperature,
+            temperature if threshold is None else threshold, maxima, prob_sums,
+            vocab_size, SAMPLE_TILE, num_tiles, threshold is not None, num_warps=8,
+        )  # fmt: skip
         _draw_kernel[(rows,)](
             logits, logits.stride(0), temperature, u,
             temperature if threshold is None else threshold, maxima, prob_sums, tokens,
@@ -484,26 +530,17 @@ def draw(logits: Tensor, temperature: Tensor, u: Tensor, threshold: Tensor | Non
     return tokens
 
 
-def _tile_sums(
-    logits: Tensor, temperature: Tensor, threshold: Tensor | None, tile: int
-) -> tuple[Tensor, Tensor]:
-    """The maximum of each tile of each row, and the sum of its probabilities.
+def _tile_buffers(logits: Tensor, tile: int) -> tuple[Tensor, Tensor]:
+    """For the maximum of each tile of each row, and for the sum of its probabilities.
 
-    A probability is exp((x - maximum) / temperature). Both results are float32 [K,
-    tiles].
+    A probability is exp((x - maximum) / temperature). Both buffers are float32 [K, tiles].
     """
     rows, vocab_size = logits.shape
     num_tiles = ceil_div(vocab_size, tile)
     # Two tensors, not halves of one, because a half is aligned for some numbers of rows
     # only. Triton would compile its kernels twice.
     maxima = torch.empty(rows, num_tiles, dtype=torch.float32, device=logits.device)
-    prob_sums = torch.empty(rows, num_tiles, dtype=torch.float32, device=logits.device)
-    _tile_sum_kernel[(rows, num_tiles)](
-        logits, logits.stride(0), temperature,
-        temperature if threshold is None else threshold, maxima, prob_sums,
-        vocab_size, tile, num_tiles, threshold is not None, num_warps=max(tile // 512, 1),
-    )  # fmt: skip
-    return maxima, prob_sums
+    return maxima, torch.empty_like(maxima)
 
 
 # Filters. min-p, top-k and top-p all keep the logits that are at least some t. So the
@@ -585,6 +622,9 @@ def _threshold_kernel(
 ):  # fmt: skip
     """The least logit of one row that min-p, top-k and top-p leave."""
     row = tl.program_id(0)
+    if _all_off(row, top_k_ptr, top_p_ptr, min_p_ptr, V):
+        tl.store(threshold_ptr + row, float("-inf"))
+        return
     row_ptr = logits_ptr + row.to(tl.int64) * stride
     max_ptr += row * TILES
     sum_ptr += row * TILES
@@ -633,14 +673,18 @@ def filter_threshold(
 
     They apply in this order. min-p keeps p >= min_p * max(p). top-k keeps the k largest;
     k of at most 0 or at least V keeps all. top-p keeps the smallest set whose share of
-    the rest reaches top_p. Ties with the last token kept are kept. temperature [K] is
-    above 0.
+    the rest reaches top_p. Ties with the last token kept are kept. A row without a filter
+    gets -inf, and its logits are not read. temperature [K] is above 0 in other rows.
     """
     shift = {torch.bfloat16: 16, torch.float16: 13}.get(logits.dtype, 0)
     threshold = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
     if len(logits):
-        maxima, prob_sums = _tile_sums(logits, temperature, None, FILTER_TILE)
+        maxima, prob_sums = _tile_buffers(logits, FILTER_TILE)
         num_tiles = maxima.shape[1]
+        _filter_tile_sum_kernel[(len(logits), num_tiles)](
+            logits, logits.stride(0), temperature, top_k, top_p, min_p, maxima, prob_sums,
+            logits.shape[1], FILTER_TILE, num_tiles, num_warps=2,
+        )  # fmt: skip
         _threshold_kernel[(len(logits),)](
             logits, logits.stride(0), temperature, top_k, top_p, min_p, maxima, prob_sums,
             threshold, logits.shape[1],

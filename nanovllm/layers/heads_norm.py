@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from nanovllm import kernels
+from nanovllm.kernels.choice import compiled
 from nanovllm.layers.norm import RMSNorm
 from nanovllm.loader.source import Source
 from nanovllm.parallel import TensorParallel
@@ -39,12 +40,21 @@ class HeadsRMSNorm(RMSNorm):
         """Normalises x [T, size] in place."""
         if self.tp.size == 1:
             return kernels.rms_norm_in_place(x, self.weight, self.eps, self.round_once)
-        x32 = x.float()
-        squares = x32.square().mean(-1, keepdim=True)  # [T, 1]
         # Every rank has equally many heads, so the mean is the mean of the ranks' means.
-        mean = self.tp.all_reduce(squares) / self.tp.size
-        scale = torch.rsqrt(mean + self.eps)
-        normed = x32 * scale
-        if not self.round_once:
-            normed = normed.to(x.dtype)
-        return x.copy_(self.weight * normed)
+        mean = self.tp.all_reduce(mean_square(x)) / self.tp.size
+        return x.copy_(normalised(x, mean, self.weight, self.eps, self.round_once))
+
+
+@compiled("x")
+def mean_square(x: Tensor) -> Tensor:
+    """[T, size] -> [T, 1] float32."""
+    return x.float().square().mean(-1, keepdim=True)
+
+
+@compiled("x", "mean")
+def normalised(x: Tensor, mean: Tensor, weight: Tensor, eps: float, round_once: bool) -> Tensor:
+    """`kernels.rms_norm` of x [T, size] with another mean of squares [T, 1]."""
+    normed = x.float() * torch.rsqrt(mean + eps)
+    if not round_once:
+        normed = normed.to(x.dtype)
+    return weight * normed

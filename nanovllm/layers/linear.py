@@ -198,7 +198,8 @@ class ScaledEmbedding(VocabParallelEmbedding):
     ) -> None:
         super().__init__(vocab_size, hidden_size, tp)
         # Gemma was trained with a factor in the precision of the weights.
-        self.factor: float = torch.tensor(factor, dtype=torch.get_default_dtype()).item()
+        rounded = torch.tensor(factor, dtype=torch.get_default_dtype(), device="cpu")
+        self.factor: float = rounded.item()
 
     def forward(self, token_ids: Tensor) -> Tensor:
         """[T] -> [T, hidden]."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from nanovllm import kernels
@@ -131,4 +130,4 @@ class Gemma2ForCausalLM(CausalLM):
         """[K, hidden] -> [K, vocabulary]."""
         logits = super().logits(hidden)
         cap = self.config.logit_softcap
-        return logits if cap is None else torch.tanh(logits / cap) * cap
+        return logits if cap is None else kernels.softcap(logits, cap)

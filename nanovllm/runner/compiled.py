@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from itertools import count
-from types import FunctionType
 
-import torch
 from torch import Tensor
 
 from nanovllm.attention.base import AttentionBackend
+from nanovllm.kernels.choice import Compilations, call_timed, compile_copy, mark_rows
 from nanovllm.loader.fields import cause
 from nanovllm.models.base import LanguageModel
 from nanovllm.runner.cpu_program import Structure
@@ -23,7 +21,6 @@ from nanovllm.runner.cuda_graphs import CaptureError
 
 logger = logging.getLogger("nanovllm")
 
-NUMBERS = count()  # of engines
 # (token ids [T], positions [T]) -> hidden states [T, hidden]
 Body = Callable[[Tensor, Tensor], Tensor]
 
@@ -39,13 +36,15 @@ class CompiledModel:
         model: LanguageModel,
         body: Body,
         attention: AttentionBackend,
-        backend: str = "inductor",
+        backend: str,
+        done: Compilations,
     ) -> None:
-        """backend: of torch.compile."""
+        """backend: of torch.compile. done: counts the compilations."""
         self.model = model
         self.body = body
         self.attention = attention
-        self.run = torch.compile(own_run_body(), backend=backend, fullgraph=True)
+        self.code = compile_copy(run_body, backend)
+        self.done = done
         self.structure: Structure | None = None  # of the model that is compiled
         self.has_failed = False
         self.reported: set[str] = set()
@@ -59,11 +58,11 @@ class CompiledModel:
             return self.model(input_ids, attention)
         self.model.attend_by(attention)
         positions = self.attention.meta.positions.long()
-        if len(input_ids) > 1:  # torch always compiles a size of 1 apart
-            for each in (input_ids, positions):
-                torch._dynamo.mark_dynamic(each, 0)
+        mark_rows(input_ids)
+        mark_rows(positions)
+        arguments = (self.body, input_ids, positions)
         try:
-            return self.run(self.body, input_ids, positions)
+            return call_timed("the model", self.done, self.code, *arguments)
         except CaptureError:
             raise
         except Exception as err:  # torch's compilers may raise any type
@@ -95,14 +94,3 @@ class CompiledModel:
 def run_body(body: Body, input_ids: Tensor, positions: Tensor) -> Tensor:
     """What is compiled."""
     return body(input_ids, positions)
-
-
-def own_run_body() -> Callable[[Body, Tensor, Tensor], Tensor]:
-    """A copy of `run_body` with a code object of its own.
-
-    Torch keeps compiled code at the code object and gives up after some versions of it. So
-    engines share no versions, and the versions of an engine are freed with it.
-    """
-    assert isinstance(run_body, FunctionType)
-    code = run_body.__code__.replace(co_name=f"run_body_{next(NUMBERS)}")
-    return FunctionType(code, run_body.__globals__, code.co_name)

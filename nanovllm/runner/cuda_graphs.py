@@ -17,9 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nanovllm.compilation import Compilation
 from nanovllm.core.batch import AttentionMetadata, Batch, SampleRows, Tokens, ceil_div
 from nanovllm.runner.decode_inputs import DecodeInputs
 from nanovllm.runner.setup import Setup
+from nanovllm.sampling.filters import FiltersPart, can_record_filters
 
 Work = Callable[[], object]
 
@@ -32,11 +34,22 @@ class CaptureError(RuntimeError):
     """A step runs, and cannot be recorded."""
 
 
-def graph_sizes(max_num_seqs: int) -> list[int]:
-    """The batch sizes with graphs: 1, 2, 4, 8, multiples of 16, and max_num_seqs."""
-    sizes = [1, 2, 4, 8, *range(16, max_num_seqs, 16)]
-    smaller = [size for size in sizes if size < max_num_seqs]
-    return [*smaller, max_num_seqs]
+def graph_sizes(max_num_seqs: int, given: tuple[int, ...] | None = None) -> list[int]:
+    """The batch sizes with graphs, in order.
+
+    given: the sizes that the user asks for. By default 1, 2, 4, 8, multiples of 16 up to
+    256, multiples of 32 above, and max_num_seqs.
+    """
+    if given is None:
+        given = (1, 2, 4, 8, *range(16, 256, 16), *range(256, max_num_seqs, 32), max_num_seqs)
+    return sorted({min(size, max_num_seqs) for size in given})
+
+
+def recorded_sizes(max_num_seqs: int, compilation: Compilation) -> list[int]:
+    """The batch sizes with graphs: the sizes that the user asks for, or `graph_sizes`."""
+    asked = compilation.capture_sizes or graph_sizes(max_num_seqs)
+    largest = min(compilation.max_capture_size or max_num_seqs, max_num_seqs)
+    return sorted({min(size, largest) for size in asked})
 
 
 def graph_size(count: int, sizes: list[int]) -> int:
@@ -136,7 +149,8 @@ def free(replay: Work) -> None:
 class DecodeGraphs:
     """Two graphs for each size: the model's, which writes `hidden`, and the sampler's.
 
-    A batch with optional parts replays the model's graph and samples eagerly.
+    The sampler's graph reads temperatures, and the optional parts named in `parts`. A batch
+    with other parts replays the model's graph and samples eagerly.
     Invariant: the memory that a graph reads and writes never moves.
     """
 
@@ -147,7 +161,7 @@ class DecodeGraphs:
         max_num_seqs = setup.max_num_seqs
         device = setup.device
         self.max_model_len = setup.max_model_len
-        self.sizes = graph_sizes(max_num_seqs)
+        self.sizes = recorded_sizes(max_num_seqs, setup.compilation)
         self.shape = (max_num_seqs, ceil_div(setup.max_model_len, setup.block_size))
         size = DecodeInputs.size(*self.shape)
         flat = torch.empty(size, dtype=torch.int32, device=device)
@@ -159,10 +173,15 @@ class DecodeGraphs:
         hidden_shape = (max_num_seqs, setup.config.hidden_size)
         self.hidden = torch.zeros(hidden_shape, dtype=setup.dtype, device=device)
         self.tokens = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
+        self.parts = {"filters"} if can_record_filters(self.hidden) else set()
         self.graphs: dict[int, tuple[Work, Work]] = {}
         self.capture: Callable[[Work, bool], Work] = lambda work, largest: work
         if stream is not None:
             self.capture = partial(capture, stream, torch.cuda.graph_pool_handle())
+
+    def has_graph(self, batch: Batch[np.ndarray]) -> bool:
+        """Whether the batch is a decode step of at most the largest size."""
+        return is_decode(batch) and len(batch.attention.context_lens) <= self.sizes[-1]
 
     def static_batch(self, size: int) -> Batch[Tensor]:
         """A batch of `size` sequences. Its arrays are views of `inputs`."""
@@ -187,7 +206,15 @@ class DecodeGraphs:
             temperature=columns["temperature"],
             uniform=columns["uniform"],
         )
-        return Batch(tokens, attention, sample)
+        batch = Batch(tokens, attention, sample)
+        if "filters" in self.parts:
+            batch.parts["filters"] = FiltersPart(
+                at=self.numbers[:size],
+                top_k=columns["top_k"],
+                top_p=columns["top_p"],
+                min_p=columns["min_p"],
+            )
+        return batch
 
     def record(
         self,
@@ -258,7 +285,15 @@ class DecodeGraphs:
         packed[split:] = values
         changes = staging.to(self.hidden.device, non_blocking=True)
         indices = changes[:split].view(torch.int64)
-        self.inputs.flat[indices] = changes[split:]
+        self.inputs.flat.scatter_(0, indices, changes[split:])
+
+    def can_run(self, batch: Batch[np.ndarray]) -> bool:
+        """Whether there is a graph of the model for this batch."""
+        return is_decode(batch) and len(batch.attention.context_lens) <= self.sizes[-1]
+
+    def can_sample(self, batch: Batch[np.ndarray]) -> bool:
+        """Whether the sampler's graph reads all optional parts of the batch."""
+        return batch.parts.keys() <= self.parts
 
     def hidden_states(self, batch: Batch[np.ndarray]) -> Tensor:
         """The last layer's output [S, hidden_size], valid until the next step."""
@@ -266,7 +301,7 @@ class DecodeGraphs:
         return self.hidden[: len(batch.attention.context_lens)]
 
     def next_tokens(self, batch: Batch[np.ndarray]) -> Tensor:
-        """The tokens [S] int64 of a batch without parts, valid until the next step."""
+        """The tokens [S] int64 of a batch that `can_sample`, valid until the next step."""
         sample = self._forward(batch)
         sample()
         return self.tokens[: len(batch.attention.context_lens)]

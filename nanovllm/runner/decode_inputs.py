@@ -14,11 +14,15 @@ import numpy as np
 
 from nanovllm.core.batch import Batch, Buffer, padded_length
 from nanovllm.core.step import Array
+from nanovllm.sampling.filters import FILTERS_OFF, FiltersPart
 
 COUNTERS = ("positions", "context_lens", "slot_mapping")
 # `step` is what a step adds to the counters.
-COLUMNS = (*COUNTERS, "step", "token_ids", "token_rows", "temperature", "uniform")
-FLOATS = ("temperature", "uniform")
+TOKENS = ("token_ids", "token_rows")
+SAMPLING = ("temperature", "uniform", *FILTERS_OFF)
+COLUMNS = (*COUNTERS, "step", *TOKENS, *SAMPLING)
+FLOATS = ("temperature", "uniform", "top_p", "min_p")
+ROW_OF = {name: row for row, name in enumerate(COLUMNS)}
 
 
 class DecodeInputs(Generic[Array]):
@@ -44,8 +48,10 @@ class DecodeInputs(Generic[Array]):
             if name in FLOATS:
                 column = column.view(float32)
             self.columns[name] = column
-        self.padding = dict.fromkeys(COLUMNS, 0)
+        self.padding: dict[str, float] = dict.fromkeys(COLUMNS, 0)
         self.padding.update(context_lens=1, slot_mapping=-1, token_rows=max_num_seqs)
+        self.padding.update(FILTERS_OFF)
+        self.padding_rows = padding_rows(self.padding, self.stride)
 
     @staticmethod
     def size(max_num_seqs: int, max_blocks: int) -> int:
@@ -69,7 +75,7 @@ class DecodeInputs(Generic[Array]):
         """Puts a decode batch into the first `size` rows of the host's copy.
 
         Returns the changed places in `flat` [n] and their new contents [n] int32. Greedy
-        rows become draws at temperature 0. The batch's parts are left out.
+        rows become draws at temperature 0. Of the batch's parts only "filters" have columns.
         """
         tables = batch.attention.block_tables
         count, width = tables.shape
@@ -83,32 +89,39 @@ class DecodeInputs(Generic[Array]):
         in_rows = row * self.stride + column
         in_tables = self.tables_start + sequence * self.max_blocks + block
         places = np.concatenate((in_rows, in_tables))
-        old_rows[:] = rows
-        old_tables[:] = tables
-        flat = cast(np.ndarray, self.flat)
-        return places, flat[places]
+        values = np.concatenate((rows[row, column], tables[sequence, block]))
+        cast(np.ndarray, self.flat)[places] = values
+        return places, values
 
     def _rows_of(self, batch: Batch[np.ndarray], count: int, size: int) -> np.ndarray:
-        """[COLUMNS, size]: the batch's columns, padded."""
+        """[COLUMNS, size] int32: the batch's columns, padded."""
         attention = batch.attention
+        sample = batch.sample
         columns = {
             "positions": attention.positions,
             "context_lens": attention.context_lens,
             "slot_mapping": attention.slot_mapping,
+            "step": np.ones(1, np.int32),
             "token_ids": batch.tokens.ids,
             "token_rows": batch.tokens.rows,
         }
-        sample = batch.sample
         if len(sample.temperature):
             columns["temperature"] = sample.temperature
             columns["uniform"] = sample.uniform
-        rows = np.empty((len(COLUMNS), size), np.int32)
-        for name, row in zip(COLUMNS, rows):
-            row[count:] = self.padding[name]
-            if name == "step":
-                row[:count] = 1
-            elif name in FLOATS:
-                row.view(np.float32)[:count] = columns.get(name, 0)
-            else:
-                row[:count] = columns[name]
+        rows = self.padding_rows[:, :size].copy()
+        for name, column in columns.items():
+            rows[ROW_OF[name], :count] = column.view(np.int32)
+        filters = batch.parts.get("filters")
+        if isinstance(filters, FiltersPart):
+            for name in FILTERS_OFF:
+                rows[ROW_OF[name], filters.at] = getattr(filters, name).view(np.int32)
         return rows
+
+
+def padding_rows(padding: dict[str, float], length: int) -> np.ndarray:
+    """[COLUMNS, length] int32: the columns of rows without a sequence."""
+    rows = np.empty((len(COLUMNS), length), np.int32)
+    for name, row in zip(COLUMNS, rows):
+        column = row.view(np.float32) if name in FLOATS else row
+        column[:] = padding[name]
+    return rows

@@ -39,6 +39,14 @@ def free_gpu_memory(device: torch.device) -> int:
     return free
 
 
+def free_pinned_memory(device: torch.device) -> None:
+    """Gives back the pinned memory of the host that torch keeps for later."""
+    if device.type != "cuda":
+        return
+    torch.cuda.synchronize(device)  # a copy under way still needs its memory
+    torch._C._host_emptyCache()
+
+
 def current(device: torch.device) -> torch.cuda.device:
     """Makes a GPU the current device inside the `with`, because Triton launches on that one."""
     return torch.cuda.device(device.index if device.type == "cuda" else -1)

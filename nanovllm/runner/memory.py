@@ -17,12 +17,16 @@ import torch
 from torch import Tensor
 
 from nanovllm.cache.spec import row_bytes
-from nanovllm.core.batch import AttentionMetadata, Batch, SampleRows, Tokens, ceil_div
+from nanovllm.config import EngineArgs
+from nanovllm.core.batch import AttentionMetadata, Batch, Part, SampleRows, Tokens, ceil_div
+from nanovllm.kernels.choice import kernel_choice
 from nanovllm.runner.cuda_graphs import CaptureError, DecodeGraphs
 from nanovllm.runner.device import current, free_gpu_memory
 from nanovllm.runner.model_runner import ModelRunner
 from nanovllm.runner.pieces import CudaRecorder, Pieces
 from nanovllm.sampling.filters import FiltersPart
+from nanovllm.sampling.logprobs import LogprobsPart
+from nanovllm.sampling.penalties import PenaltiesPart
 
 logger = logging.getLogger("nanovllm")
 CPU_CACHE_BYTES = 4 << 30
@@ -99,16 +103,33 @@ Recorded = TypeVar("Recorded", DecodeGraphs, Pieces)
 
 
 def graph_bytes(runner: ModelRunner) -> int:
-    """Bytes of the decode graphs, and of the pieces of steps with prompts."""
-    return recorded_bytes(runner, record_graphs) + recorded_bytes(runner, record_pieces)
+    """Bytes of the decode graphs, and of the pieces of steps with prompts.
+
+    What cannot be recorded now is not tried later, because nothing else uses the GPU's
+    memory yet.
+    """
+    graphs = recorded_bytes(runner, record_graphs)
+    if graphs is None:
+        runner.capture_stream = None
+        return 0
+    pieces = recorded_bytes(runner, record_pieces)
+    if pieces is None:
+        runner.records_pieces = False
+        return graphs
+    return graphs + pieces
 
 
 def recorded_bytes(
     runner: ModelRunner, record: Callable[[ModelRunner, int], Recorded | None]
-) -> int:
-    """Bytes of what `record` records: the largest size's, and a second one's for each other."""
+) -> int | None:
+    """Bytes of what `record` records: the largest size's, and a second one's for each other.
+
+    None where nothing is recorded.
+    """
     before = free_gpu_memory(runner.device)
-    record(runner, 1)  # libraries take the memory that they then keep
+    # Libraries take the memory that they then keep.
+    if record(runner, 1) is None:
+        return None
     free = []
     for count in (1, 2):
         recorded = record(runner, count)
@@ -128,20 +149,21 @@ def record(runner: ModelRunner) -> None:
 def record_graphs(runner: ModelRunner, count: int | None = None) -> DecodeGraphs | None:
     """Decode graphs of the `count` largest sizes (None: of all sizes).
 
-    None where there are no graphs, or one cannot be recorded. Raises RuntimeError if the
-    step itself fails and there are other ranks.
+    None where there are no graphs, or one cannot be recorded: another call may succeed, once
+    there is more memory. Raises RuntimeError if the step itself fails and there are other
+    ranks.
     """
     if runner.capture_stream is None:
         return None
     graphs = DecodeGraphs(runner.setup, runner.capture_stream)
+    if not graphs.sizes:
+        return None
 
     def record_size(size: int) -> None:
         graphs.record(size, runner.forward, lambda hidden, batch: head(runner, hidden, batch))
 
-    if record_sizes(runner, graphs, count, record_size, "decoding"):
-        return graphs
-    runner.capture_stream = None
-    return None
+    is_recorded = record_sizes(runner, graphs, count, record_size, "decoding")
+    return graphs if is_recorded else None
 
 
 @torch.inference_mode()
@@ -157,10 +179,8 @@ def record_pieces(runner: ModelRunner, count: int | None = None) -> Pieces | Non
     def record_size(size: int) -> None:
         pieces.record(size, runner.forward)
 
-    if record_sizes(runner, pieces, count, record_size, "prefill"):
-        return pieces
-    runner.records_pieces = False
-    return None
+    is_recorded = record_sizes(runner, pieces, count, record_size, "prefill")
+    return pieces if is_recorded else None
 
 
 def record_sizes(
@@ -187,6 +207,7 @@ def record_sizes(
     except BaseException:
         recorded.clear()  # the error's traceback holds the graphs
         raise
+    free_gpu_memory(runner.device)  # what the first runs of the sizes have left in torch's cache
     return True
 
 
@@ -197,7 +218,8 @@ def failure_of(runner: ModelRunner, record_size: Callable[[int], None], size: in
     wait inside the collectives of this step.
     """
     try:
-        with current(runner.device), no_garbage_collection():
+        choice = kernel_choice(runner.kernel_choice)
+        with current(runner.device), choice, no_garbage_collection():
             record_size(size)
     except RuntimeError as error:
         if runner.tp.size > 1 and not isinstance(error, CaptureError):
@@ -230,12 +252,15 @@ def profile_step(runner: ModelRunner) -> int:
     length = min(ceil_div(setup.max_num_batched_tokens, num_seqs), setup.max_model_len)
     blocks = ceil_div(length, setup.block_size)
     runner.attention.allocate(blocks)
-    runner.launch(uniform_batch(num_seqs, length, blocks, setup.config.vocab_size)).collect()
+    batch = uniform_batch(num_seqs, length, blocks)
+    vocab_size = setup.config.vocab_size
+    batch.parts = sampling_parts(num_seqs, length, vocab_size, setup.args.max_logprobs)
+    runner.launch(batch).collect()
     return blocks
 
 
-def uniform_batch(num_seqs: int, length: int, blocks: int, vocab_size: int) -> Batch[np.ndarray]:
-    """Sequences of equal lengths that all write the same pages and sample with filters."""
+def uniform_batch(num_seqs: int, length: int, blocks: int) -> Batch[np.ndarray]:
+    """Sequences of equal lengths that all write the same pages and sample."""
     each = np.arange(num_seqs, dtype=np.int32)
     positions = np.tile(np.arange(length, dtype=np.int32), num_seqs)
     zeros = np.zeros(num_seqs * length, np.int32)
@@ -255,10 +280,32 @@ def uniform_batch(num_seqs: int, length: int, blocks: int, vocab_size: int) -> B
         temperature=np.ones(num_seqs, np.float32),
         uniform=np.zeros(num_seqs, np.float32),
     )
+    return Batch(Tokens(zeros, zeros), attention, sample)
+
+
+def sampling_parts(
+    num_seqs: int, length: int, vocab_size: int, max_logprobs: int
+) -> dict[str, Part[np.ndarray]]:
+    """Filters, penalties and logprobs of all sequences, each of which has `length` tokens.
+
+    max_logprobs: -1 allows the whole vocabulary, which is not what most requests ask for.
+    """
+    each = np.arange(num_seqs, dtype=np.int32)
+    ones = np.ones(num_seqs, np.float32)
     filters = FiltersPart(
         at=each,
         top_k=np.full(num_seqs, vocab_size, np.int32),
-        top_p=np.full(num_seqs, 0.9, np.float32),
-        min_p=np.zeros(num_seqs, np.float32),
+        top_p=0.9 * ones,
+        min_p=0 * ones,
     )
-    return Batch(Tokens(zeros, zeros), attention, sample, {"filters": filters})
+    penalties = PenaltiesPart(
+        at=each,
+        presence=0.1 * ones,
+        frequency=0.1 * ones,
+        repetition=1.1 * ones,
+        history=np.zeros(num_seqs * length, np.int32),
+        history_start=np.arange(num_seqs + 1, dtype=np.int32) * length,
+        prompt_lens=np.ones(num_seqs, np.int32),
+    )
+    k = min(vocab_size, max_logprobs if max_logprobs > 0 else EngineArgs.max_logprobs)
+    return {"filters": filters, "penalties": penalties, "logprobs": LogprobsPart(each, k)}

@@ -7,6 +7,7 @@ results.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,10 +18,11 @@ from nanovllm.attention.base import AttentionBackend, AttentionSpec
 from nanovllm.attention.select import select_backend
 from nanovllm.core.batch import Batch
 from nanovllm.core.step import Logprobs, StepResult
+from nanovllm.kernels.choice import kernel_choice
 from nanovllm.parallel import TensorParallel
 from nanovllm.runner.compiled import CompiledModel
 from nanovllm.runner.cpu_program import CpuPrograms
-from nanovllm.runner.cuda_graphs import DecodeGraphs, is_decode
+from nanovllm.runner.cuda_graphs import DecodeGraphs
 from nanovllm.runner.device import current, free_gpu_memory, to_device, to_host
 from nanovllm.runner.load_model import load_weights, make_model
 from nanovllm.runner.lora import ModelAdapters
@@ -30,6 +32,8 @@ from nanovllm.runner.readouts.next_tokens import NextTokens, Sampled
 from nanovllm.runner.readouts.registry import READOUTS
 from nanovllm.runner.setup import Setup
 from nanovllm.sampling.logprobs import LogprobsPart
+
+logger = logging.getLogger("nanovllm")
 
 NO_ROWS = np.empty(0, np.int32)
 
@@ -66,7 +70,7 @@ class SleepingWeights:
     """What brings freed weights back: their shapes, and a copy on the host or the checkpoint."""
 
     shapes: list[torch.Size]
-    copies: list[Tensor] | None
+    copies: list[list[Tensor]] | None  # the pieces of each parameter (sleep.pieces_on_host)
 
 
 class ModelRunner:
@@ -94,18 +98,19 @@ class ModelRunner:
             name: make() for name, make in READOUTS.items()
         }
         self.num_blocks = 0
+        self.kernel_choice = setup.kernel_choice()
         can_record = self.attention.can_capture and not setup.args.enforce_eager
         is_gpu = self.device.type == "cuda"
         self.programs: CpuPrograms | None = None
         if can_record and not is_gpu and tp.size == 1 and self.model.can_record:
             self.programs = CpuPrograms(self.model, self.attention)
         self.compiled: CompiledModel | None = None
-        # On a CPU compiled code is hardly faster than the model's own (docs/experiments.md).
-        if is_gpu and tp.size == 1 and not setup.args.enforce_eager:
-            self.compile_model()
-        self.capture_stream = torch.cuda.Stream(self.device) if can_record and is_gpu else None
+        if setup.compiles_models and tp.size == 1:
+            self.compile_model(setup.compilation.backend)
+        can_capture = can_record and is_gpu and setup.compilation.cudagraphs is not False
+        self.capture_stream = torch.cuda.Stream(self.device) if can_capture else None
         self.graphs: DecodeGraphs | None = None
-        self.records_pieces = self.capture_stream is not None
+        self.records_pieces = can_capture and setup.compilation.prefill_graphs
         self.pieces: Pieces | None = None
         self.freed: set[str] = set()  # by `sleep`: "weights", "kv_cache"
         self.sleeping_weights: SleepingWeights | None = None
@@ -114,20 +119,27 @@ class ModelRunner:
         """Makes steps without adapters run compiled, for models that torch.compile suits."""
         body = self.model.body_to_compile(self.attention)
         if body is not None:
-            self.compiled = CompiledModel(self.model, body, self.attention, backend)
+            done = self.kernel_choice.done
+            self.compiled = CompiledModel(self.model, body, self.attention, backend, done)
+        elif self.device.type == "cpu":
+            logger.info(
+                "compilation_config: mode=%s compiles nothing, because this model runs on the "
+                "CPU's own kernels",
+                self.setup.compilation.mode,
+            )
 
     @torch.inference_mode()
     def launch(self, host_batch: Batch[np.ndarray]) -> PendingStep:
         """Queues one step: model, logits of the rows that sample, their tokens."""
-        with current(self.device):
+        with current(self.device), kernel_choice(self.kernel_choice):
             if self.lora is None:
                 return self.run(host_batch)
             with self.lora.rows_of(host_batch):
                 return self.run(host_batch)
 
     def run(self, host_batch: Batch[np.ndarray]) -> PendingStep:
-        if self.graphs is not None and is_decode(host_batch):
-            if not host_batch.parts:
+        if self.graphs is not None and self.graphs.can_run(host_batch):
+            if self.graphs.can_sample(host_batch):
                 return PendingStep(Sampled(self.graphs.next_tokens(host_batch)), {}, NO_ROWS)
             hidden = self.graphs.hidden_states(host_batch)
             batch = to_device(host_batch, self.device)

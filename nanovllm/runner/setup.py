@@ -15,6 +15,7 @@ import torch
 from nanovllm import loader
 from nanovllm.config import DTYPES, EngineArgs
 from nanovllm.kernels import blocks, cpu
+from nanovllm.kernels.choice import KernelChoice
 from nanovllm.loader.fields import Fields
 from nanovllm.models.config import ModelConfig
 from nanovllm.models.registry import read_config
@@ -41,6 +42,7 @@ class Setup:
 
     def __init__(self, args: EngineArgs) -> None:
         self.args = args
+        self.compilation = args.compilation
         self.files = loader.resolve(
             args.model,
             revision=args.revision,
@@ -71,6 +73,24 @@ class Setup:
         self.max_num_batched_tokens = args.max_num_batched_tokens or tokens
         self.max_num_seqs = args.max_num_seqs or min(seqs, self.max_num_batched_tokens)
         self._check_limits()
+
+    def kernel_choice(self) -> KernelChoice:
+        """A new choice, for one rank. On a CPU our own kernels compute what GPUs compile."""
+        compilation = self.compilation
+        compiles = self.device.type == "cuda" and compilation.mode != 0
+        return KernelChoice(compilation.left_out(), compiles, compilation.backend)
+
+    @property
+    def compiles_models(self) -> bool:
+        """Whether the models that torch.compile suits run compiled.
+
+        On a CPU they do if the user asks for it, because they are hardly faster then
+        (docs/experiments.md).
+        """
+        mode = self.compilation.mode
+        if self.device.type == "cpu":
+            return mode not in (None, 0)
+        return mode != 0
 
     def _model_config(self) -> ModelConfig:
         """The config of the model. Its `tie_embeddings` follows the checkpoint."""

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import logging
+
 from nanovllm.parallel import TensorParallel
 from nanovllm.runner.memory import num_blocks, record
 from nanovllm.runner.model_runner import ModelRunner
 from nanovllm.runner.setup import Setup
+
+logger = logging.getLogger("nanovllm")
 
 
 def make_runner(setup: Setup, tp: TensorParallel = TensorParallel()) -> ModelRunner:
@@ -17,4 +21,7 @@ def make_runner(setup: Setup, tp: TensorParallel = TensorParallel()) -> ModelRun
     except BaseException:
         runner.drop_recordings()  # the error's traceback holds the runner
         raise
+    done = runner.kernel_choice.done
+    if done.count:
+        logger.info("compiled %d operations in %.1f seconds", done.count, done.seconds)
     return runner

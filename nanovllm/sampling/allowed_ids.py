@@ -12,7 +12,8 @@ from nanovllm.core.ability import ModelFacts
 from nanovllm.core.batch import Part
 from nanovllm.core.sequence import SequenceTable
 from nanovllm.core.step import Array
-from nanovllm.sampling.base import LogitsProcessor, owners
+from nanovllm.kernels.choice import compiled
+from nanovllm.sampling.base import ROWS_AT_ONCE, LogitsProcessor, owners
 from nanovllm.sampling_params import SamplingParams
 
 
@@ -49,5 +50,12 @@ class AllowedIds(LogitsProcessor):
         # A tensor, because the host would wait while a Python False is copied to the
         # device.
         banned[owners(part.start, len(part.ids)), part.ids] = banned.new_zeros(())
-        logits[part.at] = logits[part.at].masked_fill(banned, float("-inf"))
+        for at, ban in zip(part.at.split(ROWS_AT_ONCE), banned.split(ROWS_AT_ONCE)):
+            logits[at] = without(logits[at], ban)
         return logits
+
+
+@compiled("logits", "banned")
+def without(logits: Tensor, banned: Tensor) -> Tensor:
+    """logits [A, V], -inf where `banned` [A, V] is true."""
+    return logits.masked_fill(banned, float("-inf"))

@@ -13,6 +13,9 @@ from torch import Tensor
 from nanovllm.core.ability import SamplingAbility
 from nanovllm.core.batch import Part
 from nanovllm.core.step import Array
+from nanovllm.kernels.choice import compiled
+
+ROWS_AT_ONCE = 256  # rows of logits that are copied; a thousand would take gigabytes
 
 
 class LogitsProcessor(SamplingAbility):
@@ -41,7 +44,13 @@ class BiasProcessor(LogitsProcessor):
     """A processor whose whole effect is to add a number to some logits."""
 
     def apply(self, logits: Tensor, part: Any, rows: Tensor, last_tokens: Tensor) -> Tensor:
-        return logits.index_put_((part.at, part.ids), part.values, accumulate=True)
+        return biased(logits, part.at, part.ids, part.values)
+
+
+@compiled("logits", "at", "ids", "values")
+def biased(logits: Tensor, at: Tensor, ids: Tensor, values: Tensor) -> Tensor:
+    """Adds values [E] to the tokens ids [E] of rows at [E], in place."""
+    return logits.index_put_((at, ids), values, accumulate=True)
 
 
 def token_biases(entries: list[tuple[int, int, float]]) -> TokenBiases[np.ndarray] | None:

@@ -20,12 +20,18 @@ NUCLEUS_CANDIDATES = 1024  # top-p reads the most likely tokens before it sorts 
 
 @dataclass
 class FiltersPart(Part[Array]):
-    """The F rows that are filtered; greedy rows never are."""
+    """The F rows that are filtered; greedy rows never are.
 
-    at: Array  # [F] int32 rows of the logits
-    top_k: Array  # [F] int32; the vocabulary size where off
+    In a recorded step: all rows. `FILTERS_OFF` has the numbers of rows without a filter.
+    """
+
+    at: Array  # [F] int32 rows of the logits, in order
+    top_k: Array  # [F] int32; at most 0, or the vocabulary size: off
     top_p: Array  # [F] float32
     min_p: Array  # [F] float32
+
+
+FILTERS_OFF = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
 
 
 class Filters(SamplingAbility):
@@ -65,6 +71,8 @@ class Filters(SamplingAbility):
 
     def threshold(self, logits: Tensor, temperature: Tensor, part: FiltersPart[Tensor]) -> Tensor:
         """[K] float32: the least logit that may be drawn in each row; -inf where all may."""
+        if len(part.at) == len(logits):
+            return filter_threshold(logits, temperature, part.top_k, part.top_p, part.min_p)
         threshold = torch.full_like(temperature, float("-inf"))
         threshold[part.at] = filter_threshold(
             logits[part.at],
@@ -74,6 +82,15 @@ class Filters(SamplingAbility):
             part.min_p,
         )
         return threshold
+
+
+def can_record_filters(logits: Tensor) -> bool:
+    """Whether a CUDA graph can hold `filter_threshold` of these logits.
+
+    The plain definition waits for the device: it looks for the largest k, and for rows
+    whose nucleus is large.
+    """
+    return kernels.triton_for(logits, "filter_threshold") is not None
 
 
 def filter_threshold(
@@ -87,33 +104,35 @@ def filter_threshold(
 
     They apply in this order. min-p keeps p >= min_p * max(p). top-k keeps the k largest.
     top-p keeps the smallest set whose share of the rest reaches top_p. Ties with the last
-    token kept are kept. temperature [F] is above 0, top_k from 1 to V.
+    token kept are kept. A row without a filter (`FILTERS_OFF`, or k of at least V) gets
+    -inf. temperature [F] is above 0 in other rows.
     """
     triton = kernels.triton_for(logits, "filter_threshold")
     if triton is not None:
         return triton.filter_threshold(logits, temperature, top_k, top_p, min_p)
     logits = kernels.without_infinities(logits)
     vocab_size = logits.shape[1]
+    limited = (top_k > 0) & (top_k < vocab_size)
+    is_off = ~limited & (top_p >= 1) & (min_p <= 0)
     temperature = temperature[:, None]  # [F, 1]
     distance = temperature * min_p.log()[:, None]
     floor = logits.amax(-1, keepdim=True) + distance  # [F, 1]
     logits = logits.masked_fill(logits < floor, float("-inf"))
 
-    limits = top_k[top_k < vocab_size]
+    limits = top_k[limited]
     largest_k = 0
     if len(limits):
         largest_k = int(limits.max())
     candidates = min(vocab_size, max(NUCLEUS_CANDIDATES, largest_k))
     top = logits.topk(candidates).values  # [F, candidates]
-    last = top_k.long().clamp(max=candidates) - 1
+    last = top_k.long().clamp(1, candidates) - 1
     kth = top.gather(1, last[:, None])  # [F, 1]
-    limited = (top_k < vocab_size)[:, None]
-    threshold = torch.where(limited, torch.maximum(kth, floor), floor)
+    threshold = torch.where(limited[:, None], torch.maximum(kth, floor), floor)
 
     if (top_p < 1).any():
         nucleus = nucleus_threshold(logits, top, threshold, temperature, top_p[:, None])
         threshold = torch.maximum(threshold, nucleus)
-    return threshold.squeeze(1)
+    return threshold.squeeze(1).masked_fill(is_off, float("-inf"))
 
 
 def nucleus_threshold(

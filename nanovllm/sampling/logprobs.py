@@ -9,12 +9,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from nanovllm.core.ability import ModelFacts, SamplingAbility
 from nanovllm.core.batch import Part
 from nanovllm.core.sequence import Columns, SequenceTable
 from nanovllm.core.step import Array, Logprobs
+from nanovllm.kernels.choice import compiled
 from nanovllm.sampling_params import SamplingParams
 
 
@@ -42,16 +44,37 @@ class SampledLogprobs(SamplingAbility):
 
 def logprobs(logits: Tensor, tokens: Tensor, k: int) -> Logprobs[Tensor]:
     """logits [L, V] and one token id a row [L] -> its logprob and rank, and the k most likely."""
-    return ranked(logits.float().log_softmax(-1), tokens, k)
+    return ranked(log_softmax(logits), tokens, k)
+
+
+@compiled("logits")
+def log_softmax(logits: Tensor) -> Tensor:
+    """[L, V] -> [L, V] float32."""
+    return logits.float().log_softmax(-1)
 
 
 def ranked(scores: Tensor, tokens: Tensor, k: int) -> Logprobs[Tensor]:
     """scores [L, V] and one token id a row [L] -> its score and rank, and the k largest."""
-    chosen = scores.gather(1, tokens.long()[:, None])
+    scores = scores.float()
+    token, rank = score_and_rank(scores, tokens)
     top = scores.topk(k)
+    return Logprobs(token=token, rank=rank, top_ids=top.indices, top=top.values)
+
+
+@compiled("scores", "tokens")
+def score_and_rank(scores: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """scores [L, V] and one token id a row [L] -> its score and rank [L]. Ranks begin at 1."""
+    chosen = scores.gather(1, tokens.long()[:, None])
+    return chosen.squeeze(1), (scores > chosen).sum(-1) + 1
+
+
+def joined(pieces: list[Logprobs[Tensor]]) -> Logprobs[Tensor]:
+    """The rows of all pieces, one piece after the other."""
+    if len(pieces) == 1:
+        return pieces[0]
     return Logprobs(
-        token=chosen.squeeze(1),
-        rank=(scores > chosen).sum(-1) + 1,
-        top_ids=top.indices,
-        top=top.values,
+        token=torch.cat([piece.token for piece in pieces]),
+        rank=torch.cat([piece.rank for piece in pieces]),
+        top_ids=torch.cat([piece.top_ids for piece in pieces]),
+        top=torch.cat([piece.top for piece in pieces]),
     )

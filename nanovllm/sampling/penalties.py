@@ -17,7 +17,8 @@ from nanovllm.core.ability import ModelFacts
 from nanovllm.core.batch import Part
 from nanovllm.core.sequence import Columns, SequenceTable
 from nanovllm.core.step import Array
-from nanovllm.sampling.base import LogitsProcessor, owners
+from nanovllm.kernels.choice import compiled
+from nanovllm.sampling.base import ROWS_AT_ONCE, LogitsProcessor, owners
 from nanovllm.sampling_params import SamplingParams
 
 
@@ -70,22 +71,58 @@ class Penalties(LogitsProcessor):
     def apply(
         self, logits: Tensor, part: PenaltiesPart[Tensor], rows: Tensor, last_tokens: Tensor
     ) -> Tensor:
+        newest = last_tokens[rows[part.at]]  # [P]
         owner = owners(part.history_start, len(part.history))
-        newest = last_tokens[rows[part.at][owner]].to(part.history.dtype)
-        ids = torch.where(part.history < 0, newest, part.history)
-        place = torch.arange(len(ids), device=ids.device) - part.history_start[owner]
-        is_generated = (place >= part.prompt_lens[owner]).float()
-
-        where = (owner, ids.long())
-        zeros = torch.zeros(len(part.at), logits.shape[1], device=logits.device)
-        seen = zeros.index_put(where, torch.ones_like(is_generated), accumulate=True) > 0
-        counts = zeros.index_put(where, is_generated, accumulate=True)
-
-        x = logits[part.at]
-        repetition = part.repetition[:, None]
-        repeated = torch.where(x > 0, x / repetition, x * repetition)
-        x = torch.where(seen, repeated, x)
-        x = x - part.frequency[:, None] * counts
-        x = x - part.presence[:, None] * (counts > 0)
-        logits[part.at] = x
+        starts = part.history_start[:-1]
+        ids, is_generated = texts(part.history, owner, newest, starts, part.prompt_lens)
+        for start in range(0, len(part.at), ROWS_AT_ONCE):
+            some = slice(start, start + ROWS_AT_ONCE)
+            at = part.at[some]
+            # Tokens of texts that are not among these go to one row more, which is unused.
+            place = owner - start
+            place = torch.where((place >= 0) & (place < len(at)), place, len(at))
+            shape = (len(at) + 1, logits.shape[1])
+            seen = torch.zeros(shape, dtype=torch.bool, device=logits.device)
+            # A tensor, because the host would wait while a Python True is copied to the device.
+            seen[place, ids] = seen.new_ones(())
+            counts = torch.zeros(shape, device=logits.device)
+            counts.index_put_((place, ids), is_generated, accumulate=True)
+            penalties = (part.presence[some], part.frequency[some], part.repetition[some])
+            logits[at] = penalised(logits[at], seen[:-1], counts[:-1], *penalties)
         return logits
+
+
+@compiled("history", "owner", "newest", "starts", "prompt_lens")
+def texts(
+    history: Tensor, owner: Tensor, newest: Tensor, starts: Tensor, prompt_lens: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Token ids of all P texts [N] int64, and 1.0 where a token is generated [N].
+
+    history [N]: -1 stands for the text's newest token. owner [N]: the text of each token.
+    newest, starts and prompt_lens [P]: each text's newest token, its first place in
+    `history`, and the length of its prompt.
+    """
+    ids = torch.where(history < 0, newest[owner], history)
+    place = torch.arange(len(ids), device=ids.device) - starts[owner]
+    return ids, (place >= prompt_lens[owner]).float()
+
+
+@compiled("x", "seen", "counts", "presence", "frequency", "repetition")
+def penalised(
+    x: Tensor,
+    seen: Tensor,
+    counts: Tensor,
+    presence: Tensor,
+    frequency: Tensor,
+    repetition: Tensor,
+) -> Tensor:
+    """logits [P, V] -> [P, V].
+
+    seen [P, V]: whether the text has the token. counts [P, V]: how often the token was
+    generated. The penalties are [P].
+    """
+    repetition = repetition[:, None]
+    repeated = torch.where(x > 0, x / repetition, x * repetition)
+    x = torch.where(seen, repeated, x)
+    x = x - frequency[:, None] * counts
+    return x - presence[:, None] * (counts > 0)

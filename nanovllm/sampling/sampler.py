@@ -15,6 +15,7 @@ from torch import Tensor
 from nanovllm import kernels
 from nanovllm.core.ability import SamplingAbility
 from nanovllm.core.batch import Batch
+from nanovllm.kernels.choice import compiled
 from nanovllm.sampling.allowed_ids import AllowedIds
 from nanovllm.sampling.bad_words import BadWords
 from nanovllm.sampling.base import LogitsProcessor
@@ -66,13 +67,18 @@ class Processed:
         Their softmax is what tokens are drawn from. Greedy rows keep their logits, as if
         the temperature was 1.
         """
-        logits = self.logits[at].float()
-        if self.threshold is not None:
-            too_small = logits < self.threshold[at][:, None]
-            logits = logits.masked_fill(too_small, float("-inf"))
-        if not len(self.temperature):
-            return logits
-        return logits / divisor(self.temperature[at])
+        threshold = None if self.threshold is None else self.threshold[at]
+        temperature = self.temperature[at] if len(self.temperature) else None
+        return scaled(self.logits[at], threshold, temperature)
+
+
+@compiled("logits", "threshold", "temperature")
+def scaled(logits: Tensor, threshold: Tensor | None, temperature: Tensor | None) -> Tensor:
+    """logits [L, V] -> float32, -inf below the threshold [L], divided by the temperature [L]."""
+    logits = logits.float()
+    if threshold is not None:
+        logits = logits.masked_fill(logits < threshold[:, None], float("-inf"))
+    return logits if temperature is None else logits / divisor(temperature)
 
 
 def divisor(temperature: Tensor) -> Tensor:

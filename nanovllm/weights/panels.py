@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
-from nanovllm.kernels import cpu
+from nanovllm.kernels import cpu, cpu_operators
 from nanovllm.weights.dense import DenseWeight, matrix
 
 
@@ -31,6 +32,8 @@ class PanelWeight(DenseWeight):
 
     def linear(self, layer: nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:
         assert self.in_panels
+        if torch.compiler.is_compiling():
+            return cpu_operators.linear_panels(x, matrix(layer), bias)
         out = cpu.linear_panels(x, matrix(layer), bias)
         assert out is not None, "x has the dtype of the weight"
         return out
@@ -50,6 +53,8 @@ class PanelWeight(DenseWeight):
 
     def embedding(self, layer: nn.Module, ids: Tensor) -> Tensor:
         assert self.in_panels
+        if torch.compiler.is_compiling():
+            return cpu_operators.embedding_panels(ids, matrix(layer))
         out = cpu.embedding_panels(ids, matrix(layer))
         assert out is not None, "ids are int64"
         return out

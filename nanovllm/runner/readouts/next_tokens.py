@@ -11,7 +11,8 @@ from nanovllm.core.step import Logprobs
 from nanovllm.models.base import LanguageModel
 from nanovllm.parallel import TensorParallel
 from nanovllm.runner.readouts.base import Readout
-from nanovllm.sampling.logprobs import LogprobsPart, logprobs, ranked
+from nanovllm.sampling.base import ROWS_AT_ONCE
+from nanovllm.sampling.logprobs import LogprobsPart, joined, logprobs, ranked
 from nanovllm.sampling.sampler import Processed, errors_of, process
 from nanovllm.weights.lora import LoRAWeight
 
@@ -55,12 +56,28 @@ class NextTokens(Readout[Sampled]):
         part = batch.parts.get("logprobs")
         if not isinstance(part, LogprobsPart):
             return Sampled(self.sample(logits, batch), errors=errors_of(batch))
-        raw = logits[part.at]  # a copy: the sampler may overwrite the logits
+        # A copy, because the sampler may overwrite the logits.
+        raw = logits[part.at] if self.is_raw else None
         processed = process(logits, batch, self.last_tokens)
-        shown = raw if self.is_raw else processed.scaled(part.at)
         tokens = self.draw(processed, batch)
+        return Sampled(tokens, self.scores(raw, processed, tokens, part), errors_of(batch))
+
+    def scores(
+        self,
+        raw: Tensor | None,
+        processed: Processed,
+        tokens: Tensor,
+        part: LogprobsPart[Tensor],
+    ) -> Logprobs[Tensor]:
+        """The logprobs or logits of the L rows of `part`. raw: the model's logits [L, V]."""
         score = logprobs if self.is_log else ranked
-        return Sampled(tokens, score(shown.float(), tokens[part.at], part.k), errors_of(batch))
+        pieces = []
+        for start in range(0, len(part.at), ROWS_AT_ONCE):
+            rows = slice(start, start + ROWS_AT_ONCE)
+            at = part.at[rows]
+            shown = processed.scaled(at) if raw is None else raw[rows]
+            pieces.append(score(shown, tokens[at], part.k))
+        return joined(pieces)
 
     def sample(self, logits: Tensor, batch: Batch[Tensor]) -> Tensor:
         """logits [K, V] -> tokens [K]. Rank 0 alone samples, and tells the other ranks."""

@@ -6,7 +6,6 @@ from collections import deque
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from nanovllm.core.ability import ModelFacts, StepAbility
@@ -16,10 +15,9 @@ from nanovllm.core.step import Array, Logprobs, Step
 from nanovllm.models.base import LanguageModel
 from nanovllm.runner.readouts.base import Readout, Requests
 from nanovllm.runner.readouts.next_tokens import logits_at
-from nanovllm.sampling.logprobs import logprobs
+from nanovllm.sampling.base import ROWS_AT_ONCE
+from nanovllm.sampling.logprobs import joined, logprobs
 from nanovllm.sampling_params import SamplingParams
-
-ROWS_AT_ONCE = 256  # the logits of a whole chunk would take gigabytes
 
 
 @dataclass
@@ -79,16 +77,11 @@ class PromptLogprobs(StepAbility, Readout[Logprobs[Tensor]]):
     def read(self, model: LanguageModel, hidden: Tensor, batch: Batch[Tensor]) -> Logprobs[Tensor]:
         part = batch.parts[self.name]
         assert isinstance(part, PromptLogprobsPart)
-        found = [
+        pieces = [
             logprobs(logits_at(model, hidden, at), targets, part.k)
             for at, targets in zip(part.at.split(ROWS_AT_ONCE), part.targets.split(ROWS_AT_ONCE))
         ]
-        return Logprobs(
-            token=torch.cat([piece.token for piece in found]),
-            rank=torch.cat([piece.rank for piece in found]),
-            top_ids=torch.cat([piece.top_ids for piece in found]),
-            top=torch.cat([piece.top for piece in found]),
-        )
+        return joined(pieces)
 
     def deliver(self, result: Logprobs[np.ndarray], requests: Requests) -> None:
         """Brings the result of the oldest step in flight to the requests that asked for it."""
