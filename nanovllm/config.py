@@ -141,6 +141,19 @@ class EngineArgs:
         self._check_generation_config()
         self._check_lora()
         self._check_trace()
+        self.compilation_config = self.compilation
+
+    @property
+    def compilation(self) -> Compilation:
+        """What `compilation_config` and the arguments beside it say together."""
+        found = Compilation.read(self.compilation_config)
+        sizes, largest = self.cudagraph_capture_sizes, self.max_cudagraph_capture_size
+        if self.cuda_graph_sizes is not None and len(self.cuda_graph_sizes) == 1:
+            found = found.with_sizes(None, self.cuda_graph_sizes[0])
+        else:
+            found = found.with_sizes(self.cuda_graph_sizes, None)
+        found = found.with_sizes(sizes, largest)
+        return found.eager() if self.enforce_eager else found
 
     def _check_names(self) -> None:
         if not isinstance(self.model, (str, os.PathLike)):

@@ -1,4 +1,4 @@
-"""The whole engine with every Triton kernel, under Triton's interpreter: the tokens are those of the CPU's engine.
+"""The whole engine with every Triton kernel, under Triton's interpreter: it gives the tokens of the CPU's engine.
 
 Norms, activations, the K/V write, attention, filters, draws and mixtures of experts run as kernels, in prompts, mixed
 steps and the static path of CUDA graphs. The interpreter is chosen when triton is imported, so one test runs this file
@@ -78,12 +78,12 @@ def every_kernel(monkeypatch):
 
     It returns the set to which the names of launched kernels are added.
     """
-    from triton.runtime.interpreter import InterpretedFunction
+    from triton.runtime.interpreter import GridExecutor
 
     from nanovllm.kernels import moe_triton, triton_ops
 
     launched: set[str] = set()
-    run = InterpretedFunction.run
+    run = GridExecutor.__call__
 
     def noted(self, *args, **kwargs):
         launched.add(self.fn.__name__)
@@ -97,7 +97,7 @@ def every_kernel(monkeypatch):
             monkeypatch.setattr(owner, name, lambda *args: None)
         monkeypatch.setattr(kernels, "triton_for", of(triton_ops))
         monkeypatch.setattr(moe, "triton_for", of(moe_triton))
-        monkeypatch.setattr(InterpretedFunction, "run", noted)
+        monkeypatch.setattr(GridExecutor, "__call__", noted)
         return launched
 
     return begin

@@ -203,6 +203,7 @@ def record_sizes(
                     recorded.unit,
                     failure or "another rank failed",
                 )
+                recorded.clear()
                 return False
     except BaseException:
         recorded.clear()  # the error's traceback holds the graphs

@@ -147,10 +147,11 @@ class TracedScheduler(Scheduler):
             self.changes.admitted.append({"seq": seq.seq_id, "cached": cached, "hit": hit})
         return row
 
-    def _allocate(self, row: int, count: int) -> None:
-        self.blocks.seq = int(self.table.seq_id[row])
-        self.blocks.position = int(self.table.num_blocks[row]) * self.block_size
-        super()._allocate(row, count)
+    def _allocate(self, rows: np.ndarray, counts: np.ndarray) -> None:
+        for at, row in enumerate(rows):
+            self.blocks.seq = int(self.table.seq_id[row])
+            self.blocks.position = int(self.table.num_blocks[row]) * self.block_size
+            super()._allocate(rows[at : at + 1], counts[at : at + 1])
 
     def _register(self, row: int, num_full: int) -> None:
         self.blocks.seq = int(self.table.seq_id[row])

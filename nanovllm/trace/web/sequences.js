@@ -1,0 +1,164 @@
+// The sequences as panels: what each one does, its block table and its text.
+"use strict";
+
+const MOST_SEQUENCES = 24; // panels that are drawn before the reader asks for all
+
+const panels = new Map(); // id of a sequence -> {element, signature}
+
+function drawSequences(step, state) {
+  const { run } = view;
+  const all = [...run.sequences.values()];
+  let shown = all;
+  if (all.length > MOST_SEQUENCES && !view.allSequences) {
+    const active = new Set([
+      ...step.seqs.map((part) => part.seq),
+      ...step.admitted.map((entry) => entry.seq),
+      ...step.preempted,
+    ]);
+    shown = all.filter((sequence) => active.has(sequence.id)).slice(0, MOST_SEQUENCES);
+  }
+  const elements = shown.map((sequence) => drawSequence(sequence, step, state));
+  const box = byId("sequences");
+  const isSame =
+    box.children.length === elements.length &&
+    elements.every((element, i) => box.children[i] === element);
+  if (!isSame) box.replaceChildren(...elements);
+  const more = byId("more-sequences");
+  more.hidden = all.length <= MOST_SEQUENCES;
+  more.textContent = view.allSequences
+    ? "Show the sequences of the step only"
+    : `Show all ${all.length} sequences`;
+  shown.forEach((sequence) => scrollToNewest(panels.get(sequence.id)));
+}
+
+function drawSequence(sequence, step, state) {
+  const { run } = view;
+  if (!panels.has(sequence.id)) {
+    const element = el("article", {
+      class: "sequence",
+      id: `seq-${sequence.id}`,
+      style: `--c: ${colour(sequence)}`,
+    });
+    panels.set(sequence.id, { element, signature: null, scrolled: true });
+  }
+  const panel = panels.get(sequence.id);
+  const own = state.sequences.get(sequence.id);
+  const generated = run.generatedCount(sequence, view.index);
+  const status = statusOf(run, state, view.index, sequence.id);
+  const table = state.tables.get(sequence.id) ?? [];
+  const shared = table.map((id) => state.blocks.get(id)?.refs ?? 0);
+  const signature = JSON.stringify([
+    status,
+    own,
+    generated,
+    table,
+    shared,
+    generatedNow(sequence, generated),
+  ]);
+  if (signature === panel.signature) return panel.element;
+  panel.signature = signature;
+  panel.scrolled = false;
+  panel.element.dataset.status = status;
+  panel.element.dataset.generated = generated;
+  panel.element.dataset.computed = own.computed;
+  panel.element.replaceChildren(
+    sequenceHead(sequence, own, status, generated),
+    sequenceTable(table, state),
+    sequenceText(sequence, own, status, generated),
+  );
+  return panel.element;
+}
+
+const STATUS_WORDS = {
+  absent: ["not here yet", "request"],
+  waiting: ["waits", "waiting"],
+  preempted: ["preempted, waits", "preemption"],
+  prefill: ["prefill", "prefill"],
+  decode: ["decode", "decode"],
+  idle: ["running", "running"],
+  finished: ["finished", "finish"],
+};
+
+function sequenceHead(sequence, own, status, generated) {
+  const [words, key] = STATUS_WORDS[status];
+  const reason = own.reason && status === "finished" ? ` (${own.reason})` : "";
+  const again = own.preemptions
+    ? `, preempted ${own.preemptions === 1 ? "once" : `${own.preemptions} times`}`
+    : "";
+  const limit = sequence.request.max_tokens;
+  return el(
+    "header",
+    {},
+    chip(sequence.id),
+    el("span", { class: `status ${status}` }, term(key, words + reason)),
+    el(
+      "small",
+      {},
+      `prompt ${sequence.promptLength}, new ${generated}${limit ? ` of ${limit}` : ""}${again}`,
+    ),
+  );
+}
+
+function sequenceTable(table, state) {
+  const { run } = view;
+  if (!table.length) return el("p", { class: "mini none" }, "no blocks");
+  const most = 24;
+  const list = table.length > most ? [...table.slice(0, 8), null, ...table.slice(8 - most)] : table;
+  return el(
+    "p",
+    { class: "mini", "aria-label": "Block table" },
+    list.map((id) => {
+      if (id === null) return el("span", { class: "none" }, `… ${table.length - most} …`);
+      const block = state.blocks.get(id);
+      const button = blockButton(id);
+      button.classList.add(blockKind(block));
+      button.style.setProperty("--fill", `${((block?.filled ?? 0) / run.blockSize) * 100}%`);
+      return button;
+    }),
+  );
+}
+
+// The tokens of a sequence. Long texts lose their middle.
+function sequenceText(sequence, own, status, generated) {
+  const { run } = view;
+  const total = sequence.promptLength + generated;
+  const newest = generatedNow(sequence, generated) ? total - 1 : -1;
+  const pieces = [];
+  const isLong = total > 420;
+  for (let position = 0; position < total; position += 1) {
+    if (isLong && position === 60) {
+      const next = Math.min(Math.max(own.computed - 200, 60), total - 300);
+      if (next > 60) {
+        pieces.push(el("span", { class: "none" }, ` … ${number(next - 60)} tokens … `));
+        position = next;
+      }
+    }
+    const token = run.tokenAt(sequence, position);
+    let kind = position < sequence.promptLength ? "token prompt" : "token answer";
+    if (position < own.hit) kind += " from-cache";
+    if (position >= own.computed && position !== newest && status !== "finished") kind += " ahead";
+    if (position === newest) kind += " newest";
+    const text = position === newest ? visibleText(token) : addedText(sequence, token);
+    pieces.push(el("span", { class: kind, "data-token": `${sequence.id}:${position}` }, text));
+  }
+  if (status === "finished") pieces.push(sequence.ending.text);
+  return el(
+    "p",
+    { class: "text", tabindex: 0, "aria-label": `Text of sequence ${sequence.label}` },
+    pieces,
+  );
+}
+
+// Whether the step that is shown sampled the sequence's last token.
+function generatedNow(sequence, generated) {
+  return generated > 0 && sequence.generated[generated - 1].step === view.index;
+}
+
+function scrollToNewest(panel) {
+  if (panel.scrolled) return;
+  panel.scrolled = true;
+  const box = panel.element.querySelector(".text");
+  const mark = box.querySelector(".newest") ?? box.querySelector(".ahead") ?? box.lastElementChild;
+  if (mark)
+    box.scrollTop = mark.offsetTop - box.offsetTop - box.clientHeight + mark.offsetHeight + 8;
+}
