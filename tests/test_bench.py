@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -147,6 +148,11 @@ def test_host_and_startup(
     # Two graphs, the copy of the inputs, their scatter, the copy of the tokens.
     plain, inside, outside = (parts["launches"] for parts in host.values())
     assert plain == inside == 5 < outside
+    if find_spec("triton"):
+        mixed = json.loads(file.read_text())["mixed_step"]
+        # Each of 28 layers attends by two kernels, and one more plans the step's decodes.
+        assert (mixed["pieces"]["replays"], mixed["pieces"]["Triton"]) == (29, 57)
+        assert mixed["eager"]["Triton"] + mixed["eager"]["products"] > 250
     bench.main(["--startup", "--shape", "tiny", "--repeats", "1", "--json", str(file)])
     assert {
         caches: len(seconds) for caches, seconds in json.loads(file.read_text())["startup"].items()
