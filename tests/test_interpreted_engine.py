@@ -21,6 +21,7 @@ from tiny import greedy, make_llm, random_prompts, session_folder, tiny_model
 from nanovllm import LLM, RequestOutput, SamplingParams, kernels
 from nanovllm.kernels import cpu, moe, moe_cpu
 from nanovllm.kernels.choice import has_kernel
+from nanovllm.runner.cuda_graphs import DecodeGraphs
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(
@@ -40,14 +41,15 @@ MODELS: dict[str, dict[str, Any]] = {
         "mlp_only_layers": [0],
     },
 }
-PROMPTS = random_prompts([1, 17, 28, 5, 3])  # the third is longer than Mistral's window
-# The first two outlive the others, so steps of plain rows follow steps of all kinds of rows.
+PROMPTS = random_prompts([1, 17, 28, 5, 3, 2])  # the third is longer than Mistral's window
+# The last two end first. The steps after them sample inside a graph, with filters and then without.
 WAYS: list[dict[str, Any]] = [
     {"temperature": 0.0, "max_tokens": 8},
-    {"temperature": 0.8, "seed": 1, "max_tokens": 6},
-    {"top_p": 0.8, "top_k": 40, "seed": 2, "max_tokens": 4},
-    {"min_p": 0.05, "logprobs": 3, "seed": 3, "max_tokens": 4},
-    {"temperature": 0.0, "logprobs": 1, "max_tokens": 3},
+    {"temperature": 0.8, "seed": 1, "max_tokens": 7},
+    {"top_p": 0.8, "top_k": 40, "seed": 2, "max_tokens": 6},
+    {"min_p": 0.05, "temperature": 1.5, "seed": 3, "max_tokens": 5},
+    {"top_k": 3, "logprobs": 3, "seed": 4, "max_tokens": 3},
+    {"temperature": 0.0, "logprobs": 1, "max_tokens": 2},
 ]
 KERNELS = {
     "_rms_norm_kernel",
@@ -112,18 +114,20 @@ def outputs(llm: LLM) -> list[RequestOutput]:
 @pytest.mark.parametrize("family", MODELS)
 def test_tokens_equal_the_cpu_s(every_kernel, family):
     folder, model = tiny_model(session_folder() / family, family, **MODELS[family])
-    sizes = {"skip_tokenizer_init": True, "max_num_seqs": 5, "max_num_batched_tokens": 32}
+    sizes = {"skip_tokenizer_init": True, "max_num_seqs": 6, "max_num_batched_tokens": 32}
     expected = outputs(make_llm(folder, **sizes))
     launched = every_kernel()
     llm = make_llm(folder, attention_backend="triton", async_scheduling=True, **sizes)
     llm.llm_engine.executor.runner.programs = None
+    assert DecodeGraphs(llm.llm_engine.setup).parts == {"filters"}
     graphs = with_static_path(llm)
     found = outputs(llm)
     assert found[0].outputs[0].token_ids == greedy(model, PROMPTS[0], 8)
     for ours, cpus in zip(found, expected):
         assert ours.outputs[0].token_ids == cpus.outputs[0].token_ids
         assert_same_logprobs(ours.outputs[0].logprobs, cpus.outputs[0].logprobs)
-    assert graphs.sizes_replayed
+    assert len(graphs.sizes_replayed) > graphs.sampled >= 4
+    assert graphs.parts_sampled == {"filters"}
     assert launched >= KERNELS
     if family == "Qwen3Moe":
         assert launched >= KERNELS_OF_EXPERTS

@@ -34,15 +34,11 @@ class CaptureError(RuntimeError):
     """A step runs, and cannot be recorded."""
 
 
-def graph_sizes(max_num_seqs: int, given: tuple[int, ...] | None = None) -> list[int]:
-    """The batch sizes with graphs, in order.
-
-    given: the sizes that the user asks for. By default 1, 2, 4, 8, multiples of 16 up to
-    256, multiples of 32 above, and max_num_seqs.
-    """
-    if given is None:
-        given = (1, 2, 4, 8, *range(16, 256, 16), *range(256, max_num_seqs, 32), max_num_seqs)
-    return sorted({min(size, max_num_seqs) for size in given})
+def graph_sizes(max_num_seqs: int) -> list[int]:
+    """The batch sizes with graphs: 1, 2, 4, 8, steps of 16 to 256, steps of 32, max_num_seqs."""
+    sizes = [1, 2, 4, 8, *range(16, 256, 16), *range(256, max_num_seqs, 32)]
+    smaller = [size for size in sizes if size < max_num_seqs]
+    return [*smaller, max_num_seqs]
 
 
 def recorded_sizes(max_num_seqs: int, compilation: Compilation) -> list[int]:
@@ -286,10 +282,6 @@ class DecodeGraphs:
         changes = staging.to(self.hidden.device, non_blocking=True)
         indices = changes[:split].view(torch.int64)
         self.inputs.flat.scatter_(0, indices, changes[split:])
-
-    def can_run(self, batch: Batch[np.ndarray]) -> bool:
-        """Whether there is a graph of the model for this batch."""
-        return is_decode(batch) and len(batch.attention.context_lens) <= self.sizes[-1]
 
     def can_sample(self, batch: Batch[np.ndarray]) -> bool:
         """Whether the sampler's graph reads all optional parts of the batch."""

@@ -155,7 +155,8 @@ def record_graphs(runner: ModelRunner, count: int | None = None) -> DecodeGraphs
     """
     if runner.capture_stream is None:
         return None
-    graphs = DecodeGraphs(runner.setup, runner.capture_stream)
+    with kernel_choice(runner.kernel_choice):
+        graphs = DecodeGraphs(runner.setup, runner.capture_stream)
     if not graphs.sizes:
         return None
 

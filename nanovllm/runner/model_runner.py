@@ -138,7 +138,7 @@ class ModelRunner:
                 return self.run(host_batch)
 
     def run(self, host_batch: Batch[np.ndarray]) -> PendingStep:
-        if self.graphs is not None and self.graphs.can_run(host_batch):
+        if self.graphs is not None and self.graphs.has_graph(host_batch):
             if self.graphs.can_sample(host_batch):
                 return PendingStep(Sampled(self.graphs.next_tokens(host_batch)), {}, NO_ROWS)
             hidden = self.graphs.hidden_states(host_batch)
