@@ -181,6 +181,7 @@ def record_pieces(runner: ModelRunner, count: int | None = None) -> Pieces | Non
         pieces.record(size, runner.forward)
 
     is_recorded = record_sizes(runner, pieces, count, record_size, "prefill")
+    runner.model.attend_by(runner.attention)  # else the model keeps the recording alive
     return pieces if is_recorded else None
 
 
