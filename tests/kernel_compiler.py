@@ -29,6 +29,8 @@ from nanovllm.kernels.gpu_table import DeviceProperties, GPUKind
 RESOURCES = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 MULTIPROCESSORS = 132  # of the GPU that stands for all
 REGISTERS = 65536  # of a multiprocessor
+# Warps that a multiprocessor holds, by its KB of shared memory.
+WARPS = {64: 32, 100: 48, 164: 64, 228: 64}
 RESERVED = 1024  # bytes of shared memory that each program takes beside its own
 
 
@@ -89,7 +91,8 @@ class Usage:
         registers = ceil_div(self.registers, 8) * 8  # the GPU gives eight at a time
         by_registers = REGISTERS // (registers * 32 * self.warps)
         by_memory = kind.memory * 1024 // (self.shared + RESERVED)
-        return min(by_registers, by_memory, 16)
+        by_warps = WARPS[kind.memory] // self.warps
+        return min(by_registers, by_memory, by_warps)
 
 
 def usage(kernel) -> Usage:

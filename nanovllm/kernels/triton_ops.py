@@ -394,31 +394,29 @@ def _tile_sum_kernel(
 ):  # fmt: skip
     """The maximum of a tile of a row and the sum of exp((x - maximum) / temperature)."""
     _sum_tile(
-        logits_ptr, stride, temperature_ptr, threshold_ptr, max_ptr, sum_ptr, V, TILE, TILES, FILTER
-    )
+        logits_ptr, stride, temperature_ptr, threshold_ptr, max_ptr, sum_ptr, tl.program_id(1), V,
+        TILE, TILES, FILTER,
+    )  # fmt: skip
 
 
 @triton.jit
 def _filter_tile_sum_kernel(
     logits_ptr, stride, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, max_ptr, sum_ptr, V,
-    TILE: tl.constexpr, TILES: tl.constexpr,
+    TILE: tl.constexpr, TILES: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """`_tile_sum_kernel` for the rows that a filter limits. Other rows are not read."""
+    """`_tile_sum_kernel` for the rows that a filter limits. Other rows are not read.
+
+    A program has GROUP tiles, so that few programs start in vain for other rows.
+    """
     row = tl.program_id(0)
     if _all_off(row, top_k_ptr, top_p_ptr, min_p_ptr, V):
         return
-    _sum_tile(
-        logits_ptr,
-        stride,
-        temperature_ptr,
-        temperature_ptr,
-        max_ptr,
-        sum_ptr,
-        V,
-        TILE,
-        TILES,
-        False,
-    )
+    for i in tl.static_range(GROUP):
+        tile = tl.program_id(1) * GROUP + i
+        _sum_tile(
+            logits_ptr, stride, temperature_ptr, temperature_ptr, max_ptr, sum_ptr, tile, V,
+            TILE, TILES, False,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -431,18 +429,18 @@ def _all_off(row, top_k_ptr, top_p_ptr, min_p_ptr, V):
 
 @triton.jit
 def _sum_tile(
-    logits_ptr, stride, temperature_ptr, threshold_ptr, max_ptr, sum_ptr, V,
+    logits_ptr, stride, temperature_ptr, threshold_ptr, max_ptr, sum_ptr, tile, V,
     TILE: tl.constexpr, TILES: tl.constexpr, FILTER: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
-    x = _load_logits(logits_ptr, stride, threshold_ptr, row, tl.program_id(1), V, TILE, FILTER)
+    x = _load_logits(logits_ptr, stride, threshold_ptr, row, tile, V, TILE, FILTER)
     temperature = tl.load(temperature_ptr + row)
     maximum = tl.max(x)
     # The bound is for a tile without a candidate, because exp(-inf - finite) is 0.
     distance = x - tl.maximum(maximum, -3e38)
     prob_sum = tl.sum(tl.exp(distance / tl.where(temperature > 0, temperature, 1.0)))
-    tl.store(max_ptr + row * TILES + tl.program_id(1), maximum)
-    tl.store(sum_ptr + row * TILES + tl.program_id(1), prob_sum)
+    tl.store(max_ptr + row * TILES + tile, maximum, mask=tile < TILES)
+    tl.store(sum_ptr + row * TILES + tile, prob_sum, mask=tile < TILES)
 
 
 @triton.jit
@@ -554,6 +552,7 @@ def _tile_buffers(logits: Tensor, tile: int) -> tuple[Tensor, Tensor]:
 # only tiles that have a logit in the interval.
 
 FILTER_TILE = 1024
+FILTER_GROUP = 4  # tiles that a program of the first pass reads
 
 
 @triton.jit
@@ -686,9 +685,9 @@ def filter_threshold(
     if len(logits):
         maxima, prob_sums = _tile_buffers(logits, FILTER_TILE)
         num_tiles = maxima.shape[1]
-        _filter_tile_sum_kernel[(len(logits), num_tiles)](
+        _filter_tile_sum_kernel[(len(logits), ceil_div(num_tiles, FILTER_GROUP))](
             logits, logits.stride(0), temperature, top_k, top_p, min_p, maxima, prob_sums,
-            logits.shape[1], FILTER_TILE, num_tiles, num_warps=2,
+            logits.shape[1], FILTER_TILE, num_tiles, FILTER_GROUP, num_warps=4,
         )  # fmt: skip
         _threshold_kernel[(len(logits),)](
             logits, logits.stride(0), temperature, top_k, top_p, min_p, maxima, prob_sums,
