@@ -7,17 +7,14 @@ conversion to bfloat16 or float8 truncates where a GPU rounds: tolerances are on
 from __future__ import annotations
 
 import itertools
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 from attention_reference import make_case
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from interpreter import INTERPRETED, run_interpreted, starts_interpreter
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 RUNS = INTERPRETED or torch.cuda.is_available()
 DEVICE = "cpu" if INTERPRETED else "cuda"
 pytest.importorskip("triton", reason="no triton for this platform")
@@ -50,24 +47,10 @@ ATTENTION = "test_attention or splits or decodes or same_bits or words or shapes
 
 
 @pytest.mark.skipif(RUNS, reason="this process runs the kernels itself")
+@starts_interpreter
 @pytest.mark.parametrize("tests", [ATTENTION, f"not ({ATTENTION})"], ids=["attention", "rest"])
 def test_under_the_interpreter(tests):
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-x",
-        "-p",
-        "no:cacheprovider",
-        "-p",
-        "no:xdist",
-        __file__,
-    ]
-    env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, "-k", tests], env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    assert "passed" in done.stdout
+    assert "passed" in run_interpreted(__file__, "-k", tests)
 
 
 # Attention
