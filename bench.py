@@ -33,7 +33,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.host_time import FILTERS, host_time
+from benchmarks.host_time import host_times
 from benchmarks.limit import LARGE_GPU_STEP, Machine, Sizes, limit, probe, sizes_of
 from benchmarks.ours import Checkpoint, ceil_div, default_dtype, model_config
 from benchmarks.peer_files import SIMPLE_FORMATS, gguf_file, hf_folder, quantised_file
@@ -747,11 +747,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def run_host() -> dict[str, Any]:
-    found = {
-        "temperature": host_time({}),
-        "top-p + top-k": host_time(FILTERS),
-        "top-p + top-k outside the graph": host_time(FILTERS, records_filters=False),
-    }
+    found = host_times()
     print("Host, decode step of 256 sequences, microseconds (median):\n")
     names = ["sampling", *found["temperature"]]
     rows = [

@@ -94,7 +94,8 @@ class LaunchCounter(TorchDispatchMode):
     ) -> object:
         returns = function._schema.returns
         is_view = any(r.alias_info and not r.alias_info.is_write for r in returns)
-        self.count += not is_view and not function._schema.name.startswith("aten::empty")
+        if not is_view and not function._schema.name.startswith("aten::empty"):
+            self.count += 1
         return function(*args, **(kwargs or {}))
 
 
@@ -106,7 +107,8 @@ def triton_launches() -> Iterator[list[str]]:
         yield launched
         return
     ops = import_module("nanovllm.kernels.triton_ops")
-    original, run = kernels.triton_for, ops.triton.JITFunction.run
+    triton_for = kernels.triton_for
+    run = ops.triton.JITFunction.run
 
     def note(kernel: Any, *args: object, **options: object) -> None:
         launched.append(kernel.__name__)
@@ -116,7 +118,17 @@ def triton_launches() -> Iterator[list[str]]:
     try:
         yield launched
     finally:
-        kernels.triton_for, ops.triton.JITFunction.run = original, run
+        kernels.triton_for = triton_for
+        ops.triton.JITFunction.run = run
+
+
+def host_times() -> dict[str, dict[str, float]]:
+    """`host_time` of each kind of sampling."""
+    found = {"temperature": host_time({}), "top-p + top-k": host_time(FILTERS)}
+    if find_spec("triton") is not None:  # without it, filters wait for the device
+        outside = host_time(FILTERS, records_filters=False)
+        found["top-p + top-k outside the graph"] = outside
+    return found
 
 
 def host_time(

@@ -35,6 +35,8 @@ KERNELS = frozenset(
         "pdl",
     ]
 )
+# Kernels that run only where they are named. No GPU has measured what they bring.
+ON_REQUEST = frozenset({"few_rows_linear", "swiglu_linear", "pdl"})
 # vLLM's names of operations -> the kernels here that compute them. Other names in KERNELS
 # stand for themselves.
 VLLM_OPERATIONS: dict[str, tuple[str, ...]] = {
@@ -195,11 +197,13 @@ class Compilation:
     def left_out(self) -> frozenset[str]:
         """The hand-written kernels that do not run.
 
-        "none" leaves out all kernels that are not named as "+name". Otherwise kernels run
-        that are not named as "-name".
+        "none" leaves out all kernels, and "all" none. Without both, ON_REQUEST is left out.
+        "+name" adds a kernel, and "-name" leaves it out.
         """
         added: set[str] = set()
         removed: set[str] = set()
+        if "all" not in self.custom_ops:
+            removed.update(ON_REQUEST)
         for entry in self.custom_ops:
             if entry.startswith("+"):
                 added.update(kernels_of(entry[1:]))

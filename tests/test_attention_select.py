@@ -17,7 +17,9 @@ from nanovllm.attention.base import AttentionSpec
 from nanovllm.attention.select import BACKENDS, VLLM_NAMES, select_backend
 from nanovllm.attention.torch_backend import TorchAttention
 from nanovllm.cache.spec import PagedKV
+from nanovllm.compilation import Compilation
 from nanovllm.kernels import moe
+from nanovllm.runner.setup import Setup
 
 
 def spec(device: str = "cpu", dtype: torch.dtype = torch.float32) -> AttentionSpec:
@@ -34,10 +36,11 @@ def test_one_line_says_which_backend_runs_and_why_not_a_faster_one(caplog):
     )
 
 
-def test_a_gpu_without_triton_and_flash_attn_runs_the_torch_backend(monkeypatch, caplog):
+@pytest.mark.parametrize("error", [ImportError, RuntimeError, AttributeError, OSError])
+def test_a_gpu_without_triton_and_flash_attn_runs_the_torch_backend(monkeypatch, caplog, error):
     def without(name: str) -> object:
         if "triton" in name or "flash" in name:
-            raise ImportError(f"No module named {name!r}")
+            raise error(f"No module named {name!r}")
         return import_module(name)
 
     monkeypatch.setattr(select, "import_module", without)
@@ -79,6 +82,8 @@ def test_a_gpu_on_which_triton_cannot_build_its_launcher_runs_plain_torch(
         assert isinstance(select_backend(spec("cuda"), None), TorchAttention)
         assert kernels.triton_for(on_gpu, "rms_norm") is None
         assert moe.triton_for(on_gpu, "route") is None
+        setup: Any = SimpleNamespace(device=torch.device("cuda"), compilation=Compilation())
+        assert not Setup.compiles_models.fget(setup), "for GPUs torch.compile needs Triton"
     (warning,) = [each for each in caplog.records if each.levelname == "WARNING"]
     assert str(error) in warning.getMessage()
     assert "install gcc and python3-dev" in warning.getMessage()

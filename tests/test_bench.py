@@ -145,8 +145,9 @@ def test_host_and_startup(
         assert list(parts) == ["schedule", "prepare", "launch", "update", "sum", "launches"]
         assert all(value > 0 for value in parts.values())
     # Two graphs, the copy of the inputs, their scatter, the copy of the tokens.
-    plain, inside, outside = (parts["launches"] for parts in host.values())
-    assert plain == inside == 5 < outside
+    plain, inside, *outside = (parts["launches"] for parts in host.values())
+    assert plain == inside == 5
+    assert all(launches > 5 for launches in outside)
     bench.main(["--startup", "--shape", "tiny", "--repeats", "1", "--json", str(file)])
     assert {
         caches: len(seconds) for caches, seconds in json.loads(file.read_text())["startup"].items()

@@ -11,7 +11,7 @@ import pytest
 from tiny import make_llm, shared_model
 
 from nanovllm import EngineArgs
-from nanovllm.compilation import KERNELS, Compilation
+from nanovllm.compilation import KERNELS, ON_REQUEST, Compilation
 from nanovllm.runner.cuda_graphs import recorded_sizes
 
 
@@ -70,11 +70,12 @@ def test_graphs(value, graphs):
 @pytest.mark.parametrize(
     ("custom_ops", "left_out"),
     [
-        ([], set()),
+        ([], ON_REQUEST),
+        (["+few_rows_linear"], ON_REQUEST - {"few_rows_linear"}),
         (["all"], set()),
         (["none"], KERNELS),
         ("none,+draw", KERNELS - {"draw"}),
-        (["-rms_norm"], {"rms_norm", "add_rms_norm"}),
+        (["-rms_norm"], ON_REQUEST | {"rms_norm", "add_rms_norm"}),
         (["all", "-rotary_embedding", "-pdl"], {"qk_norm_rope", "pdl"}),
         (["none", "+gelu_new"], KERNELS),  # vLLM has such a kernel
     ],
@@ -163,5 +164,5 @@ def test_an_engine_reads_it():
     setup = llm.llm_engine.executor.runner.setup
     assert setup.compilation == Compilation(mode=0, custom_ops=("-draw",))
     choice = llm.llm_engine.executor.runner.kernel_choice
-    assert choice.without == {"draw"}
+    assert choice.without == ON_REQUEST | {"draw"}
     assert not choice.compiles

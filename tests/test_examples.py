@@ -16,13 +16,14 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import greedy, next_logits, shared_model, tiny_tokenizer
+from tiny import greedy, next_logits, session_folder, shared_model, tiny_tokenizer
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = sorted(
     path.stem for path in (ROOT / "examples").glob("*.py") if path.stem != "model_argument"
 )
-ARGUMENTS = {"tensor_parallel": ["2"]}
+TOUR = session_folder() / "tour.html"
+ARGUMENTS = {"tensor_parallel": ["2"], "tour": [str(TOUR)]}
 # Runs the examples of its arguments, a JSON object {path: arguments}; prints JSON {path: output}.
 RUNNER = """
 import contextlib, io, json, runpy, sys
@@ -127,3 +128,22 @@ def test_example_weight_update(outputs: dict[str, str]) -> None:
 def test_example_tensor_parallel(outputs: dict[str, str]) -> None:
     for prompt in ("The sea is", "One, two,"):
         assert f"{prompt!r} -> {answer(prompt, 16)!r}\n" in outputs["tensor_parallel"]
+
+
+def test_example_tour(outputs: dict[str, str]) -> None:
+    assert outputs["tour"].endswith(f"{TOUR} is written: open it in a browser\n")
+    for prompt, length in (("My favourite season is", 20), ("The sea is", 48)):
+        assert f"{prompt}{answer(prompt, length)!r}\n" in outputs["tour"]
+    match = re.search(r'id="data">(.*?)</script>', TOUR.read_text("utf-8"))
+    assert match is not None
+    runs = {run["name"]: run["records"] for run in json.loads(match[1])["runs"]}
+    steps = {
+        name: [record for record in records if record["kind"] == "step"]
+        for name, records in runs.items()
+    }
+    assert any(
+        len(step["waiting"]) and len(step["running"]) == 3 for step in steps["Continuous batching"]
+    )
+    admitted = [entry for step in steps["Shared prefix"] for entry in step["admitted"]]
+    assert [bool(entry["hit"]) for entry in admitted] == [False] + [True] * 7
+    assert any(step["preempted"] for step in steps["Small cache"])

@@ -112,6 +112,37 @@ def test_every_kind_of_model(monkeypatch, tmp_path, family, shape, arguments):
             assert gpu.launched >= EXPERTS
 
 
+def few_rows_llm(folder: str, **kwargs: Any) -> LLM:
+    """An engine with all kernels, the unmeasured ones too."""
+    return make_llm(folder, compilation_config={"mode": 0, "custom_ops": ["all"]}, **kwargs)
+
+
+def test_products_of_few_rows_run_only_on_request(monkeypatch):
+    folder, _ = shared_model()
+    with fake_cuda(monkeypatch) as gpu:
+        generate(few_rows_llm(folder), WAYS[:4])
+        assert gpu.launched >= {"_linear_kernel", "_swiglu_kernel"}
+        assert "_activation_and_mul_kernel" not in gpu.launched
+    with fake_cuda(monkeypatch) as gpu:
+        generate(make_llm(folder), WAYS[:4])
+        assert gpu.launched.isdisjoint({"_linear_kernel", "_swiglu_kernel"})
+
+
+def test_a_hook_on_gate_up_sees_the_product(monkeypatch):
+    """SwiGLU in the epilogue has no such product, so a layer with a hook runs without it."""
+    folder, _ = shared_model()
+    widths = set()
+    with fake_cuda(monkeypatch) as gpu:
+        llm = few_rows_llm(folder, enforce_eager=True)
+        for layer in llm.llm_engine.executor.runner.model.model.layers:
+            projection = layer.mlp.gate_up_proj
+            projection.register_forward_hook(lambda layer, args, out: widths.add(out.shape[1]))
+        generate(llm, WAYS[:2])
+        assert widths == {len(projection.weight)}
+        assert "_swiglu_kernel" not in gpu.launched
+        assert "_linear_kernel" in gpu.launched
+
+
 # -- what stands for the device --------------------------------------------------------------------
 
 

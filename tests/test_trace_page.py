@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from traced_run import HOSTILE, traced_records
 
-from nanovllm.trace.page import SCRIPTS, WEB, Run, script_json, write_page, write_runs
+from nanovllm.trace.page import SCRIPTS, WEB, Run, read_records, script_json, write_page, write_runs
 from nanovllm.trace.terms import PACKAGE, TERMS
 
 
@@ -45,6 +45,12 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_the_page_holds_exactly_the_records(page: str) -> None:
     (run,) = json.loads(Elements(page).data)["runs"]
     assert run["records"] == traced_records()
+
+
+def test_json_lines_become_a_page_later(tmp_path: Path) -> None:
+    lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in traced_records())
+    (tmp_path / "run.jsonl").write_text(lines, "utf-8")
+    assert read_records(tmp_path / "run.jsonl") == traced_records()
 
 
 def test_the_page_needs_no_network(page: str) -> None:

@@ -21,14 +21,10 @@ pytest.importorskip("triton", reason="no triton for this platform")
 
 if RUNS:
     from nanovllm.attention.base import AttentionSpec
-    from nanovllm.attention.triton_backend import (
-        TritonAttention,
-        decode_plan,
-        decode_programs,
-        decode_shape,
-    )
+    from nanovllm.attention.triton_backend import TritonAttention, decode_plan
     from nanovllm.core.batch import AttentionMetadata
     from nanovllm.kernels import moe_triton, qk_norm_rope, triton_ops
+    from nanovllm.kernels.gpu_table import DeviceProperties, decode_programs, decode_shape
     from nanovllm.kernels.rope import Rope
 
 EPS = {torch.float32: 2e-6, torch.float16: 2**-10, torch.bfloat16: 2**-7}
@@ -344,17 +340,19 @@ def test_plan_deals_equal_shares_of_one_line_of_tiles(lens, heads, window, progr
 
 @runs
 def test_decode_launch_fills_the_gpu_once():
-    def programs(dim, dtype, cache=None, page=64, sms=132, shared=228 * 1024):
-        shape = decode_shape(dim, dtype, cache or dtype, page)
-        return decode_programs(sms, shared, shape, dim, cache or dtype)
+    def programs(dim, dtype, cache=None, page=64, capability=(9, 0), multiprocessors=132):
+        gpu = DeviceProperties(capability, multiprocessors)
+        shape = decode_shape(gpu.kind, 2, dim, dtype, cache or dtype, page)
+        return decode_programs(gpu, shape, dim, cache or dtype)
 
     assert programs(128, torch.bfloat16) == 3 * 132  # H200
     assert programs(64, torch.bfloat16) == 4 * 132
     assert programs(256, torch.bfloat16) == 2 * 132
     assert programs(128, torch.bfloat16, torch.float8_e4m3fn) == 3 * 132
     assert programs(128, torch.bfloat16, torch.float8_e4m3fn, page=16) == 2 * 132
-    assert programs(128, torch.bfloat16, sms=108, shared=164 * 1024) == 2 * 108  # A100
-    assert programs(128, torch.bfloat16, sms=20, shared=64 * 1024) == 20
+    assert programs(128, torch.bfloat16, capability=(8, 0), multiprocessors=108) == 2 * 108  # A100
+    assert programs(128, torch.bfloat16, capability=(8, 9), multiprocessors=58) == 2 * 58  # L4
+    assert programs(128, torch.float16, capability=(7, 5), multiprocessors=40) == 2 * 40  # T4
 
 
 # Writing K and V

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 from tiny import make_llm, session_folder
@@ -41,10 +40,6 @@ def traced_records() -> list[dict[str, Any]]:
         for i in range(len(PROMPTS))
     ]
     llm.generate(PROMPTS, params, use_tqdm=False)
-    return read_lines(path)
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
     with path.open(encoding="utf-8") as lines:  # str.splitlines would also split at U+2028
         return [json.loads(line) for line in lines]
 

@@ -43,6 +43,12 @@ class Run:
     stops: Sequence[str] | None = None
 
 
+def read_records(path: str | Path) -> list[Record]:
+    """The records of a file of JSON lines, which `LLM(trace="run.jsonl")` writes."""
+    with open(path, encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
+
+
 def write_page(
     records: Sequence[Record], path: str | Path, *, source_base: str | None = None
 ) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-ENGINES = ["tests/gpu/test_gpu.py"]
+ENGINES = ["tests/gpu/test_gpu.py", "tests/gpu/test_gpu_choices.py"]
 MEMORY = ["tests/gpu/test_gpu_memory.py"]
 OUTCOMES = "PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS"
 # `tests/file.py::test PASSED [ 10%]`, and with pytest-xdist `[gw0] [ 10%] PASSED tests/...`.

@@ -18,7 +18,7 @@ from nanovllm import SamplingParams
 from nanovllm.attention.base import AttentionSpec
 from nanovllm.attention.select import BACKENDS, make
 from nanovllm.cache.spec import PagedKV
-from nanovllm.runner.cuda_graphs import is_decode
+from nanovllm.runner.cuda_graphs import DecodeGraphs, is_decode
 from nanovllm.runner.model_runner import ModelRunner
 from nanovllm.runner.readouts.next_tokens import NextTokens
 
@@ -129,6 +129,27 @@ def test_any_sampling_gives_the_tokens_of_the_cpu(graphs, overlap):
         for a, b in zip(ours.outputs[0].logprobs or (), theirs.outputs[0].logprobs or ()):
             assert a.keys() == b.keys()
             assert all(abs(a[token].logprob - b[token].logprob) < 1e-3 for token in a)
+
+
+def test_filters_are_sampled_inside_a_graph(monkeypatch):
+    """Greedy rows, temperatures and filters share one recording, beside padding rows."""
+    folder, _ = shared_model()
+    prompts = random_prompts([12, 20, 5, 33, 8])
+    ways = [{}, {"top_k": 5}, {"temperature": 0.0}, {"top_p": 0.7, "seed": 1}, {"min_p": 0.2}]
+    params = [
+        SamplingParams(max_tokens=24 - 4 * i, ignore_eos=True, **way) for i, way in enumerate(ways)
+    ]
+    expected = make_llm(folder, device="cpu").generate(prompts, params, use_tqdm=False)
+    llm = make_llm(folder)
+
+    def outside(self: DecodeGraphs, batch: Any) -> torch.Tensor:
+        raise AssertionError(f"a batch with {set(batch.parts)} was sampled outside the graph")
+
+    monkeypatch.setattr(DecodeGraphs, "hidden_states", outside)
+    found = llm.generate(prompts, params, use_tqdm=False)
+    assert [out.outputs[0].token_ids for out in found] == [
+        out.outputs[0].token_ids for out in expected
+    ]
 
 
 def test_nothing_waits_for_the_device_between_launches(monkeypatch):

@@ -11,7 +11,7 @@ shift
 versions=("${@:-}")
 [ -n "${versions[0]}" ] || versions=(3.4.0 3.6.0 3.7.1)
 cd "$(dirname "$0")/../.." || exit
-interpreted="tests/test_triton_kernels.py tests/test_interpreted_engine.py"
+interpreted="tests/test_triton_kernels.py tests/test_triton_products.py tests/test_interpreted_engine.py"
 summary=""
 failed=0
 for version in "${versions[@]}"; do

@@ -57,7 +57,7 @@ function showStop(number) {
   if (!stop) return;
   pause();
   view.stop = number;
-  if (stop.block !== undefined) view.block = stop.block;
+  view.block = stop.block ?? null;
   show(stop.step);
   byId("tour-text").replaceChildren(
     el("h3", {}, `${number + 1}. ${stop.title}`),

@@ -181,7 +181,7 @@ const STOPS = [
         text:
           `The prompt of ${called(run, seq)} has ${length} tokens, and ${plural(hit.length, "block")} with its first ` +
           `${cached} ${hit.length === 1 ? "is" : "are"} in the cache: a [[hit|prefix hit]]. ` +
-          `It computes only the other ${length - cached}. The underlined text was not computed again.`,
+          `It computes only the other ${length - cached}. ${inFlight(run, step, hit[0])}`,
       };
     },
   },
@@ -337,7 +337,9 @@ function tourOf(run) {
   const found = [];
   for (const stop of STOPS) {
     const place = keys.includes(stop.key) ? stop.find(run) : null;
-    if (place) found.push({ key: stop.key, title: stop.title, ...place });
+    if (!place) continue;
+    const text = place.text[0].toUpperCase() + place.text.slice(1);
+    found.push({ key: stop.key, title: stop.title, ...place, text });
   }
   return found.sort((a, b) => a.step - b.step);
 }
@@ -371,6 +373,14 @@ function freshHit(run, step) {
   return step.admitted.find(({ seq, hit }) => hit.length && !wasPreempted(run, seq, step));
 }
 
+// A hit may find a block that the very same step fills.
+function inFlight(run, step, block) {
+  const isNew = run.steps[step].blocks.some((e) => e.block === block && e.event === "register");
+  return isNew
+    ? "The same step fills these blocks: a block can be hit as soon as its tokens are scheduled."
+    : "The underlined text was not computed again.";
+}
+
 function wasPreempted(run, seq, step) {
   return run.steps.some((other) => other.number < step.number && other.preempted.includes(seq));
 }
@@ -379,6 +389,6 @@ function returning(run, step) {
   return step.admitted.find(({ seq }) => wasPreempted(run, seq, step));
 }
 
-const called = (run, id) => `Sequence ${run.sequences.get(id)?.label ?? id}`;
+const called = (run, id) => `sequence ${run.sequences.get(id)?.label ?? id}`;
 const plural = (count, word) => `${count} ${word}${count === 1 ? "" : "s"}`;
 const quoted = (text) => (text ? `“${text.replaceAll("\n", "↵")}”` : "a token without text");
