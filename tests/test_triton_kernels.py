@@ -418,6 +418,27 @@ def test_store_keeps_keys_and_values_of_any_size(sizes):
 
 
 @runs
+def test_write_fills_pages_of_any_layout():
+    """flash-attn's pages are [num_blocks, block_size, Hkv, D], so a head's tokens lie apart."""
+    torch.manual_seed(0)
+    angles = torch.rand(64, 16) * 6
+    rope = Rope(3, 2, 32, torch.cat((angles.cos(), angles.sin()), 1).to(DEVICE))
+    positions = tensor([3, 9, 20], torch.int32)
+    slots = tensor([5, -1, 17], torch.int32)
+    qkv = torch.randn(3, 7 * 32, device=DEVICE)
+    ours = torch.zeros(2, 2, 2, 16, 32, device=DEVICE)
+    flash = torch.zeros(2, 2, 16, 2, 32, device=DEVICE)
+    by_head = flash.transpose(2, 3)
+    for k_pages, v_pages in (ours, by_head):
+        triton_ops.write_qkv(qkv, positions, slots, rope, k_pages, v_pages)
+    assert torch.equal(by_head, ours)
+    assert ours.any(-1).sum() == 8  # 2 tokens with 2 heads of K and of V
+    for k_pages, v_pages in (ours, by_head):
+        triton_ops.write_kv(*qkv.view(3, 7, 32).split([2, 2, 3], 1)[:2], slots, k_pages, v_pages)
+    assert torch.equal(by_head, ours)
+
+
+@runs
 @pytest.mark.skipif(
     not INTERPRETED and RUNS and torch.cuda.get_device_capability() < (8, 9),
     reason="float8 needs Ada or Hopper",
