@@ -15,7 +15,6 @@ from torch.nn import functional as F
 
 from nanovllm import LLM, SamplingParams, kernels
 from nanovllm.kernels.choice import KernelChoice, kernel_choice
-from nanovllm.runner.readouts.next_tokens import NextTokens
 
 pytestmark = [
     pytest.mark.gpu,
@@ -31,33 +30,6 @@ def drawn(llm: LLM, params: list[SamplingParams]) -> list[list[int]]:
     prompts = random_prompts([12, 20, 5, 33])
     outs = llm.generate(prompts, params, use_tqdm=False)
     return [out.outputs[0].token_ids for out in outs]
-
-
-# -- filters in graphs -------------------------------------------------------------------------------
-
-
-def test_decode_steps_with_filters_replay_graphs_and_give_the_tokens_of_the_cpu(monkeypatch):
-    ways: list[dict[str, Any]] = [
-        {"top_p": 0.8, "top_k": 40},
-        {"min_p": 0.1},
-        {"temperature": 0.6, "top_p": 0.95, "seed": 7},
-        {"temperature": 0.0},
-    ]
-    params = [SamplingParams(max_tokens=20, ignore_eos=True, **way) for way in ways]
-    folder, _ = shared_model()
-    expected = drawn(make_llm(folder, device="cpu"), params)
-    llm = make_llm(folder)
-    read = NextTokens.read
-    sampled_eagerly = []
-
-    def noted(self: NextTokens, model: Any, hidden: Tensor, batch: Any) -> Any:
-        sampled_eagerly.append(batch.attention.max_query_len == 1)
-        return read(self, model, hidden, batch)
-
-    monkeypatch.setattr(NextTokens, "read", noted)
-    assert drawn(llm, params) == expected
-    assert sampled_eagerly, "steps with prompts"
-    assert not any(sampled_eagerly)
 
 
 # -- pieces ------------------------------------------------------------------------------------------

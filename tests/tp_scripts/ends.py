@@ -20,7 +20,7 @@ class Graphs:
         self.note = note
         self.freed = threading.Event()
 
-    def can_run(self, batch: Any) -> bool:
+    def has_graph(self, batch: Any) -> bool:
         return False
 
     def clear(self) -> None:
