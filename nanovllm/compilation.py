@@ -112,14 +112,16 @@ class Compilation:
 
     mode: 0: torch.compile compiles nothing. 1 to 3: it compiles. backend: of
     torch.compile. custom_ops: which hand-written kernels run, see `left_out`.
-    cudagraphs: whether decode steps are recorded. capture_sizes: the numbers of sequences
-    that graphs are recorded for. max_capture_size: the largest of them.
+    cudagraphs: whether steps are recorded. prefill_graphs: whether these include steps with
+    prompts. capture_sizes: the numbers of sequences that decode graphs are recorded for.
+    max_capture_size: the largest of them.
     """
 
     mode: int | None = None
     backend: str = "inductor"
     custom_ops: tuple[str, ...] = ()
     cudagraphs: bool | None = None
+    prefill_graphs: bool = True
     capture_sizes: tuple[int, ...] | None = None
     max_capture_size: int | None = None
 
@@ -169,6 +171,7 @@ class Compilation:
             backend=str(backend),
             custom_ops=read_operations(fields.get("custom_ops") or ()),
             cudagraphs=read_graph_mode(fields.get("cudagraph_mode")),
+            prefill_graphs=records_prefill(fields.get("cudagraph_mode")),
         )
         if fields.get("use_cudagraph") is False:
             found = replace(found, cudagraphs=False)
@@ -276,6 +279,12 @@ def read_graph_mode(value: object) -> bool | None:
         f"compilation_config: cudagraph_mode={value!r} is not known; accepted are None, 0, 1, 2 "
         f"and {', '.join(GRAPH_MODES)}"
     )
+
+
+def records_prefill(value: object) -> bool:
+    """Whether vLLM's CUDAGraphMode, if it asks for graphs, means steps with prompts too."""
+    name = getattr(value, "name", value)
+    return not isinstance(name, str) or name.upper() != "FULL_DECODE_ONLY"
 
 
 def read_operations(value: object) -> tuple[str, ...]:

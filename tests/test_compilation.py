@@ -67,6 +67,13 @@ def test_graphs(value, graphs):
     assert of(compilation_config={"cudagraph_mode": value}).cudagraphs is graphs
 
 
+@pytest.mark.parametrize("value", [None, "PIECEWISE", "FULL", 2, "FULL_AND_PIECEWISE"])
+def test_steps_with_prompts_have_graphs_unless_the_mode_means_decodes_only(value):
+    assert of(compilation_config={"cudagraph_mode": value}).prefill_graphs
+    for name in (GraphMode.FULL_DECODE_ONLY, "full_decode_only"):
+        assert not of(compilation_config={"cudagraph_mode": name}).prefill_graphs
+
+
 @pytest.mark.parametrize(
     ("custom_ops", "left_out"),
     [

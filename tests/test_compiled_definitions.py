@@ -26,6 +26,8 @@ from nanovllm.kernels import cpu, moe, moe_cpu
 from nanovllm.kernels.choice import KernelChoice, kernel_choice
 from nanovllm.kernels.rope import Rope
 from nanovllm.layers import heads_norm
+from nanovllm.runner import memory
+from nanovllm.runner.readouts import next_tokens
 from nanovllm.sampling import allowed_ids, base, logprobs, penalties, sampler
 
 VOCAB = 1000
@@ -383,6 +385,22 @@ def test_two_engines_with_different_choices_give_the_same(tmp_path):
     assert choice.done.count > 5
 
 
+@pytest.mark.usefixtures("no_cpu_kernels")
+def test_the_profiled_step_has_all_of_sampling_and_compiles_nothing(tmp_path, monkeypatch):
+    """Its peak is that of plain definitions, which take more memory than compiled ones."""
+    folder, _ = tiny_decoder(tmp_path, "Qwen3ForCausalLM")
+    llm = make_llm(folder, attention_backend="torch")
+    choice = compile_all(llm)
+    runner = llm.llm_engine.executor.runner
+    parts: set[str] = set()
+    run = runner.run
+    monkeypatch.setattr(runner, "run", lambda batch: parts.update(batch.parts) or run(batch))
+    memory.profile_step(runner)
+    assert parts == {"filters", "penalties", "logprobs"}
+    assert choice.done.count == 0
+    assert runner.kernel_choice is choice
+
+
 # -- more rows than are copied at once -------------------------------------------------------------
 
 
@@ -390,8 +408,6 @@ def test_rows_in_pieces_give_what_they_give_at_once(monkeypatch, tmp_path):
     folder, _ = tiny_decoder(tmp_path, "Qwen3ForCausalLM")
     llm = make_llm(folder)
     expected = answers(llm, **EVERYTHING)
-    from nanovllm.runner.readouts import next_tokens
-
     for module in (penalties, allowed_ids, next_tokens):
         monkeypatch.setattr(module, "ROWS_AT_ONCE", 3)
     for one, two in zip(answers(llm, **EVERYTHING), expected, strict=True):

@@ -37,6 +37,7 @@ from nanovllm.runner.cuda_graphs import (
     is_decode,
 )
 from nanovllm.runner.decode_inputs import DecodeInputs
+from nanovllm.runner.pieces import piece_sizes
 from nanovllm.runner.readouts.prompt_logprobs import PromptLogprobs, PromptLogprobsPart
 from nanovllm.runner.setup import Setup
 from nanovllm.sampling.filters import FILTERS_OFF, Filters, FiltersPart
@@ -655,7 +656,7 @@ def test_a_recording_that_fails_after_sleep_is_tried_again_after_the_next(
 def test_an_engine_that_could_record_nothing_at_its_start_does_not_try_again(
     pretended_stream, monkeypatch
 ):
-    monkeypatch.setattr(memory, "record_graphs", lambda runner, count: None)
+    monkeypatch.setattr(memory, "record_graphs", lambda runner, count=None: None)
     runner = make_llm(max_num_seqs=4).llm_engine.executor.runner
     runner.capture_stream = pretended_stream
     assert memory.graph_bytes(runner) == 0
@@ -720,6 +721,7 @@ def test_pages_get_what_weights_the_largest_step_and_graphs_leave_of_our_share(
     monkeypatch, others, share
 ):
     weights, step, library, graph, more = 100_000, 60_000, 5_000, 30_000, 1_000
+    piece, more_pieces = 20_000, 2_000
     llm = make_llm(max_num_seqs=50, gpu_memory_utilization=0.8)
     runner = llm.llm_engine.executor.runner
     page = runner.attention.page_bytes()
@@ -749,6 +751,15 @@ def test_pages_get_what_weights_the_largest_step_and_graphs_leave_of_our_share(
         def __del__(self) -> None:
             use(graphs=0)
 
+    class Pieces:
+        sizes = piece_sizes(500)
+
+        def __init__(self, runner: Any, count: int) -> None:
+            use(pieces=piece + (count - 1) * more_pieces)
+
+        def __del__(self) -> None:
+            use(pieces=0)
+
     def profile(runner: Any) -> int:
         assert used["loading"] == 0
         use(step=step, pages=3 * page)
@@ -759,10 +770,10 @@ def test_pages_get_what_weights_the_largest_step_and_graphs_leave_of_our_share(
     monkeypatch.setattr(memory, "free_gpu_memory", free)
     monkeypatch.setattr(memory, "profile_step", profile)
     monkeypatch.setattr(memory, "record_graphs", Graphs)
+    monkeypatch.setattr(memory, "record_pieces", Pieces)
     monkeypatch.setattr(runner.attention, "allocate", lambda count: use(pages=count * page))
-    num_sizes = len(graph_sizes(50))
-    assert (
-        memory.free_gpu_bytes(runner)
-        == share - weights - step - library - graph - (num_sizes - 1) * more
-    )
+    graphs = graph + (len(graph_sizes(50)) - 1) * more
+    pieces = piece + (len(piece_sizes(500)) - 1) * more_pieces
+    expected = share - weights - step - library - graphs - pieces
+    assert memory.free_gpu_bytes(runner) == expected
     assert used["pages"] == 0

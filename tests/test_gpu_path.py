@@ -6,6 +6,7 @@ A step must not wait for the device, mix devices, or hand a kernel what the kern
 from __future__ import annotations
 
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,6 +24,8 @@ pytestmark = pytest.mark.skipif(
 from fake_cuda import fake_cuda  # noqa: E402
 
 from nanovllm import LLM, SamplingParams  # noqa: E402
+from nanovllm.attention import flash_backend  # noqa: E402
+from nanovllm.attention.flash_backend import FLASH_2, FLASH_3, FLASH_4  # noqa: E402
 from nanovllm.kernels import triton_ops  # noqa: E402
 from nanovllm.runner.device import to_host  # noqa: E402
 from nanovllm.runner.memory import profile_step  # noqa: E402
@@ -111,6 +114,34 @@ def test_every_kind_of_model(monkeypatch, tmp_path, family, shape, arguments):
             assert gpu.launched >= ATTENTION
         if family == "Qwen3Moe":
             assert gpu.launched >= EXPERTS
+
+
+def some_attention(q: Tensor, *pages: Tensor, **words: Any) -> Tensor:
+    """Stands for the functions of flash-attn."""
+    tensors = [x for x in (q, *pages, *words.values()) if isinstance(x, Tensor)]
+    assert {x.device for x in tensors} == {q.device}
+    assert words["causal"]
+    return torch.empty_like(q)
+
+
+@pytest.mark.parametrize("package", [FLASH_2, FLASH_3, FLASH_4], ids=lambda package: package.name)
+def test_every_flash_attn(monkeypatch, package):
+    returns_two = package is FLASH_4
+    module = SimpleNamespace(
+        flash_attn_with_kvcache=some_attention,
+        flash_attn_varlen_func=lambda *args, **words: (
+            (some_attention(*args, **words), None)
+            if returns_two
+            else some_attention(*args, **words)
+        ),
+    )
+    monkeypatch.setattr(flash_backend, "choose", lambda packages, spec: (package, "installed"))
+    monkeypatch.setattr(flash_backend, "import_module", lambda name: module)
+    folder, _ = shared_model()
+    with fake_cuda(monkeypatch) as gpu:
+        generate(make_llm(folder, attention_backend="flash", block_size=256), WAYS[:4])
+        assert "_write_kernel" in gpu.launched
+        assert "_decode_kernel" not in gpu.launched
 
 
 def few_rows_llm(folder: str, **kwargs: Any) -> LLM:

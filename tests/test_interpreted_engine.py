@@ -7,14 +7,11 @@ again in a process of its own.
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
 import pytest
+from interpreter import INTERPRETED, run_interpreted, starts_interpreter
 from test_cuda_graphs import with_static_path
 from tiny import greedy, make_llm, random_prompts, session_folder, tiny_model
 
@@ -23,7 +20,6 @@ from nanovllm.kernels import cpu, moe, moe_cpu
 from nanovllm.kernels.choice import has_kernel
 from nanovllm.runner.cuda_graphs import DecodeGraphs
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(
     not INTERPRETED, reason="test_the_engine_under_the_interpreter runs it"
 )
@@ -65,13 +61,9 @@ KERNELS = {
 KERNELS_OF_EXPERTS = {"_route_kernel", "_group_kernel", "_grouped_kernel", "_combine_kernel"}
 
 
-@pytest.mark.skipif(INTERPRETED or find_spec("triton") is None, reason="needs triton")
+@starts_interpreter
 def test_the_engine_under_the_interpreter():
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-    env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, "-p", "no:xdist"], env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    assert f"{len(MODELS)} passed" in done.stdout
+    assert f"{len(MODELS)} passed" in run_interpreted(__file__)
 
 
 @pytest.fixture

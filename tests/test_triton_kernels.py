@@ -7,17 +7,14 @@ conversion to bfloat16 or float8 truncates where a GPU rounds: tolerances are on
 from __future__ import annotations
 
 import itertools
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 from attention_reference import make_case
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from interpreter import INTERPRETED, run_interpreted, starts_interpreter
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 RUNS = INTERPRETED or torch.cuda.is_available()
 DEVICE = "cpu" if INTERPRETED else "cuda"
 pytest.importorskip("triton", reason="no triton for this platform")
@@ -46,24 +43,10 @@ ATTENTION = "test_attention or splits or decodes or same_bits or words or shapes
 
 
 @pytest.mark.skipif(RUNS, reason="this process runs the kernels itself")
+@starts_interpreter
 @pytest.mark.parametrize("tests", [ATTENTION, f"not ({ATTENTION})"], ids=["attention", "rest"])
 def test_under_the_interpreter(tests):
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-x",
-        "-p",
-        "no:cacheprovider",
-        "-p",
-        "no:xdist",
-        __file__,
-    ]
-    env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, "-k", tests], env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    assert "passed" in done.stdout
+    assert "passed" in run_interpreted(__file__, "-k", tests)
 
 
 # Attention
@@ -432,6 +415,27 @@ def test_store_keeps_keys_and_values_of_any_size(sizes):
         written = backend.meta.slot_mapping.long()
         assert torch.equal(slots[written], stored)
         assert slots.any(-1).sum() == stored.any(-1).sum()
+
+
+@runs
+def test_write_fills_pages_of_any_layout():
+    """flash-attn's pages are [num_blocks, block_size, Hkv, D], so a head's tokens lie apart."""
+    torch.manual_seed(0)
+    angles = torch.rand(64, 16) * 6
+    rope = Rope(3, 2, 32, torch.cat((angles.cos(), angles.sin()), 1).to(DEVICE))
+    positions = tensor([3, 9, 20], torch.int32)
+    slots = tensor([5, -1, 17], torch.int32)
+    qkv = torch.randn(3, 7 * 32, device=DEVICE)
+    ours = torch.zeros(2, 2, 2, 16, 32, device=DEVICE)
+    flash = torch.zeros(2, 2, 16, 2, 32, device=DEVICE)
+    by_head = flash.transpose(2, 3)
+    for k_pages, v_pages in (ours, by_head):
+        triton_ops.write_qkv(qkv, positions, slots, rope, k_pages, v_pages)
+    assert torch.equal(by_head, ours)
+    assert ours.any(-1).sum() == 8  # 2 tokens with 2 heads of K and of V
+    for k_pages, v_pages in (ours, by_head):
+        triton_ops.write_kv(*qkv.view(3, 7, 32).split([2, 2, 3], 1)[:2], slots, k_pages, v_pages)
+    assert torch.equal(by_head, ours)
 
 
 @runs

@@ -125,8 +125,8 @@ class CompiledDefinition(Generic[P, R]):
             mark_rows(args[place])
         try:
             return call_timed(self.name, self.done, self.code, *args, **kwargs)
-        except torch.OutOfMemoryError:  # an error of the step
-            raise
+        except torch.OutOfMemoryError:  # no fault of the definition: the next call may compile
+            logger.warning("%s runs once without torch.compile: no memory", self.name)
         except Exception as error:  # torch's compilers may raise any type
             self.has_failed = True
             logger.warning("%s runs without torch.compile, which failed: %s", self.name, error)

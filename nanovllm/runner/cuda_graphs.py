@@ -8,8 +8,8 @@ a `Batch`. It knows neither the model nor the sampler.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import cast
 
@@ -75,6 +75,14 @@ def capture(
     are then as before.
     """
     graph = torch.cuda.CUDAGraph()
+    with ready_to_capture(stream, work, largest), recording(graph, stream, pool):
+        work()
+    return graph.replay
+
+
+@contextmanager
+def ready_to_capture(stream: torch.cuda.Stream, work: Work, largest: bool) -> Iterator[None]:
+    """Runs `work` once. Inside the `with` what it did can be captured on `stream`."""
     torch.cuda.synchronize(stream.device)
     with torch.cuda.stream(stream):
         # A first run compiles kernels and lets libraries allocate their memory.
@@ -87,22 +95,20 @@ def capture(
             # Cached memory is freed now, because torch cannot free it in a capture.
             torch.cuda.empty_cache()
         try:
-            record_on_current_stream(graph, stream, pool, work)
+            yield
         finally:
             torch._C._cuda_clearCublasWorkspaces()
-    return graph.replay
 
 
-def record_on_current_stream(
-    graph: torch.cuda.CUDAGraph,
-    stream: torch.cuda.Stream,
-    pool: torch.cuda._POOL_HANDLE,
-    work: Work,
-) -> None:
-    """Captures `work`. Raises CaptureError after undoing a failed capture.
+@contextmanager
+def recording(
+    graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream, pool: torch.cuda._POOL_HANDLE
+) -> Iterator[None]:
+    """Captures what runs inside the `with` on the current stream.
 
-    torch.cuda.graph is not used, because it collects garbage before each graph, and
-    because its stream stays the current one after a failure.
+    Raises CaptureError after undoing a failed capture. torch.cuda.graph is not used,
+    because it collects garbage before each graph, and because its stream stays the current
+    one after a failure.
     """
     generator = torch.cuda.default_generators[stream.device_index]
     state = generator.clone_state()
@@ -112,7 +118,7 @@ def record_on_current_stream(
         with torch.inference_mode(False):
             graph.capture_begin(pool, capture_error_mode="thread_local")
         try:
-            work()
+            yield
         finally:
             graph.capture_end()
     except RuntimeError as err:
@@ -143,6 +149,8 @@ class DecodeGraphs:
     with other parts replays the model's graph and samples eagerly.
     Invariant: the memory that a graph reads and writes never moves.
     """
+
+    unit = "sequences"  # what `sizes` count
 
     def __init__(self, setup: Setup, stream: torch.cuda.Stream | None = None) -> None:
         """stream: for the capture. None runs the functions without graphs."""

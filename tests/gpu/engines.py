@@ -28,6 +28,11 @@ def recorded(llm: LLM) -> bool:
     return llm.llm_engine.executor.runner.graphs is not None
 
 
+def recorded_pieces(llm: LLM) -> bool:
+    """Whether steps with prompts replay graphs."""
+    return llm.llm_engine.executor.runner.pieces is not None
+
+
 def tokens_of(llm: LLM, prompts: list[list[int]], num_tokens: int = 20) -> list[list[int]]:
     params = SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True)
     return [out.outputs[0].token_ids for out in llm.generate(prompts, params, use_tqdm=False)]

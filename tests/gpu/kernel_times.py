@@ -279,11 +279,11 @@ def product_times(product: str, rows: int, features: int, depth: int) -> tuple[f
     weights = [random(features, depth) for _ in range(count)]
     times = []
     for name, linear, swiglu in (
-        ("torch", F.linear, lambda x, w: kernels.silu_and_mul(F.linear(x, w))),
+        ("torch", F.linear, lambda x, w, bias: kernels.silu_and_mul(F.linear(x, w, bias))),
         ("ours", linear_triton.linear, linear_triton.swiglu),
     ):
         function = swiglu if product == "gate_up" else linear
-        works = [partial(function, x, weight) for weight in weights]
+        works = [partial(function, x, weight, None) for weight in weights]
         case = Case(f"{name} {product} {features} x {depth}", rows, works)
         times.append(microseconds(case, KernelChoice()))
     return times[0], times[1]

@@ -6,7 +6,6 @@ import json
 import math
 import subprocess
 import sys
-from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -153,8 +152,11 @@ def test_a_kernel_stays_if_it_is_faster_on_average(ratios, text):
 
 def test_a_rehearsal_of_products_compares_both(monkeypatch):
     monkeypatch.setattr(kernel_times, "device_name", lambda: "cpu")
-    linear = torch.nn.functional.linear
-    ours = SimpleNamespace(linear=partial(linear, bias=None), swiglu=linear)
+
+    def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return torch.nn.functional.linear(x, weight, bias)
+
+    ours = SimpleNamespace(linear=product, swiglu=product)
     # Both places, because another test of this process may have imported the module.
     monkeypatch.setitem(sys.modules, "nanovllm.kernels.linear_triton", ours)
     monkeypatch.setattr("nanovllm.kernels.linear_triton", ours, raising=False)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from gpu.engines import PROMPTS, make_llm, recorded, tokens_of
+from gpu.engines import PROMPTS, make_llm, recorded, recorded_pieces, tokens_of
 from tiny import greedy, random_prompts, shared_model, tiny_model
 
 from nanovllm import SamplingParams
@@ -20,6 +20,7 @@ from nanovllm.attention.select import BACKENDS, make
 from nanovllm.cache.spec import PagedKV
 from nanovllm.runner.cuda_graphs import DecodeGraphs, is_decode
 from nanovllm.runner.model_runner import ModelRunner
+from nanovllm.runner.pieces import CutAttention
 from nanovllm.runner.readouts.next_tokens import NextTokens
 
 pytestmark = [
@@ -71,6 +72,7 @@ def test_greedy_tokens_equal_transformers(tmp_path, family, shape):
                 folder, graphs=graphs, async_scheduling=overlap, attention_backend=backend
             )
             assert recorded(llm) == (graphs and backend != "torch")
+            assert recorded_pieces(llm) == recorded(llm)
             for times in ("first", "on prefix hits"):
                 outs = llm.generate(PROMPTS, params, use_tqdm=False)
                 assert [out.outputs[0].token_ids for out in outs] == expected, (
@@ -221,6 +223,38 @@ def test_a_failed_capture_leaves_an_eager_engine_and_a_healthy_torch(
     another = make_llm(folder)
     assert recorded(another)
     assert tokens_of(another, PROMPTS) == expected
+
+
+@pytest.mark.parametrize("failure", [run_out_of_memory, wait_for_the_device])
+def test_a_failed_capture_of_a_piece_leaves_decode_graphs_and_eager_prompts(
+    monkeypatch, caplog, failure
+):
+    folder, model = shared_model()
+    expected = [greedy(model, prompt, 20) for prompt in PROMPTS]
+    attend = CutAttention.attend
+
+    def failing(self: CutAttention, layer: int, q: torch.Tensor, *sinks: Any) -> torch.Tensor:
+        if torch.cuda.is_current_stream_capturing() and layer == 1:
+            failure(q)
+        return attend(self, layer, q, *sinks)
+
+    with monkeypatch.context() as patch, caplog.at_level(logging.WARNING, "nanovllm"):
+        patch.setattr(CutAttention, "attend", failing)
+        llm = make_llm(folder)
+    assert recorded(llm)
+    assert not recorded_pieces(llm)
+    assert "prefill runs without CUDA graphs" in caplog.text
+    assert tokens_of(llm, PROMPTS) == expected
+    another = make_llm(folder)
+    assert recorded_pieces(another)
+    assert tokens_of(another, PROMPTS) == expected
+
+
+def test_pieces_of_transformers_own_code_give_its_tokens():
+    folder, model = shared_model()
+    llm = make_llm(folder, model_impl="transformers")
+    assert recorded_pieces(llm)
+    assert tokens_of(llm, PROMPTS) == [greedy(model, prompt, 20) for prompt in PROMPTS]
 
 
 def test_two_engines_of_different_models_on_one_gpu(tmp_path):

@@ -80,3 +80,20 @@ def test_a_deleted_engine_gives_its_memory_back():
     finally:
         gc.enable()
     assert free() > before - (64 << 20)
+
+
+def test_sleeping_weights_pin_no_more_memory_than_they_have():
+    def pinned() -> int:
+        return torch.cuda.host_memory_stats()["allocated_bytes.current"]
+
+    folder, _ = shared_model()
+    llm = make_llm(folder, enable_sleep_mode=True)
+    parameters = llm.llm_engine.executor.runner.model.parameters()
+    size = sum(parameter.nbytes for parameter in parameters)
+    torch.cuda.synchronize()
+    torch._C._host_emptyCache()
+    before = pinned()
+    llm.sleep(1)
+    assert size <= pinned() - before <= 1.01 * size
+    llm.wake_up()
+    assert pinned() <= before
