@@ -23,6 +23,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import make_llm, nothing_is_left, session_folder, shared_llm, shared_model  # noqa: F401
+from traced_run import data_of
 
 from nanovllm import LLM, AsyncLLM, EngineArgs, LLMEngine, SamplingParams
 from nanovllm.cli import main
@@ -43,6 +44,11 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 def of_kind(records: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
     return [record for record in records if record["kind"] == kind]
+
+
+def prompts_of(page: Path) -> list[str]:
+    (run,) = data_of(page.read_text())["runs"]
+    return [record["prompt_text"] for record in of_kind(run["records"], "request")]
 
 
 # -- examples --------------------------------------------------------------------------------------
@@ -119,13 +125,10 @@ def test_chrome_trace_events(tmp_path: Path) -> None:
 def test_a_page_is_complete_after_each_call(tmp_path: Path) -> None:
     llm = make_llm(trace=tmp_path / "run.html")
     llm.generate(PROMPTS[0], GREEDY, use_tqdm=False)
-    first = (tmp_path / "run.html").read_text()
+    first = prompts_of(tmp_path / "run.html")
     llm.generate(PROMPTS[1], GREEDY, use_tqdm=False)
-    second = (tmp_path / "run.html").read_text()
-    assert PROMPTS[0] in first
-    assert PROMPTS[1] not in first
-    assert PROMPTS[0] in second
-    assert PROMPTS[1] in second
+    assert first == PROMPTS[:1]
+    assert prompts_of(tmp_path / "run.html") == PROMPTS[:2]
     assert [path.name for path in tmp_path.iterdir()] == ["run.html"]
 
 
@@ -610,7 +613,7 @@ def test_the_file_is_complete_when_the_engine_ends(tmp_path: Path) -> None:
     assert (tmp_path / "run.html").read_text() == ""
     engine.recorder._flush()
     engine.close()
-    assert PROMPTS[0] in (tmp_path / "run.html").read_text()
+    assert PROMPTS[0] in prompts_of(tmp_path / "run.html")
     llm.wait_for_completion(use_tqdm=False)
 
 

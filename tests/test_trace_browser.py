@@ -93,6 +93,10 @@ class Window:
     def step(self) -> int:
         return int(self.page.locator("body").get_attribute("data-step"))
 
+    def open(self, address: str) -> None:
+        self.page.goto(address)
+        self.page.wait_for_selector("body[data-step]")
+
     def focused(self) -> str:
         return str(self.page.evaluate("document.activeElement.dataset.block ?? ''"))
 
@@ -100,7 +104,7 @@ class Window:
 @pytest.fixture(scope="module")
 def shared_window(browser: Any, address: str) -> Window:
     window = Window(browser)
-    window.page.goto(address)
+    window.open(address)
     return window
 
 
@@ -388,14 +392,14 @@ def test_the_tour_leads_from_stop_to_stop(window: Window) -> None:
 
 def test_runs_can_be_chosen_and_the_address_remembers(browser: Any, address: str) -> None:
     window = Window(browser)
-    window.page.goto(f"{address}#run=1&step=5&block=2")
+    window.open(f"{address}#run=1&step=5&block=2")
     assert window.step == 5
     assert window.page.inner_text("#title") == "Second"
     assert window.page.inner_text("#detail-title") == "Block 2"
     window.page.click("#runs button >> nth=0")
     assert window.page.inner_text("#title") == "First"
     window.page.keyboard.press("ArrowRight")
-    assert window.page.url.endswith("#run=0&step=1")
+    window.page.wait_for_url("**#run=0&step=1")
     assert window.complaints == []
     window.page.close()
 
@@ -407,7 +411,7 @@ def test_it_fits_and_can_be_read(
 ) -> None:
     window = Window(browser, width, scheme)
     page = window.page
-    page.goto(f"{address}#run=0&step=12&block=2")
+    window.open(f"{address}#run=0&step=12&block=2")
     page.wait_for_selector(".block")
     assert page.evaluate("window.hurt") is None
     assert HOSTILE[:20] in page.inner_text("#sequences")

@@ -12,27 +12,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from traced_run import HOSTILE, traced_records
+from traced_run import HOSTILE, data_of, traced_records, unpacked
 
-from nanovllm.trace.page import SCRIPTS, WEB, Run, read_records, script_json, write_page, write_runs
+from nanovllm.trace.page import SCRIPTS, WEB, Run, packed, read_records, write_page, write_runs
 from nanovllm.trace.terms import PACKAGE, TERMS
 
 
 class Elements(HTMLParser):
-    """All elements of a page, and the text of the element with id="data"."""
+    """All elements of a page."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
         self.elements: list[tuple[str, dict[str, str | None]]] = []
-        self.data = ""
         self.feed(page)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.elements.append((tag, dict(attrs)))
-
-    def handle_data(self, data: str) -> None:
-        if self.elements and self.elements[-1][1].get("id") == "data" and not self.data:
-            self.data = data
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +38,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def test_the_page_holds_exactly_the_records(page: str) -> None:
-    (run,) = json.loads(Elements(page).data)["runs"]
+    (run,) = data_of(page)["runs"]
     assert run["records"] == traced_records()
 
 
@@ -77,28 +72,27 @@ def test_text_of_a_prompt_cannot_become_html(page: str) -> None:
     "text", [HOSTILE, "<!--<script>", "]]>", "\ud83d", "\u2028\u2029", "{{data}}"]
 )
 def test_any_text_survives_the_way_into_a_script(text: str) -> None:
-    written = script_json({"text": text})
-    assert written.encode("utf-8")
-    assert not set("<>&\u2028\u2029") & set(written)
-    assert json.loads(written) == {"text": text}
+    written = packed({"text": text})
+    assert re.fullmatch(r"[A-Za-z0-9+/=]+", written)
+    assert unpacked(written) == {"text": text}
 
 
 def test_placeholders_in_a_prompt_are_text(tmp_path: Path) -> None:
     records = [{"kind": "run", "model": "{{style}} {{scripts}}"}]
     write_page(records, tmp_path / "run.html")
-    (run,) = json.loads(Elements((tmp_path / "run.html").read_text("utf-8")).data)["runs"]
+    (run,) = data_of((tmp_path / "run.html").read_text("utf-8"))["runs"]
     assert run["records"] == records
 
 
-def test_a_page_is_its_records_and_less_than_100_kilobytes(page: str) -> None:
-    records = script_json(traced_records())
-    assert len(page.encode()) - len(records.encode()) < 120_000
+def test_a_page_is_small(page: str) -> None:
+    assert len(page.encode()) < 150_000
+    assert len(packed(traced_records())) < len(json.dumps(traced_records())) / 3
 
 
 def test_several_runs_have_names_notes_and_stops(tmp_path: Path) -> None:
     runs = [Run(traced_records(), "One", "A note.", ["start"]), Run([], "Two")]
     write_runs(runs, tmp_path / "runs.html")
-    found = json.loads(Elements((tmp_path / "runs.html").read_text("utf-8")).data)["runs"]
+    found = data_of((tmp_path / "runs.html").read_text("utf-8"))["runs"]
     assert [(run["name"], run["note"], run["stops"]) for run in found] == [
         ("One", "A note.", ["start"]),
         ("Two", "", None),
@@ -126,7 +120,7 @@ def test_links_begin_with_the_given_base(tmp_path: Path) -> None:
     write_page(
         traced_records(), tmp_path / "run.html", source_base="https://example.org/blob/main/"
     )
-    terms = json.loads(Elements((tmp_path / "run.html").read_text("utf-8")).data)["terms"]
+    terms = data_of((tmp_path / "run.html").read_text("utf-8"))["terms"]
     entry = next(term for term in terms if term["key"] == "preemption")
     assert re.fullmatch(r"nanovllm/engine/scheduler\.py:\d+", entry["place"])
     place = entry["place"].replace(":", "#L")

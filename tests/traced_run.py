@@ -6,7 +6,10 @@ and preemptions. The functions read the records without the code of the page.
 
 from __future__ import annotations
 
+import gzip
 import json
+import re
+from base64 import b64decode
 from functools import cache
 from typing import Any
 
@@ -22,6 +25,17 @@ HOSTILE = (
     '</script><img src="https://example.org/x.png" onerror="window.hurt = 1"><!-- & \u2028 é ☃'
 )
 PROMPTS = [STORY + "then", "once", STORY + "now", HOSTILE, STORY + "who", "the end"]
+
+
+def data_of(page: str) -> Any:
+    """What the scripts of a page read."""
+    found = re.search(r'id="data">([^<]*)</script>', page)
+    assert found is not None
+    return unpacked(found[1])
+
+
+def unpacked(text: str) -> Any:
+    return json.loads(gzip.decompress(b64decode(text)))
 
 
 @cache

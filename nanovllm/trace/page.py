@@ -1,13 +1,15 @@
 """Writes recorded runs as one HTML file that needs no network and no server.
 
 web/page.html is the frame. The style and the scripts are copied into it, with the records and
-the terms as JSON. The scripts read the JSON and draw.
+the terms as compressed JSON. The scripts read the JSON and draw.
 """
 
 from __future__ import annotations
 
+import gzip
 import json
 import re
+from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,7 +78,7 @@ def write_runs(runs: Sequence[Run], path: str | Path, *, source_base: str | None
     scripts = [f"<script>\n{(WEB / name).read_text('utf-8')}</script>" for name in SCRIPTS]
     parts = {
         "style": (WEB / "page.css").read_text("utf-8"),
-        "data": script_json(data),
+        "data": packed(data),
         "scripts": "\n".join(scripts),
     }
     template = (WEB / "page.html").read_text("utf-8")
@@ -96,10 +98,11 @@ def term_entry(term: Term, source_base: str) -> dict[str, str]:
     }
 
 
-def script_json(data: object) -> str:
-    """JSON that may stand inside <script>: no text in it can end the element or open a comment."""
-    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    # U+2028 and U+2029 are line ends in old JavaScript. A lone surrogate is no UTF-8.
-    for character in "<>&\u2028\u2029":
-        text = text.replace(character, f"\\u{ord(character):04x}")
-    return re.sub("[\ud800-\udfff]", lambda match: f"\\u{ord(match[0]):04x}", text)
+def packed(data: object) -> str:
+    """JSON, compressed by gzip, in base64.
+
+    A long run is megabytes of JSON that repeats itself. No text of a run can end the element
+    that holds the result.
+    """
+    text = json.dumps(data, separators=(",", ":"), allow_nan=False)
+    return b64encode(gzip.compress(text.encode(), mtime=0)).decode()

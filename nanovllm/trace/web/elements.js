@@ -3,20 +3,29 @@
 
 const COLOURS = 8; // colours of sequences in page.css; the label tells equal colours apart
 
-const data = JSON.parse(document.getElementById("data").textContent);
-const terms = new Map(data.terms.map((term) => [term.key, term]));
-const runs = data.runs.map((run) => new Run(run));
+const terms = new Map(); // key -> a term, as page.py writes it
+const runs = [];
 const view = {
-  run: runs[0],
+  run: null,
   index: 0, // of the step that is shown
   block: null, // the block whose details are open
   timer: null, // set while the run plays
+  saving: null, // the timer of saveHash
   allSequences: false,
   tour: [],
   stop: -1, // the stop of the tour that is shown; -1: the tour is closed
 };
 
 const byId = (id) => document.getElementById(id);
+
+// Reads the terms and runs. page.py writes them as JSON, compressed by gzip, in base64.
+async function loadData() {
+  const bytes = Uint8Array.from(atob(byId("data").textContent), (c) => c.charCodeAt(0));
+  const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
+  const data = await new Response(stream).json();
+  for (const term of data.terms) terms.set(term.key, term);
+  runs.push(...data.runs.map((run) => new Run(run)));
+}
 
 // An element with attributes and children. Text becomes text nodes, so no text is read as HTML.
 function el(tag, attributes = {}, ...children) {
@@ -57,7 +66,11 @@ function withTerms(text) {
   });
 }
 
-const colour = (sequence) => `var(--c${sequence.number % COLOURS})`;
+// Sequences that run together were mostly admitted one after the other, so their colours differ.
+function colour(sequence) {
+  const number = sequence.admission === Infinity ? sequence.number : sequence.admission;
+  return `var(--c${number % COLOURS})`;
+}
 
 function chip(id, extra = null) {
   const sequence = view.run.sequences.get(id);

@@ -80,7 +80,7 @@ const percentOf = (logprob) =>
 
 function drawWords() {
   byId("word-list").replaceChildren(
-    ...data.terms.map((entry) =>
+    ...[...terms.values()].map((entry) =>
       el("div", {}, el("dt", {}, entry.name), el("dd", {}, entry.sentence, " ", codeLink(entry))),
     ),
   );
