@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from tiny import greedy, next_logits, session_folder, shared_model, tiny_tokenizer
+from traced_run import data_of
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = sorted(
@@ -134,9 +135,8 @@ def test_example_tour(outputs: dict[str, str]) -> None:
     assert outputs["tour"].endswith(f"{TOUR} is written: open it in a browser\n")
     for prompt, length in (("My favourite season is", 20), ("The sea is", 48)):
         assert f"{prompt}{answer(prompt, length)!r}\n" in outputs["tour"]
-    match = re.search(r'id="data">(.*?)</script>', TOUR.read_text("utf-8"))
-    assert match is not None
-    runs = {run["name"]: run["records"] for run in json.loads(match[1])["runs"]}
+    found = data_of(TOUR.read_text("utf-8"))["runs"]
+    runs = {run["name"]: run["records"] for run in found}
     steps = {
         name: [record for record in records if record["kind"] == "step"]
         for name, records in runs.items()

@@ -5,7 +5,6 @@ The model is a tiny one, so numbers that the page gives by a formula are compute
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from typing import Any
 
 import pytest
 from tiny import shared_model
+from traced_run import data_of
 
 from nanovllm.cli import main
 from nanovllm.core.batch import ceil_div
@@ -22,7 +22,6 @@ from nanovllm.core.batch import ceil_div
 PAGE = Path(__file__).parent.parent / "docs" / "learn.md"
 SETUP, *COMMANDS = re.findall(r"^```bash\n(.*?)^```$", PAGE.read_text(), re.MULTILINE | re.DOTALL)
 ANSWERS = re.search(r"^ANSWERS='(.*)'$", SETUP, re.MULTILINE)
-DATA = re.compile(r'<script type="application/json" id="data">(.*?)</script>', re.DOTALL)
 
 Records = list[dict[str, Any]]
 Trace = Callable[..., Records]
@@ -45,9 +44,8 @@ def trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Trace:
     def run(name: str, *changes: str) -> Records:
         (command,) = (each for each in COMMANDS if f"-o {name}.html" in each)
         main([*arguments(command), *changes])  # the last of two equal options counts
-        found = DATA.search((tmp_path / f"{name}.html").read_text("utf-8"))
-        assert found is not None
-        return list(json.loads(found[1])["runs"][0]["records"])
+        (run,) = data_of((tmp_path / f"{name}.html").read_text("utf-8"))["runs"]
+        return list(run["records"])
 
     return run
 
