@@ -395,7 +395,7 @@ def test_runs_can_be_chosen_and_the_address_remembers(browser: Any, address: str
     window.page.click("#runs button >> nth=0")
     assert window.page.inner_text("#title") == "First"
     window.page.keyboard.press("ArrowRight")
-    assert window.page.url.endswith("#run=0&step=1")
+    window.page.wait_for_url("**#run=0&step=1")
     assert window.complaints == []
     window.page.close()
 

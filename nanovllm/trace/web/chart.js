@@ -99,34 +99,44 @@ function tokenStrip(run, x, column, top) {
 }
 
 // One row a sequence: a line while it waits, a tall bar for prefill, a low bar for decode.
+// Rows too low for a label stand in the order of admission.
 function laneStrip(run, x, column, top) {
   const sequences = [...run.sequences.values()];
   const row = Math.min(16, Math.max(1, 240 / Math.max(sequences.length, 1)));
-  const gap = row >= 8 ? 3 : 0;
-  const group = strip(row * sequences.length, row < 10 ? "sequences" : "", top);
+  const hasLabels = row >= 10;
+  if (!hasLabels) sequences.sort((a, b) => a.admission - b.admission);
+  const group = strip(row * sequences.length, hasLabels ? "" : "seqs", top);
+  group.classList.toggle("dense", !hasLabels);
   const segments = laneSegments(run);
   sequences.forEach((sequence, i) => {
     const y = top + i * row;
-    const middle = y + (row - gap) / 2;
-    const paths = { prefill: "", decode: "", idle: "", waiting: "", preempted: "", end: "" };
-    for (const { kind, from, to } of segments.get(sequence.id)) {
-      const tall = row - gap;
-      const low = tall * 0.45;
-      if (kind === "prefill") paths.prefill += `M${x(from)} ${y}H${x(to)}v${tall}H${x(from)}z`;
-      else if (kind === "decode")
-        paths.decode += `M${x(from)} ${middle - low / 2}H${x(to)}v${low}H${x(from)}z`;
-      else if (kind === "end") paths.end += `M${x(to)} ${y}v${tall}`;
-      else paths[kind] += `M${x(from)} ${middle}H${x(to)}`;
-    }
+    const height = hasLabels ? row - 3 : row;
     const lane = svg("g", { class: "lane", style: `--c: ${colour(sequence)}` });
-    for (const [kind, d] of Object.entries(paths))
-      if (d) lane.append(svg("path", { class: kind, d }));
-    if (row >= 10) {
-      lane.append(svg("text", { class: "lane-label", x: x(0) - 8, y: middle + 4 }, sequence.label));
+    for (const [kind, d] of Object.entries(lanePaths(segments.get(sequence.id), x, y, height))) {
+      lane.append(svg("path", { class: kind, d }));
+    }
+    if (hasLabels) {
+      const place = { class: "lane-label", x: x(0) - 8, y: y + height / 2 + 4 };
+      lane.append(svg("text", place, sequence.label));
     }
     group.append(lane);
   });
   return group;
+}
+
+// kind -> the path of all segments of this kind.
+function lanePaths(segments, x, y, height) {
+  const paths = {};
+  const low = height < 4 ? height : height * 0.45; // very low rows differ by their tint instead
+  const middle = y + height / 2;
+  for (const { kind, from, to } of segments) {
+    let d = `M${x(from)} ${middle}H${x(to)}`;
+    if (kind === "prefill") d = `M${x(from)} ${y}H${x(to)}v${height}H${x(from)}z`;
+    if (kind === "decode") d = `M${x(from)} ${middle - low / 2}H${x(to)}v${low}H${x(from)}z`;
+    if (kind === "end") d = `M${x(to)} ${y}v${height}`;
+    paths[kind] = (paths[kind] ?? "") + d;
+  }
+  return paths;
 }
 
 // id of a sequence -> its runs of equal kind, {kind, from, to}: steps from..to-1.
@@ -135,9 +145,9 @@ function laneSegments(run) {
   const lost = new Set(); // preempted, and not admitted again
   const add = (id, kind, index) => {
     const list = found.get(id);
-    const last = list?.at(-1);
+    const last = list.at(-1);
     if (last && last.kind === kind && last.to === index) last.to = index + 1;
-    else list?.push({ kind, from: index, to: index + 1 });
+    else list.push({ kind, from: index, to: index + 1 });
   };
   run.steps.forEach((step, index) => {
     step.preempted.forEach((id) => lost.add(id));

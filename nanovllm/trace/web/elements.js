@@ -11,6 +11,7 @@ const view = {
   index: 0, // of the step that is shown
   block: null, // the block whose details are open
   timer: null, // set while the run plays
+  saving: null, // the timer of saveHash
   allSequences: false,
   tour: [],
   stop: -1, // the stop of the tour that is shown; -1: the tour is closed
@@ -57,7 +58,11 @@ function withTerms(text) {
   });
 }
 
-const colour = (sequence) => `var(--c${sequence.number % COLOURS})`;
+// Sequences that run together were mostly admitted one after the other, so their colours differ.
+function colour(sequence) {
+  const number = sequence.admission === Infinity ? sequence.number : sequence.admission;
+  return `var(--c${number % COLOURS})`;
+}
 
 function chip(id, extra = null) {
   const sequence = view.run.sequences.get(id);

@@ -22,7 +22,8 @@ function show(index) {
   drawBlocks(step, state);
   drawDetail(state);
   drawSequences(step, state);
-  if (view.timer === null) saveHash();
+  clearTimeout(view.saving);
+  view.saving = setTimeout(saveHash, 250);
 }
 
 // -- the tour -----------------------------------------------------------------------------------

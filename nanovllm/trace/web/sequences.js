@@ -28,7 +28,7 @@ function drawSequences(step, state) {
   more.textContent = view.allSequences
     ? "Show the sequences of the step only"
     : `Show all ${all.length} sequences`;
-  shown.forEach((sequence) => scrollToNewest(panels.get(sequence.id)));
+  scrollToNewest(shown);
 }
 
 function drawSequence(sequence, step, state) {
@@ -154,11 +154,16 @@ function generatedNow(sequence, generated) {
   return generated > 0 && sequence.generated[generated - 1].step === view.index;
 }
 
-function scrollToNewest(panel) {
-  if (panel.scrolled) return;
-  panel.scrolled = true;
-  const box = panel.element.querySelector(".text");
-  const mark = box.querySelector(".newest") ?? box.querySelector(".ahead") ?? box.lastElementChild;
-  if (mark)
-    box.scrollTop = mark.offsetTop - box.offsetTop - box.clientHeight + mark.offsetHeight + 8;
+// Scrolls the texts that have changed to their newest token. Reads all places before it scrolls,
+// because the browser lays the page out again when reading follows writing.
+function scrollToNewest(shown) {
+  const changed = shown.map(({ id }) => panels.get(id)).filter((panel) => !panel.scrolled);
+  const targets = changed.map((panel) => {
+    panel.scrolled = true;
+    const box = panel.element.querySelector(".text");
+    const mark = box.querySelector(".newest, .ahead") ?? box.lastElementChild;
+    const bottom = mark ? mark.offsetTop + mark.offsetHeight : 0;
+    return { box, top: bottom + 8 - box.clientHeight };
+  });
+  for (const { box, top } of targets) box.scrollTop = top;
 }

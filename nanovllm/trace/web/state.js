@@ -19,6 +19,7 @@ class Run {
     this.steps = records.map((record) => this.asStep(record)).filter(Boolean);
     this.lastNumber = Math.max(-1, ...this.steps.map((step) => step.number ?? -1));
     this.sequences = new Map(); // id of a sequence -> what is known of it at the end of the run
+    this.numAdmitted = 0; // sequences that were admitted at least once
     this.blockEvents = new Map(); // id of a block -> its events, with the index of their step
     this.snapshots = [];
     this.counts = []; // of each step: {held, cached} blocks
@@ -46,6 +47,7 @@ class Run {
         label: sequenceLabel(number),
         request: record,
         promptLength: record.prompt.length,
+        admission: Infinity, // its place in the order of first admissions
         hasText: record.prompt_pieces.some((piece) => piece !== ""),
         generated: [], // its sampled tokens, with the index of their step
         ending: null, // {step, text}: text that the end adds to the text of the tokens
@@ -54,6 +56,10 @@ class Run {
   }
 
   indexStep(step, index) {
+    for (const { seq } of step.admitted) {
+      const sequence = this.sequences.get(seq);
+      if (sequence.admission === Infinity) sequence.admission = this.numAdmitted++;
+    }
     for (const token of step.tokens) {
       this.sequences.get(token.seq).generated.push({ ...token, step: index });
     }
