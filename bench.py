@@ -33,8 +33,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.host_time import FILTERS, host_time
+from benchmarks.host_time import host_times
 from benchmarks.limit import LARGE_GPU_STEP, Machine, Sizes, limit, probe, sizes_of
+from benchmarks.mixed_step import mixed_step_time
 from benchmarks.ours import Checkpoint, ceil_div, default_dtype, model_config
 from benchmarks.peer_files import SIMPLE_FORMATS, gguf_file, hf_folder, quantised_file
 from benchmarks.process import Engine, exit_on_signals
@@ -747,11 +748,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def run_host() -> dict[str, Any]:
-    found = {
-        "temperature": host_time({}),
-        "top-p + top-k": host_time(FILTERS),
-        "top-p + top-k outside the graph": host_time(FILTERS, records_filters=False),
-    }
+    found = host_times()
     print("Host, decode step of 256 sequences, microseconds (median):\n")
     names = ["sampling", *found["temperature"]]
     rows = [
@@ -759,7 +756,21 @@ def run_host() -> dict[str, Any]:
         for sampling, parts in found.items()
     ]
     print(table(names, rows))
-    return {"host_us": found}
+    return {"host_us": found, **run_mixed_step()}
+
+
+def run_mixed_step() -> dict[str, Any]:
+    """The host's work on a step with prompts. Nothing where Triton is not installed."""
+    if importlib.util.find_spec("triton") is None:
+        return {}
+    found = mixed_step_time()
+    print("\nHost, model of a step of 224 decodes and 4 prompts, without drivers:\n")
+    columns = list(found["eager"])
+    rows = [
+        [name, *(f"{parts[column]:.0f}" for column in columns)] for name, parts in found.items()
+    ]
+    print(table(["model", *columns], rows))
+    return {"mixed_step": found}
 
 
 def run_startup(bench: Bench) -> dict[str, Any]:

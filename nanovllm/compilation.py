@@ -35,6 +35,8 @@ KERNELS = frozenset(
         "pdl",
     ]
 )
+# Kernels that run only where they are named. No GPU has measured what they bring.
+ON_REQUEST = frozenset({"few_rows_linear", "swiglu_linear", "pdl"})
 # vLLM's names of operations -> the kernels here that compute them. Other names in KERNELS
 # stand for themselves.
 VLLM_OPERATIONS: dict[str, tuple[str, ...]] = {
@@ -110,14 +112,16 @@ class Compilation:
 
     mode: 0: torch.compile compiles nothing. 1 to 3: it compiles. backend: of
     torch.compile. custom_ops: which hand-written kernels run, see `left_out`.
-    cudagraphs: whether decode steps are recorded. capture_sizes: the numbers of sequences
-    that graphs are recorded for. max_capture_size: the largest of them.
+    cudagraphs: whether steps are recorded. prefill_graphs: whether these include steps with
+    prompts. capture_sizes: the numbers of sequences that decode graphs are recorded for.
+    max_capture_size: the largest of them.
     """
 
     mode: int | None = None
     backend: str = "inductor"
     custom_ops: tuple[str, ...] = ()
     cudagraphs: bool | None = None
+    prefill_graphs: bool = True
     capture_sizes: tuple[int, ...] | None = None
     max_capture_size: int | None = None
 
@@ -167,6 +171,7 @@ class Compilation:
             backend=str(backend),
             custom_ops=read_operations(fields.get("custom_ops") or ()),
             cudagraphs=read_graph_mode(fields.get("cudagraph_mode")),
+            prefill_graphs=records_prefill(fields.get("cudagraph_mode")),
         )
         if fields.get("use_cudagraph") is False:
             found = replace(found, cudagraphs=False)
@@ -195,11 +200,13 @@ class Compilation:
     def left_out(self) -> frozenset[str]:
         """The hand-written kernels that do not run.
 
-        "none" leaves out all kernels that are not named as "+name". Otherwise kernels run
-        that are not named as "-name".
+        "none" leaves out all kernels, and "all" none. Without both, ON_REQUEST is left out.
+        "+name" adds a kernel, and "-name" leaves it out.
         """
         added: set[str] = set()
         removed: set[str] = set()
+        if "all" not in self.custom_ops:
+            removed.update(ON_REQUEST)
         for entry in self.custom_ops:
             if entry.startswith("+"):
                 added.update(kernels_of(entry[1:]))
@@ -272,6 +279,12 @@ def read_graph_mode(value: object) -> bool | None:
         f"compilation_config: cudagraph_mode={value!r} is not known; accepted are None, 0, 1, 2 "
         f"and {', '.join(GRAPH_MODES)}"
     )
+
+
+def records_prefill(value: object) -> bool:
+    """Whether vLLM's CUDAGraphMode, if it asks for graphs, means steps with prompts too."""
+    name = getattr(value, "name", value)
+    return not isinstance(name, str) or name.upper() != "FULL_DECODE_ONLY"
 
 
 def read_operations(value: object) -> tuple[str, ...]:

@@ -17,7 +17,10 @@ from nanovllm.attention.base import AttentionSpec
 from nanovllm.attention.select import BACKENDS, VLLM_NAMES, select_backend
 from nanovllm.attention.torch_backend import TorchAttention
 from nanovllm.cache.spec import PagedKV
-from nanovllm.kernels import moe
+from nanovllm.compilation import Compilation
+from nanovllm.kernels import gpu_table, moe
+from nanovllm.kernels.gpu_table import DeviceProperties
+from nanovllm.runner.setup import Setup
 
 
 def spec(device: str = "cpu", dtype: torch.dtype = torch.float32) -> AttentionSpec:
@@ -34,10 +37,11 @@ def test_one_line_says_which_backend_runs_and_why_not_a_faster_one(caplog):
     )
 
 
-def test_a_gpu_without_triton_and_flash_attn_runs_the_torch_backend(monkeypatch, caplog):
+@pytest.mark.parametrize("error", [ImportError, RuntimeError, AttributeError, OSError])
+def test_a_gpu_without_triton_and_flash_attn_runs_the_torch_backend(monkeypatch, caplog, error):
     def without(name: str) -> object:
         if "triton" in name or "flash" in name:
-            raise ImportError(f"No module named {name!r}")
+            raise error(f"No module named {name!r}")
         return import_module(name)
 
     monkeypatch.setattr(select, "import_module", without)
@@ -45,6 +49,32 @@ def test_a_gpu_without_triton_and_flash_attn_runs_the_torch_backend(monkeypatch,
         assert isinstance(select_backend(spec("cuda"), None), TorchAttention)
     assert "not flash: No module named" in caplog.text
     assert "not triton: No module named" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "reason"),
+    [
+        ((7, 0), torch.float16, "7.5 or higher, not 7.0"),
+        ((7, 5), torch.bfloat16, "dtype='float16' runs"),
+        ((7, 5), torch.float16, None),
+        ((12, 1), torch.bfloat16, None),
+    ],
+)
+def test_the_oldest_gpus_of_the_triton_backend_run_float16(monkeypatch, capability, dtype, reason):
+    pytest.importorskip("triton")
+    from nanovllm.attention.triton_backend import TritonAttention
+
+    found = DeviceProperties(capability, 40)
+    monkeypatch.setattr(gpu_table, "device_properties", lambda device: found)
+    monkeypatch.setattr(kernels, "gpu", lambda: kernels)
+    refused = TritonAttention.refuses(spec("cuda", dtype))
+    assert refused is None if reason is None else reason in (refused or "")
+
+
+def test_a_gpu_has_the_row_of_its_capability_or_of_the_next_lower_one():
+    rows = {(9, 0): (9, 0), (8, 9): (8, 9), (10, 3): (10, 0), (12, 1): (12, 0), (7, 0): (7, 5)}
+    for capability, row in rows.items():
+        assert gpu_table.gpu_kind(capability) is gpu_table.TABLE[row]
 
 
 @pytest.fixture
@@ -79,6 +109,8 @@ def test_a_gpu_on_which_triton_cannot_build_its_launcher_runs_plain_torch(
         assert isinstance(select_backend(spec("cuda"), None), TorchAttention)
         assert kernels.triton_for(on_gpu, "rms_norm") is None
         assert moe.triton_for(on_gpu, "route") is None
+        setup: Any = SimpleNamespace(device=torch.device("cuda"), compilation=Compilation())
+        assert not Setup.compiles_models.fget(setup), "for GPUs torch.compile needs Triton"
     (warning,) = [each for each in caplog.records if each.levelname == "WARNING"]
     assert str(error) in warning.getMessage()
     assert "install gcc and python3-dev" in warning.getMessage()

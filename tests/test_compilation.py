@@ -11,7 +11,7 @@ import pytest
 from tiny import make_llm, shared_model
 
 from nanovllm import EngineArgs
-from nanovllm.compilation import KERNELS, Compilation
+from nanovllm.compilation import KERNELS, ON_REQUEST, Compilation
 from nanovllm.runner.cuda_graphs import recorded_sizes
 
 
@@ -67,14 +67,22 @@ def test_graphs(value, graphs):
     assert of(compilation_config={"cudagraph_mode": value}).cudagraphs is graphs
 
 
+@pytest.mark.parametrize("value", [None, "PIECEWISE", "FULL", 2, "FULL_AND_PIECEWISE"])
+def test_steps_with_prompts_have_graphs_unless_the_mode_means_decodes_only(value):
+    assert of(compilation_config={"cudagraph_mode": value}).prefill_graphs
+    for name in (GraphMode.FULL_DECODE_ONLY, "full_decode_only"):
+        assert not of(compilation_config={"cudagraph_mode": name}).prefill_graphs
+
+
 @pytest.mark.parametrize(
     ("custom_ops", "left_out"),
     [
-        ([], set()),
+        ([], ON_REQUEST),
+        (["+few_rows_linear"], ON_REQUEST - {"few_rows_linear"}),
         (["all"], set()),
         (["none"], KERNELS),
         ("none,+draw", KERNELS - {"draw"}),
-        (["-rms_norm"], {"rms_norm", "add_rms_norm"}),
+        (["-rms_norm"], ON_REQUEST | {"rms_norm", "add_rms_norm"}),
         (["all", "-rotary_embedding", "-pdl"], {"qk_norm_rope", "pdl"}),
         (["none", "+gelu_new"], KERNELS),  # vLLM has such a kernel
     ],
@@ -163,5 +171,5 @@ def test_an_engine_reads_it():
     setup = llm.llm_engine.executor.runner.setup
     assert setup.compilation == Compilation(mode=0, custom_ops=("-draw",))
     choice = llm.llm_engine.executor.runner.kernel_choice
-    assert choice.without == {"draw"}
+    assert choice.without == ON_REQUEST | {"draw"}
     assert not choice.compiles

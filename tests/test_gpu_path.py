@@ -5,6 +5,8 @@ A step must not wait for the device, mix devices, or hand a kernel what the kern
 
 from __future__ import annotations
 
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,6 +24,8 @@ pytestmark = pytest.mark.skipif(
 from fake_cuda import fake_cuda  # noqa: E402
 
 from nanovllm import LLM, SamplingParams  # noqa: E402
+from nanovllm.attention import flash_backend  # noqa: E402
+from nanovllm.attention.flash_backend import FLASH_2, FLASH_3, FLASH_4  # noqa: E402
 from nanovllm.kernels import triton_ops  # noqa: E402
 from nanovllm.runner.device import to_host  # noqa: E402
 from nanovllm.runner.memory import profile_step  # noqa: E402
@@ -110,6 +114,86 @@ def test_every_kind_of_model(monkeypatch, tmp_path, family, shape, arguments):
             assert gpu.launched >= ATTENTION
         if family == "Qwen3Moe":
             assert gpu.launched >= EXPERTS
+
+
+def some_attention(q: Tensor, *pages: Tensor, **words: Any) -> Tensor:
+    """Stands for the functions of flash-attn."""
+    tensors = [x for x in (q, *pages, *words.values()) if isinstance(x, Tensor)]
+    assert {x.device for x in tensors} == {q.device}
+    assert words["causal"]
+    return torch.empty_like(q)
+
+
+@pytest.mark.parametrize("package", [FLASH_2, FLASH_3, FLASH_4], ids=lambda package: package.name)
+def test_every_flash_attn(monkeypatch, package):
+    returns_two = package is FLASH_4
+    module = SimpleNamespace(
+        flash_attn_with_kvcache=some_attention,
+        flash_attn_varlen_func=lambda *args, **words: (
+            (some_attention(*args, **words), None)
+            if returns_two
+            else some_attention(*args, **words)
+        ),
+    )
+    monkeypatch.setattr(flash_backend, "choose", lambda packages, spec: (package, "installed"))
+    monkeypatch.setattr(flash_backend, "import_module", lambda name: module)
+    folder, _ = shared_model()
+    with fake_cuda(monkeypatch) as gpu:
+        generate(make_llm(folder, attention_backend="flash", block_size=256), WAYS[:4])
+        assert "_write_kernel" in gpu.launched
+        assert "_decode_kernel" not in gpu.launched
+
+
+def few_rows_llm(folder: str, **kwargs: Any) -> LLM:
+    """An engine with all kernels, the unmeasured ones too."""
+    return make_llm(folder, compilation_config={"mode": 0, "custom_ops": ["all"]}, **kwargs)
+
+
+def test_products_of_few_rows_run_only_on_request(monkeypatch):
+    folder, _ = shared_model()
+    with fake_cuda(monkeypatch) as gpu:
+        generate(few_rows_llm(folder), WAYS[:4])
+        assert gpu.launched >= {"_linear_kernel", "_swiglu_kernel"}
+        assert "_activation_and_mul_kernel" not in gpu.launched
+    with fake_cuda(monkeypatch) as gpu:
+        generate(make_llm(folder), WAYS[:4])
+        assert gpu.launched.isdisjoint({"_linear_kernel", "_swiglu_kernel"})
+
+
+class Seen(torch.nn.Module):
+    """A layer around a projection that notes the width of its product."""
+
+    def __init__(self, projection: torch.nn.Module, widths: set[int]) -> None:
+        super().__init__()
+        self.projection = projection
+        self.widths = widths
+
+    def forward(self, x: Tensor) -> Tensor:
+        product = self.projection(x)
+        self.widths.add(product.shape[1])
+        return product
+
+
+@pytest.mark.parametrize("how", ["hook", "forward", "layer"])
+def test_what_reads_the_product_of_gate_up_gets_it(monkeypatch, how):
+    """SwiGLU in the epilogue has no such product, so these layers run without it."""
+    folder, _ = shared_model()
+    widths: set[int] = set()
+    with fake_cuda(monkeypatch) as gpu:
+        llm = few_rows_llm(folder, enforce_eager=True)
+        for layer in llm.llm_engine.executor.runner.model.model.layers:
+            projection = layer.mlp.gate_up_proj
+            if how == "hook":
+                projection.register_forward_hook(lambda layer, args, out: widths.add(out.shape[1]))
+            elif how == "forward":
+                product = type(projection).forward
+                projection.forward = Seen(partial(product, projection), widths).forward
+            else:
+                layer.mlp.gate_up_proj = Seen(projection, widths)
+        generate(llm, WAYS[:2])
+        assert widths == {len(projection.weight)}
+        assert "_swiglu_kernel" not in gpu.launched
+        assert "_linear_kernel" in gpu.launched
 
 
 # -- what stands for the device --------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The whole engine with every Triton kernel, under the interpreter, gives the tokens of the CPU's engine.
+"""The whole engine with every Triton kernel, under Triton's interpreter: it gives the tokens of the CPU's engine.
 
 Norms, activations, the K/V write, attention, filters, draws and mixtures of experts run as kernels, in prompts, mixed
 steps and the static path of CUDA graphs. The interpreter is chosen when triton is imported, so one test runs this file
@@ -7,22 +7,19 @@ again in a process of its own.
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
 import pytest
+from interpreter import INTERPRETED, run_interpreted, starts_interpreter
 from test_cuda_graphs import with_static_path
 from tiny import greedy, make_llm, random_prompts, session_folder, tiny_model
 
 from nanovllm import LLM, RequestOutput, SamplingParams, kernels
 from nanovllm.kernels import cpu, moe, moe_cpu
 from nanovllm.kernels.choice import has_kernel
+from nanovllm.runner.cuda_graphs import DecodeGraphs
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(
     not INTERPRETED, reason="test_the_engine_under_the_interpreter runs it"
 )
@@ -40,14 +37,15 @@ MODELS: dict[str, dict[str, Any]] = {
         "mlp_only_layers": [0],
     },
 }
-PROMPTS = random_prompts([1, 17, 28, 5, 3])  # the third is longer than Mistral's window
-# The first two outlive the others, so steps of plain rows follow steps of all kinds of rows.
+PROMPTS = random_prompts([1, 17, 28, 5, 3, 2])  # the third is longer than Mistral's window
+# The last two end first. The steps after them sample inside a graph, with filters and then without.
 WAYS: list[dict[str, Any]] = [
     {"temperature": 0.0, "max_tokens": 8},
-    {"temperature": 0.8, "seed": 1, "max_tokens": 6},
-    {"top_p": 0.8, "top_k": 40, "seed": 2, "max_tokens": 4},
-    {"min_p": 0.05, "logprobs": 3, "seed": 3, "max_tokens": 4},
-    {"temperature": 0.0, "logprobs": 1, "max_tokens": 3},
+    {"temperature": 0.8, "seed": 1, "max_tokens": 7},
+    {"top_p": 0.8, "top_k": 40, "seed": 2, "max_tokens": 6},
+    {"min_p": 0.05, "temperature": 1.5, "seed": 3, "max_tokens": 5},
+    {"top_k": 3, "logprobs": 3, "seed": 4, "max_tokens": 3},
+    {"temperature": 0.0, "logprobs": 1, "max_tokens": 2},
 ]
 KERNELS = {
     "_rms_norm_kernel",
@@ -63,13 +61,9 @@ KERNELS = {
 KERNELS_OF_EXPERTS = {"_route_kernel", "_group_kernel", "_grouped_kernel", "_combine_kernel"}
 
 
-@pytest.mark.skipif(INTERPRETED or find_spec("triton") is None, reason="needs triton")
+@starts_interpreter
 def test_the_engine_under_the_interpreter():
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-    env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, "-p", "no:xdist"], env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    assert f"{len(MODELS)} passed" in done.stdout
+    assert f"{len(MODELS)} passed" in run_interpreted(__file__)
 
 
 @pytest.fixture
@@ -78,12 +72,12 @@ def every_kernel(monkeypatch):
 
     It returns the set to which the names of launched kernels are added.
     """
-    from triton.runtime.interpreter import InterpretedFunction
+    from triton.runtime.interpreter import GridExecutor
 
     from nanovllm.kernels import moe_triton, triton_ops
 
     launched: set[str] = set()
-    run = InterpretedFunction.run
+    run = GridExecutor.__call__
 
     def noted(self, *args, **kwargs):
         launched.add(self.fn.__name__)
@@ -97,7 +91,7 @@ def every_kernel(monkeypatch):
             monkeypatch.setattr(owner, name, lambda *args: None)
         monkeypatch.setattr(kernels, "triton_for", of(triton_ops))
         monkeypatch.setattr(moe, "triton_for", of(moe_triton))
-        monkeypatch.setattr(InterpretedFunction, "run", noted)
+        monkeypatch.setattr(GridExecutor, "__call__", noted)
         return launched
 
     return begin
@@ -112,18 +106,20 @@ def outputs(llm: LLM) -> list[RequestOutput]:
 @pytest.mark.parametrize("family", MODELS)
 def test_tokens_equal_the_cpu_s(every_kernel, family):
     folder, model = tiny_model(session_folder() / family, family, **MODELS[family])
-    sizes = {"skip_tokenizer_init": True, "max_num_seqs": 5, "max_num_batched_tokens": 32}
+    sizes = {"skip_tokenizer_init": True, "max_num_seqs": 6, "max_num_batched_tokens": 32}
     expected = outputs(make_llm(folder, **sizes))
     launched = every_kernel()
     llm = make_llm(folder, attention_backend="triton", async_scheduling=True, **sizes)
     llm.llm_engine.executor.runner.programs = None
+    assert DecodeGraphs(llm.llm_engine.setup).parts == {"filters"}
     graphs = with_static_path(llm)
     found = outputs(llm)
     assert found[0].outputs[0].token_ids == greedy(model, PROMPTS[0], 8)
     for ours, cpus in zip(found, expected):
         assert ours.outputs[0].token_ids == cpus.outputs[0].token_ids
         assert_same_logprobs(ours.outputs[0].logprobs, cpus.outputs[0].logprobs)
-    assert graphs.sizes_replayed
+    assert len(graphs.sizes_replayed) > graphs.sampled >= 4
+    assert graphs.parts_sampled == {"filters"}
     assert launched >= KERNELS
     if family == "Qwen3Moe":
         assert launched >= KERNELS_OF_EXPERTS

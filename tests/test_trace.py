@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, is_typeddict
 
 import pytest
 import torch
@@ -29,6 +30,7 @@ from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.outputs import RequestOutput
 from nanovllm.ray import LLMPredictor
+from nanovllm.trace import records as declared_records
 from nanovllm.trace import timing
 
 GREEDY = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
@@ -49,7 +51,8 @@ def of_kind(records: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
 def test_a_run_is_recorded(tmp_path: Path) -> None:
     llm = make_llm(trace=tmp_path / "run.jsonl", async_scheduling=False, block_size=16)
     outputs = llm.generate(PROMPTS, GREEDY, use_tqdm=False)
-    assert outputs == shared_llm().generate(PROMPTS, GREEDY, use_tqdm=False)
+    expected = shared_llm().generate(PROMPTS, GREEDY, use_tqdm=False)
+    assert [each.outputs for each in outputs] == [each.outputs for each in expected]
     records = read(tmp_path / "run.jsonl")
     assert [record["kind"] for record in records] == ["run", *["request"] * 2, *["step"] * 6, "end"]
 
@@ -160,6 +163,43 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     texts = texts_of(records)
     assert shown.out == "".join(f"{p}{texts[i]}\n" for i, p in enumerate(PROMPTS))
     assert "run.jsonl is written" in shown.err
+
+
+def test_numbers_that_json_has_not_are_null(tmp_path: Path) -> None:
+    llm = make_llm(trace=tmp_path / "run.jsonl", logprobs_mode="processed_logprobs")
+    biases = {256: float("-inf")}
+    params = SamplingParams(
+        max_tokens=2, allowed_token_ids=[256, 257], logprobs=3, logit_bias=biases
+    )
+    llm.generate(PROMPTS[0], params, use_tqdm=False)
+    text = (tmp_path / "run.jsonl").read_text()
+    assert "Infinity" not in text
+    (first, *_) = [
+        t for step in of_kind(read(tmp_path / "run.jsonl"), "step") for t in step["tokens"]
+    ]
+    assert [value is None for _, value in first["top"]] == [False, True, True]
+    assert of_kind(read(tmp_path / "run.jsonl"), "request")[0]["params"]["logit_bias"] == str(
+        biases
+    )
+
+
+def test_the_document_names_every_field() -> None:
+    document = (Path(__file__).parent.parent / "docs" / "trace.md").read_text()
+    words = set(re.findall(r"`\"?(\w+)", document))
+    declared = [each for each in vars(declared_records).values() if is_typeddict(each)]
+    assert declared_records.StepRecord in declared
+    fields = {name for each in declared for name in each.__annotations__}
+    assert fields - {"kind"} <= words
+
+
+def test_a_file_of_requests_is_recorded(tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_text('{"prompt": "the sea"}\n{"prompt": "the sky"}\n')
+    files = ["-i", str(tmp_path / "in.jsonl"), "-o", str(tmp_path / "out.jsonl")]
+    more = ["--trace", str(tmp_path / "run.jsonl"), "--num-gpu-blocks-override", "64"]
+    main(["run-batch", "--model", shared_model()[0], *files, *more, "--no-progress"])
+    run = read(tmp_path / "run.jsonl")
+    assert {r["prompt_text"] for r in of_kind(run, "request")} == {"the sea", "the sky"}
+    assert run[-1]["kind"] == "end"
 
 
 # -- refusals --------------------------------------------------------------------------------------
@@ -499,6 +539,30 @@ def test_an_emptied_prefix_cache_is_in_the_records() -> None:
     run.check(records)
     evictions = [e for r in records for e in r.get("blocks", ()) if e["event"] == "evict"]
     assert any(event["seq"] is None for event in evictions)
+
+
+def test_a_closed_stream_is_in_the_records() -> None:
+    run = recorded(True, True)
+    stream = run.traced.stream(PROMPTS, GREEDY)
+    next(stream)
+    stream.close()
+    aborted = run.new_records()
+    run.traced.generate(PROMPTS, GREEDY, use_tqdm=False)  # a step of the stream was in flight
+    run.check([*aborted, *run.new_records()])
+    assert [finish["reason"] for finish in aborted[-1]["finished"]] == ["abort"] * 2
+
+
+def test_an_engine_that_slept_has_an_empty_cache(tmp_path: Path) -> None:
+    llm = make_llm(trace=tmp_path / "run.jsonl", num_gpu_blocks_override=32)
+    llm.generate(PROMPTS, GREEDY, use_tqdm=False)
+    llm.sleep()
+    llm.wake_up()
+    llm.generate(PROMPTS, GREEDY, use_tqdm=False)
+    replay = Replay(32)
+    for record in read(tmp_path / "run.jsonl"):
+        replay.apply(record)
+    steps = of_kind(read(tmp_path / "run.jsonl"), "step")
+    assert [step["number"] for step in steps if step.get("reset")] == [6]
 
 
 # -- errors ----------------------------------------------------------------------------------------

@@ -7,31 +7,24 @@ conversion to bfloat16 or float8 truncates where a GPU rounds: tolerances are on
 from __future__ import annotations
 
 import itertools
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 from attention_reference import make_case
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from interpreter import INTERPRETED, run_interpreted, starts_interpreter
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 RUNS = INTERPRETED or torch.cuda.is_available()
 DEVICE = "cpu" if INTERPRETED else "cuda"
 pytest.importorskip("triton", reason="no triton for this platform")
 
 if RUNS:
     from nanovllm.attention.base import AttentionSpec
-    from nanovllm.attention.triton_backend import (
-        TritonAttention,
-        decode_plan,
-        decode_programs,
-        decode_shape,
-    )
+    from nanovllm.attention.triton_backend import TritonAttention, decode_plan
     from nanovllm.core.batch import AttentionMetadata
     from nanovllm.kernels import moe_triton, qk_norm_rope, triton_ops
+    from nanovllm.kernels.gpu_table import DeviceProperties, decode_programs, decode_shape
     from nanovllm.kernels.rope import Rope
 
 EPS = {torch.float32: 2e-6, torch.float16: 2**-10, torch.bfloat16: 2**-7}
@@ -50,24 +43,10 @@ ATTENTION = "test_attention or splits or decodes or same_bits or words or shapes
 
 
 @pytest.mark.skipif(RUNS, reason="this process runs the kernels itself")
+@starts_interpreter
 @pytest.mark.parametrize("tests", [ATTENTION, f"not ({ATTENTION})"], ids=["attention", "rest"])
 def test_under_the_interpreter(tests):
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-x",
-        "-p",
-        "no:cacheprovider",
-        "-p",
-        "no:xdist",
-        __file__,
-    ]
-    env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, "-k", tests], env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    assert "passed" in done.stdout
+    assert "passed" in run_interpreted(__file__, "-k", tests)
 
 
 # Attention
@@ -361,17 +340,19 @@ def test_plan_deals_equal_shares_of_one_line_of_tiles(lens, heads, window, progr
 
 @runs
 def test_decode_launch_fills_the_gpu_once():
-    def programs(dim, dtype, cache=None, page=64, sms=132, shared=228 * 1024):
-        shape = decode_shape(dim, dtype, cache or dtype, page)
-        return decode_programs(sms, shared, shape, dim, cache or dtype)
+    def programs(dim, dtype, cache=None, page=64, capability=(9, 0), multiprocessors=132):
+        gpu = DeviceProperties(capability, multiprocessors)
+        shape = decode_shape(gpu.kind, 2, dim, dtype, cache or dtype, page)
+        return decode_programs(gpu, shape, dim, cache or dtype)
 
     assert programs(128, torch.bfloat16) == 3 * 132  # H200
     assert programs(64, torch.bfloat16) == 4 * 132
     assert programs(256, torch.bfloat16) == 2 * 132
     assert programs(128, torch.bfloat16, torch.float8_e4m3fn) == 3 * 132
     assert programs(128, torch.bfloat16, torch.float8_e4m3fn, page=16) == 2 * 132
-    assert programs(128, torch.bfloat16, sms=108, shared=164 * 1024) == 2 * 108  # A100
-    assert programs(128, torch.bfloat16, sms=20, shared=64 * 1024) == 20
+    assert programs(128, torch.bfloat16, capability=(8, 0), multiprocessors=108) == 2 * 108  # A100
+    assert programs(128, torch.bfloat16, capability=(8, 9), multiprocessors=58) == 2 * 58  # L4
+    assert programs(128, torch.float16, capability=(7, 5), multiprocessors=40) == 2 * 40  # T4
 
 
 # Writing K and V
@@ -434,6 +415,27 @@ def test_store_keeps_keys_and_values_of_any_size(sizes):
         written = backend.meta.slot_mapping.long()
         assert torch.equal(slots[written], stored)
         assert slots.any(-1).sum() == stored.any(-1).sum()
+
+
+@runs
+def test_write_fills_pages_of_any_layout():
+    """flash-attn's pages are [num_blocks, block_size, Hkv, D], so a head's tokens lie apart."""
+    torch.manual_seed(0)
+    angles = torch.rand(64, 16) * 6
+    rope = Rope(3, 2, 32, torch.cat((angles.cos(), angles.sin()), 1).to(DEVICE))
+    positions = tensor([3, 9, 20], torch.int32)
+    slots = tensor([5, -1, 17], torch.int32)
+    qkv = torch.randn(3, 7 * 32, device=DEVICE)
+    ours = torch.zeros(2, 2, 2, 16, 32, device=DEVICE)
+    flash = torch.zeros(2, 2, 16, 2, 32, device=DEVICE)
+    by_head = flash.transpose(2, 3)
+    for k_pages, v_pages in (ours, by_head):
+        triton_ops.write_qkv(qkv, positions, slots, rope, k_pages, v_pages)
+    assert torch.equal(by_head, ours)
+    assert ours.any(-1).sum() == 8  # 2 tokens with 2 heads of K and of V
+    for k_pages, v_pages in (ours, by_head):
+        triton_ops.write_kv(*qkv.view(3, 7, 32).split([2, 2, 3], 1)[:2], slots, k_pages, v_pages)
+    assert torch.equal(by_head, ours)
 
 
 @runs
@@ -667,7 +669,7 @@ def test_rows_without_a_filter_keep_every_logit():
         tensor([0.0] * 5),
     )
     assert threshold.isneginf().tolist() == [True, True, True, False, False]
-    assert threshold[4] == logits[4].topk(2).values[1]
+    assert (logits[4] >= threshold[4]).sum() == 2
 
 
 # Mixtures of experts

@@ -12,6 +12,7 @@ from torch import nn
 from nanovllm import SamplingParams
 from nanovllm.kernels import cpu
 from nanovllm.weights.dense import DenseWeight
+from nanovllm.weights.lora import LoRARows, LoRAWeight
 from nanovllm.weights.panels import PanelWeight
 from nanovllm.weights.select import new_weight
 
@@ -50,6 +51,23 @@ def test_unpacked_weights_are_the_rows_of_the_checkpoint(model: Any) -> None:
         assert torch.equal(weight, rows)
         assert torch.equal(model.lm_head.weight, theirs["lm_head.weight"].bfloat16())
     assert torch.equal(weight, before)
+
+
+@pytest.mark.parametrize("kind", [DenseWeight, PanelWeight, LoRAWeight])
+def test_swiglu_of_a_weight_is_silu_of_the_gate_times_the_rest(kind: type) -> None:
+    if kind is PanelWeight and cpu.load() is None:
+        pytest.skip("there are no panels without a C++ compiler")
+    layer = nn.Module()
+    weight = (PanelWeight if kind is PanelWeight else DenseWeight)(layer, 64, 32)
+    rows = torch.randn(64, 32) / 6
+    layer.get_parameter("weight").data.copy_(rows)
+    weight.finish_loading(layer)
+    if kind is LoRAWeight:
+        weight = LoRAWeight(weight, LoRARows())
+    x, bias = torch.randn(5, 32), torch.randn(64)
+    gate, up = (x.double() @ rows.double().T + bias.double()).chunk(2, dim=1)
+    out = weight.swiglu(layer, x, bias)
+    torch.testing.assert_close(out.double(), gate * gate.sigmoid() * up, atol=1e-5, rtol=1e-5)
 
 
 def test_what_is_written_while_unpacked_is_used() -> None:

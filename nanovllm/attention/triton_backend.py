@@ -21,14 +21,23 @@ from nanovllm import kernels
 from nanovllm.attention.base import AttentionBackend, AttentionSpec, zeroed_pages
 from nanovllm.cache.spec import PagedKV
 from nanovllm.core.batch import AttentionMetadata, ceil_div
+from nanovllm.kernels import gpu_table
+from nanovllm.kernels.gpu_table import (
+    OLDEST,
+    DeviceProperties,
+    Shape,
+    decode_programs,
+    decode_shape,
+    power_of_2,
+    prefill_shape,
+)
 from nanovllm.kernels.rope import Rope
 from nanovllm.kernels.triton_ops import (
     INTERPRETED,
-    DeviceProperties,
     compute_type,
-    device_properties,
-    power_of_2,
-    registers,
+    launch_next,
+    pdl,
+    wait,
     write_kv,
     write_qkv,
 )
@@ -289,7 +298,7 @@ def _tiles(
 @triton.jit(do_not_specialize=["table_stride"])
 def _decode_kernel(
     q_ptr, out_ptr, k_cache, v_cache, sinks_ptr, tables, table_stride, context_lens, query_start,
-    share_ptr, first_ptr, start_ptr, sequence_ptr, partial_ptr, arrived_ptr,
+    share_ptr, first_ptr, start_ptr, sequence_ptr, partial_ptr, arrived_ptr, PDL: tl.constexpr,
     SCALE: tl.constexpr, SOFTCAP: tl.constexpr, HKV: tl.constexpr, GROUP: tl.constexpr,
     D: tl.constexpr, DIM: tl.constexpr, DV: tl.constexpr, DIMV: tl.constexpr, PAGE: tl.constexpr,
     BLOCK_M: tl.constexpr, TILE: tl.constexpr, WINDOW: tl.constexpr, COMPUTE: tl.constexpr,
@@ -301,6 +310,7 @@ def _decode_kernel(
     prob_sum, acc). The last program to arrive combines them, always in the order of their
     keys (Flash-Decoding, Dao et al., 2023).
     """
+    wait(PDL)
     program = tl.program_id(0)
     tile = program * tl.load(share_ptr)
     end = tl.minimum(tile + tl.load(share_ptr), tl.load(share_ptr + 1))
@@ -360,6 +370,7 @@ def _decode_kernel(
             tl.store(out, acc / tl.maximum(prob_sum, 1e-30)[:, None], mask=inside)
         tile = segment + stop
         index += (tile == base + count * HKV).to(tl.int32)
+    launch_next(PDL)
 
 
 @triton.jit
@@ -401,71 +412,14 @@ def _combine(
     tl.store(out_ptr + inner, acc / tl.maximum(prob_sum, 1e-30)[:, None], mask=inside)
 
 
-def prefill_shape(
-    head_dim: int, dtype: torch.dtype, cache_dtype: torch.dtype, capability: tuple[int, int]
-) -> dict[str, int]:
-    """Launch options of prefill that compile without spilling registers.
-
-    BLOCK_M: rows of a query tile; TILE: keys of a key tile; warps; stages of the
-    pipeline.
-    """
-    if dtype == torch.float32:  # tensor cores would round float32 to TF32
-        return {"BLOCK_M": 16, "TILE": 16, "num_warps": 4, "num_stages": 2}
-    if head_dim > 128:
-        rows = 64 if cache_dtype == dtype else 32
-        return {"BLOCK_M": rows, "TILE": 32, "num_warps": 8, "num_stages": 2}
-    tile = 64 if capability >= (9, 0) else 32
-    return {"BLOCK_M": 128, "TILE": tile, "num_warps": 8, "num_stages": 3}
-
-
-def decode_shape(
-    head_dim: int, dtype: torch.dtype, cache_dtype: torch.dtype, page: int
-) -> dict[str, int]:
-    """Launch options of decode, with a bound for the registers of a thread.
-
-    The registers bound how many programs run at once.
-    """
-    if dtype == torch.float32:
-        return {"BLOCK_M": 16, "TILE": 16, "num_warps": 4, "num_stages": 2, **registers(128)}
-    tile = 64 if head_dim <= 128 else 32
-    if head_dim > 128:
-        count = 240
-    elif cache_dtype != dtype and page % tile:
-        count = 240  # the conversion and the addresses of many pages need registers
-    elif head_dim > 64:
-        count = 168
-    else:
-        count = 128
-    stages = 3 if cache_dtype == dtype else 4  # tiles of half the bytes
-    return {"BLOCK_M": 16, "TILE": tile, "num_warps": 4, "num_stages": stages, **registers(count)}
-
-
-def decode_programs(
-    multiprocessors: int,
-    shared_memory: int,
-    shape: dict[str, int],
-    head_dim: int,
-    cache_dtype: torch.dtype,
-) -> int:
-    """Programs of a decode launch: all that the GPU runs at once, so that none waits.
-
-    shared_memory: bytes in one multiprocessor. Each multiprocessor has 65536 registers.
-    """
-    row_bytes = power_of_2(head_dim) * cache_dtype.itemsize
-    buffers = 2 * (shape["num_stages"] - 1) * shape["TILE"] * row_bytes
-    by_registers = 65536 // (shape.get("maxnreg", 255) * 32 * shape["num_warps"])
-    by_memory = shared_memory // (buffers + 11 * 1024)
-    return multiprocessors * max(1, min(by_registers, by_memory))
-
-
 @dataclass
 class LayerLaunch:
     """How both kernels are launched for layers of one shape."""
 
     layer: PagedKV
     constants: dict[str, object]  # of both kernels
-    prefill: dict[str, int]
-    decode: dict[str, int]
+    prefill: Shape
+    decode: Shape
     programs: int  # of a decode launch
 
     @property
@@ -493,13 +447,9 @@ def layer_launch(
     value_dim = layer.value_size
     largest = max(head_dim, value_dim)
     group = layer.num_heads // layer.num_kv_heads
-    prefill = prefill_shape(largest, spec.dtype, cache_dtype, gpu.capability)
-    decode = decode_shape(largest, spec.dtype, cache_dtype, spec.block_size)
-    for shape in (prefill, decode):
-        shape["BLOCK_M"] = max(shape["BLOCK_M"], power_of_2(group))
-        if torch.version.hip:  # an MI300 has 64 KB of shared memory
-            shape |= {"TILE": min(shape["TILE"], 32), "num_stages": 2}
-    programs = decode_programs(gpu.multiprocessors, gpu.shared_memory, decode, largest, cache_dtype)
+    prefill = prefill_shape(gpu.kind, group, largest, spec.dtype, cache_dtype)
+    decode = decode_shape(gpu.kind, group, largest, spec.dtype, cache_dtype, spec.block_size)
+    programs = decode_programs(gpu, decode, largest, cache_dtype)
     fp8 = cache_dtype == torch.float8_e4m3fn
     compute = torch.float16 if fp8 and spec.dtype == torch.bfloat16 else spec.dtype
     constants: dict[str, object] = {
@@ -535,9 +485,13 @@ class TritonAttention(AttentionBackend):
             return f"Triton compiles for GPUs, not for {spec.device.type}"
         if spec.device.type == "cuda" and kernels.gpu() is None:
             return "Triton cannot run kernels here, and a warning says why"
-        capability = device_properties(spec.device).capability
-        if capability < (8, 0):
-            return "it needs compute capability 8.0 or higher, not {}.{}".format(*capability)
+        capability = gpu_table.device_properties(spec.device).capability
+        if capability < OLDEST:
+            return "it needs compute capability {}.{} or higher, not {}.{}".format(
+                *OLDEST, *capability
+            )
+        if capability < (8, 0) and spec.dtype == torch.bfloat16:
+            return "products in bfloat16 need compute capability 8.0; dtype='float16' runs"
         if spec.largest_head > 256:
             return f"its tiles hold head sizes up to 256, not {spec.largest_head}"
         return None
@@ -548,7 +502,7 @@ class TritonAttention(AttentionBackend):
             raise ValueError(
                 f"kv_cache_dtype={kv_cache_dtype!r} is not known; accepted are 'auto' and 'fp8'"
             )
-        gpu = device_properties(spec.device)
+        gpu = gpu_table.device_properties(spec.device)
         fp8 = kv_cache_dtype == "fp8"
         if fp8 and (gpu.capability < (8, 9) or torch.version.hip):
             raise ValueError(
@@ -604,7 +558,7 @@ class TritonAttention(AttentionBackend):
         )
         _decode_kernel[(launch.programs,)](
             q, out, *self.pages[layer], sinks, *tables, *self.plans[launch.plan_key],
-            self.partial, self.arrived, **launch.constants, **launch.decode,
+            self.partial, self.arrived, **launch.constants, **launch.decode, **pdl(q.device),
         )  # fmt: skip
         if meta.num_prefills:
             block = launch.prefill["BLOCK_M"] // launch.group

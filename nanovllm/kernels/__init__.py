@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nanovllm.kernels import cpu
+from nanovllm.kernels import cpu, gpu_table
 from nanovllm.kernels.choice import compiled, has_kernel
 from nanovllm.kernels.rope import Rope
 
@@ -198,7 +198,35 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         out = cpu.linear(x, weight, bias)
         if out is not None:
             return out
+    triton = few_rows_for(x, weight, "few_rows_linear")
+    if triton is not None:
+        return triton.linear(x, weight, bias)
     return F.linear(x, weight, bias)
+
+
+def swiglu_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`silu_and_mul` of a product: x [T, K], weight [2I, K], bias [2I] -> [T, I]."""
+    triton = few_rows_for(x, weight, "swiglu_linear")
+    if triton is not None:
+        return triton.swiglu(x, weight, bias)
+    return silu_and_mul(linear(x, weight, bias))
+
+
+def few_rows_for(x: Tensor, weight: Tensor, name: str) -> ModuleType | None:
+    """`linear_triton` where its kernel `name` should compute x [T, K] @ weight [N, K].T, else None.
+
+    The products take half precision. The engine must have asked for the kernel, and the table
+    of GPUs must say that it pays.
+    """
+    if triton_for(x, name) is None:
+        return None
+    is_half = x.dtype == weight.dtype and x.dtype in (torch.bfloat16, torch.float16)
+    if x.dim() != 2 or not is_half or not weight.is_contiguous():
+        return None
+    gpu = gpu_table.device_properties(x.device)
+    if not gpu_table.few_rows_pay(gpu, len(x), len(weight)):
+        return None
+    return import_module("nanovllm.kernels.linear_triton")
 
 
 def embedding(ids: Tensor, weight: Tensor) -> Tensor:

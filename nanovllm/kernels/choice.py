@@ -23,6 +23,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from nanovllm.compilation import ON_REQUEST
+
 logger = logging.getLogger("nanovllm")
 
 P = ParamSpec("P")
@@ -41,14 +43,14 @@ class Compilations:
 
 @dataclass(frozen=True, eq=False)
 class KernelChoice:
-    """What an engine chose. The default runs kernels where there are any, and compiles nothing.
+    """What an engine chose. The default runs all kernels but ON_REQUEST, and compiles nothing.
 
     without: names of hand-written kernels that do not run. compiles: definitions without a
     kernel run compiled. backend: of torch.compile. The compiled code belongs to this
     object, and is freed with it.
     """
 
-    without: frozenset[str] = frozenset()
+    without: frozenset[str] = ON_REQUEST
     compiles: bool = False
     backend: str = "inductor"
     done: Compilations = field(default_factory=Compilations)
@@ -123,8 +125,8 @@ class CompiledDefinition(Generic[P, R]):
             mark_rows(args[place])
         try:
             return call_timed(self.name, self.done, self.code, *args, **kwargs)
-        except torch.OutOfMemoryError:  # an error of the step
-            raise
+        except torch.OutOfMemoryError:  # no fault of the definition: the next call may compile
+            logger.warning("%s runs once without torch.compile: no memory", self.name)
         except Exception as error:  # torch's compilers may raise any type
             self.has_failed = True
             logger.warning("%s runs without torch.compile, which failed: %s", self.name, error)

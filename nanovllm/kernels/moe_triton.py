@@ -14,7 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from nanovllm.core.batch import ceil_div
-from nanovllm.kernels.triton_ops import compute_type, power_of_2
+from nanovllm.kernels.gpu_table import power_of_2
+from nanovllm.kernels.triton_ops import compute_type
 
 ROUTE_BLOCK = 1024  # routes that a program of `_group_kernel` reads at once
 

@@ -10,6 +10,7 @@ before each store, because the bfloat16 arithmetic of Triton's interpreter is wr
 from __future__ import annotations
 
 from dataclasses import dataclass
+from inspect import signature
 
 import torch
 import triton
@@ -18,51 +19,55 @@ from torch import Tensor
 from triton import knobs
 
 from nanovllm.core.batch import ceil_div
+from nanovllm.kernels import gpu_table
+from nanovllm.kernels.choice import has_kernel
+from nanovllm.kernels.gpu_table import power_of_2, registers
 from nanovllm.kernels.rope import Rope
 
 # With TRITON_INTERPRET=1 kernels run in numpy, on tensors of the CPU.
 INTERPRETED = knobs.runtime.interpret
 
 
-@dataclass(frozen=True)
-class DeviceProperties:
-    """The properties of a GPU that launches depend on."""
-
-    capability: tuple[int, int]  # compute capability
-    multiprocessors: int
-    shared_memory: int  # bytes in one multiprocessor
-
-
-def device_properties(device: torch.device) -> DeviceProperties:
-    """The properties of a GPU. Under the interpreter: a small Hopper GPU."""
-    if device.type != "cuda":
-        return DeviceProperties((9, 0), 2, 228 * 1024)
-    found = torch.cuda.get_device_properties(device)
-    # torch does not know the shared memory of AMD's GPUs. An MI300 has 64 KB.
-    shared_memory = getattr(found, "shared_memory_per_multiprocessor", 64 * 1024)
-    return DeviceProperties(
-        capability=(found.major, found.minor),
-        multiprocessors=found.multi_processor_count,
-        shared_memory=shared_memory,
-    )
-
-
-def registers(count: int) -> dict[str, int]:
-    """The launch option that bounds a thread's registers. Triton has it for NVIDIA's GPUs only."""
-    return {} if torch.version.hip else {"maxnreg": count}
-
-
-def power_of_2(n: int) -> int:
-    """The least power of two that is not below n.
-
-    triton.next_power_of_2 is slower, because it can also be called inside a kernel.
-    """
-    return 1 << (n - 1).bit_length()
-
-
 def compute_type(dtype: torch.dtype) -> tl.dtype:
     """The type of matrix products inside a kernel: `dtype`, but float32 under the interpreter."""
     return tl.float32 if INTERPRETED else getattr(tl, str(dtype).removeprefix("torch."))
+
+
+# Programmatic dependent launch (PDL): the GPU starts the programs of a kernel while the kernel
+# before it still runs. A kernel with PDL must `wait` before its first access to memory.
+
+
+def compiles_pdl() -> bool:
+    """Whether Triton can compile `wait`. The compiler of 3.4 cannot call its own gdc_wait."""
+    if INTERPRETED:
+        return False
+    cuda = getattr(tl.extra, "cuda", None)
+    gdc_wait = getattr(cuda, "gdc_wait", None)
+    return gdc_wait is not None and "_semantic" in signature(gdc_wait).parameters
+
+
+COMPILES_PDL = compiles_pdl()
+
+
+def pdl(device: torch.device) -> dict[str, bool]:
+    """Launch options: PDL where the engine chose it, and the GPU and Triton have it."""
+    if COMPILES_PDL and has_kernel("pdl") and gpu_table.device_properties(device).kind.has_pdl:
+        return {"PDL": True, "launch_pdl": True}
+    return {"PDL": False}
+
+
+@triton.jit
+def wait(PDL: tl.constexpr):
+    """Waits until all kernels before this one have ended and their stores are visible."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def launch_next(PDL: tl.constexpr):
+    """Lets the GPU start the next kernel, which waits for the end of this one by itself."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
 
 
 @triton.jit
@@ -88,11 +93,13 @@ def _rms_norm_kernel(
     ADD: tl.constexpr,
     OFFSET: tl.constexpr,
     ROUND_ONCE: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """One row of H elements, padded to BLOCK. ADD: adds the residual first and stores the sum.
 
     OFFSET is added to the weights. ROUND_ONCE: see `kernels.rms_norm`.
     """
+    wait(PDL)
     start = tl.program_id(0).to(tl.int64) * H
     i = tl.arange(0, BLOCK)
     dtype = x_ptr.dtype.element_ty
@@ -105,6 +112,7 @@ def _rms_norm_kernel(
     if not ROUND_ONCE:
         x = _round(x, dtype)
     weight = _plus(tl.load(weight_ptr + i, mask=i < H, other=0.0).to(tl.float32), OFFSET)
+    launch_next(PDL)
     tl.store(out_ptr + start + i, (weight * x).to(dtype), mask=i < H)
 
 
@@ -129,7 +137,7 @@ def rms_norm(
     if len(rows):
         _rms_norm_kernel[(len(rows),)](
             rows, rows, weight, out, eps, rows.shape[1], block, False, offset, round_once,
-            num_warps=_warps(block),
+            num_warps=_warps(block), **pdl(x.device),
         )  # fmt: skip
     return out.view(x.shape)
 
@@ -147,24 +155,31 @@ def add_rms_norm(
     if len(x):
         _rms_norm_kernel[(len(x),)](
             x, residual, weight, x, eps, x.shape[1], block, True, offset, round_once,
-            num_warps=_warps(block),
+            num_warps=_warps(block), **pdl(x.device),
         )  # fmt: skip
     return x, residual
 
 
 @triton.jit
 def _activation_and_mul_kernel(
-    x_ptr, out_ptr, SIZE: tl.constexpr, BLOCK: tl.constexpr, GELU: tl.constexpr
+    x_ptr,
+    out_ptr,
+    SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    GELU: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """BLOCK of the SIZE outputs of one row.
 
     silu(g) = g * sigmoid(g). gelu(g) = g * sigmoid(2 u) with u = sqrt(2 / pi) (g + 0.044715
     g^3), because (1 + tanh(u)) / 2 = sigmoid(2 u).
     """
+    wait(PDL)
     row = tl.program_id(0).to(tl.int64)
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     gate = tl.load(x_ptr + row * (2 * SIZE) + i, mask=i < SIZE, other=0.0).to(tl.float32)
     up = tl.load(x_ptr + row * (2 * SIZE) + SIZE + i, mask=i < SIZE, other=0.0).to(tl.float32)
+    launch_next(PDL)
     dtype = x_ptr.dtype.element_ty
     z = gate
     if GELU:
@@ -188,7 +203,7 @@ def _activation_and_mul(x: Tensor, gelu: bool) -> Tensor:
     out = x.new_empty(len(x), size)
     if len(x):
         grid = (len(x), ceil_div(size, 1024))
-        _activation_and_mul_kernel[grid](x, out, size, 1024, gelu, num_warps=4)
+        _activation_and_mul_kernel[grid](x, out, size, 1024, gelu, num_warps=4, **pdl(x.device))
     return out
 
 
@@ -199,7 +214,7 @@ def _write_kernel(
     ROTATED: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, HALF_BLOCK: tl.constexpr,
     HEADS: tl.constexpr, PAGE: tl.constexpr,
     PAGE_STRIDE: tl.constexpr, HEAD_STRIDE: tl.constexpr, TOKEN_STRIDE: tl.constexpr,
-    NORM: tl.constexpr, OFFSET: tl.constexpr,
+    NORM: tl.constexpr, OFFSET: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One token, HEADS of its HQ + HK + HV heads of D numbers.
 
@@ -209,6 +224,7 @@ def _write_kernel(
     weights of this norm.
     """
     REST: tl.constexpr = D - 2 * HALF
+    wait(PDL)
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     i = tl.arange(0, HALF_BLOCK)
@@ -251,6 +267,7 @@ def _write_kernel(
         is_q = (head < HQ)[:, None]
         _store_heads(q_ptr + token * (HQ * D), (head * D)[:, None], x1, x2, x3, is_q, HALF, REST)
     slot = tl.load(slots + token).to(tl.int64)
+    launch_next(PDL)
     if k_cache.dtype.element_ty == tl.float8e4nv:
         x1 = _clamped(x1)
         x2 = _clamped(x2)
@@ -376,6 +393,7 @@ def _launch_write(
             qkv, q, k_cache, v_cache, slots, positions, cos_sin, q_weight, k_weight,
             heads.eps, heads.q, heads.k, heads.v, heads.rotated, dim, half, half_block, block,
             page, *k_cache.stride()[:3], heads.norm, heads.norm_offset, num_warps=4,
+            **pdl(qkv.device),
         )  # fmt: skip
 
 
@@ -389,31 +407,29 @@ def _tile_sum_kernel(
 ):  # fmt: skip
     """The maximum of a tile of a row and the sum of exp((x - maximum) / temperature)."""
     _sum_tile(
-        logits_ptr, stride, temperature_ptr, threshold_ptr, max_ptr, sum_ptr, V, TILE, TILES, FILTER
-    )
+        logits_ptr, stride, temperature_ptr, threshold_ptr, max_ptr, sum_ptr, tl.program_id(1), V,
+        TILE, TILES, FILTER,
+    )  # fmt: skip
 
 
 @triton.jit
 def _filter_tile_sum_kernel(
     logits_ptr, stride, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, max_ptr, sum_ptr, V,
-    TILE: tl.constexpr, TILES: tl.constexpr,
+    TILE: tl.constexpr, TILES: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """`_tile_sum_kernel` for the rows that a filter limits. Other rows are not read."""
+    """`_tile_sum_kernel` for the rows that a filter limits. Other rows are not read.
+
+    A program has GROUP tiles, so that few programs start in vain for other rows.
+    """
     row = tl.program_id(0)
     if _all_off(row, top_k_ptr, top_p_ptr, min_p_ptr, V):
         return
-    _sum_tile(
-        logits_ptr,
-        stride,
-        temperature_ptr,
-        temperature_ptr,
-        max_ptr,
-        sum_ptr,
-        V,
-        TILE,
-        TILES,
-        False,
-    )
+    for i in tl.static_range(GROUP):
+        tile = tl.program_id(1) * GROUP + i
+        _sum_tile(
+            logits_ptr, stride, temperature_ptr, temperature_ptr, max_ptr, sum_ptr, tile, V,
+            TILE, TILES, False,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -426,18 +442,18 @@ def _all_off(row, top_k_ptr, top_p_ptr, min_p_ptr, V):
 
 @triton.jit
 def _sum_tile(
-    logits_ptr, stride, temperature_ptr, threshold_ptr, max_ptr, sum_ptr, V,
+    logits_ptr, stride, temperature_ptr, threshold_ptr, max_ptr, sum_ptr, tile, V,
     TILE: tl.constexpr, TILES: tl.constexpr, FILTER: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
-    x = _load_logits(logits_ptr, stride, threshold_ptr, row, tl.program_id(1), V, TILE, FILTER)
+    x = _load_logits(logits_ptr, stride, threshold_ptr, row, tile, V, TILE, FILTER)
     temperature = tl.load(temperature_ptr + row)
     maximum = tl.max(x)
     # The bound is for a tile without a candidate, because exp(-inf - finite) is 0.
     distance = x - tl.maximum(maximum, -3e38)
     prob_sum = tl.sum(tl.exp(distance / tl.where(temperature > 0, temperature, 1.0)))
-    tl.store(max_ptr + row * TILES + tl.program_id(1), maximum)
-    tl.store(sum_ptr + row * TILES + tl.program_id(1), prob_sum)
+    tl.store(max_ptr + row * TILES + tile, maximum, mask=tile < TILES)
+    tl.store(sum_ptr + row * TILES + tile, prob_sum, mask=tile < TILES)
 
 
 @triton.jit
@@ -549,6 +565,7 @@ def _tile_buffers(logits: Tensor, tile: int) -> tuple[Tensor, Tensor]:
 # only tiles that have a logit in the interval.
 
 FILTER_TILE = 1024
+FILTER_GROUP = 4  # tiles that a program of the first pass reads
 
 
 @triton.jit
@@ -681,9 +698,9 @@ def filter_threshold(
     if len(logits):
         maxima, prob_sums = _tile_buffers(logits, FILTER_TILE)
         num_tiles = maxima.shape[1]
-        _filter_tile_sum_kernel[(len(logits), num_tiles)](
+        _filter_tile_sum_kernel[(len(logits), ceil_div(num_tiles, FILTER_GROUP))](
             logits, logits.stride(0), temperature, top_k, top_p, min_p, maxima, prob_sums,
-            logits.shape[1], FILTER_TILE, num_tiles, num_warps=2,
+            logits.shape[1], FILTER_TILE, num_tiles, FILTER_GROUP, num_warps=4,
         )  # fmt: skip
         _threshold_kernel[(len(logits),)](
             logits, logits.stride(0), temperature, top_k, top_p, min_p, maxima, prob_sums,

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 
 from nanovllm import kernels
 from nanovllm.core.batch import ceil_div
@@ -101,6 +102,34 @@ class ColumnParallelLinear(Matrix):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.storage.linear(self, x, self.bias)
+
+
+# A layer with another `forward` computes something else.
+PLAIN_PRODUCT = ColumnParallelLinear.forward
+
+
+def swiglu(gate_up: nn.Module, x: Tensor) -> Tensor:
+    """silu(gate) * up, where `gate_up` gives both: x [T, in] -> [T, I of this rank].
+
+    On a GPU the weight may compute all of it in one kernel. This needs a layer whose result
+    no hook reads.
+    """
+    if kernels.triton_for(x, "swiglu_linear") is not None and is_plain_product(gate_up):
+        assert isinstance(gate_up, ColumnParallelLinear)
+        return gate_up.storage.swiglu(gate_up, x, gate_up.bias)
+    return kernels.silu_and_mul(gate_up(x))
+
+
+def is_plain_product(layer: nn.Module) -> bool:
+    """Whether a call of the layer computes its product and runs nothing else."""
+    hooks = (
+        torch_module._global_forward_hooks,
+        torch_module._global_forward_pre_hooks,
+        layer._forward_hooks,
+        layer._forward_pre_hooks,
+    )
+    is_plain = type(layer).forward is PLAIN_PRODUCT and "forward" not in vars(layer)
+    return is_plain and not any(hooks)
 
 
 class FusedColumnParallelLinear(ColumnParallelLinear):

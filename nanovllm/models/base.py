@@ -53,6 +53,9 @@ class LanguageModel(nn.Module, ABC):
         """
         return None
 
+    def attend_by(self, attention: AttentionBackend) -> None:
+        """Compiled code calls this backend, because the backend is no argument of it."""
+
     def load_weights(self, weights: Iterable[tuple[str, LazyTensor]]) -> set[str]:
         """Writes new weights, under checkpoint names, into the running model.
 

@@ -13,7 +13,6 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from nanovllm import kernels
 from nanovllm.attention.base import AttentionBackend
 from nanovllm.cache.spec import CacheSpec, PagedKV
 from nanovllm.kernels.rope import Rope
@@ -21,6 +20,7 @@ from nanovllm.layers.linear import (
     ColumnParallelLinear,
     RowParallelLinear,
     VocabParallelEmbedding,
+    swiglu,
 )
 from nanovllm.layers.norm import RMSNorm
 from nanovllm.layers.rotary import RotaryEmbedding
@@ -99,8 +99,8 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[T, hidden] -> [T, hidden]."""
-        gate_up = self.gate_up_proj(x)  # [T, 2 * intermediate]
-        return self.down_proj(kernels.silu_and_mul(gate_up))
+        activated = swiglu(self.gate_up_proj, x)  # [T, intermediate]
+        return self.down_proj(activated)
 
 
 class DecoderLayer(nn.Module):

@@ -195,13 +195,16 @@ class TransformersForCausalLM(LanguageModel):
         return list(self.specs)
 
     def forward(self, input_ids: Tensor, attention: AttentionBackend) -> Tensor:
-        self.step.backend = attention
+        self.attend_by(attention)
         return self.body(input_ids, attention.meta.positions.long())
 
     def body_to_compile(self, attention: AttentionBackend) -> BodyCall:
         """The body, whose layers attend by `attention`."""
-        self.step.backend = attention
+        self.attend_by(attention)
         return self.body
+
+    def attend_by(self, attention: AttentionBackend) -> None:
+        self.step.backend = attention
 
     def logits(self, hidden: Tensor) -> Tensor:
         """All that transformers' model does after its body: head, scaling, softcap."""

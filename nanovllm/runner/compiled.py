@@ -10,12 +10,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from nanovllm.attention.base import AttentionBackend
 from nanovllm.kernels.choice import Compilations, call_timed, compile_copy, mark_rows
 from nanovllm.loader.fields import cause
+from nanovllm.models.base import LanguageModel
 from nanovllm.runner.cpu_program import Structure
+from nanovllm.runner.cuda_graphs import CaptureError
 
 logger = logging.getLogger("nanovllm")
 
@@ -31,7 +33,7 @@ class CompiledModel:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: LanguageModel,
         body: Body,
         attention: AttentionBackend,
         backend: str,
@@ -47,21 +49,27 @@ class CompiledModel:
         self.has_failed = False
         self.reported: set[str] = set()
 
-    def forward(self, input_ids: Tensor) -> Tensor:
-        """input_ids [T] int64 -> hidden states [T, hidden]. For steps without LoRA adapters."""
+    def forward(self, input_ids: Tensor, attention: AttentionBackend) -> Tensor:
+        """input_ids [T] int64 -> hidden states [T, hidden]. For steps without LoRA adapters.
+
+        attention: what the layers call, which is the backend or stands for it.
+        """
         if self.has_failed or not self.is_current():
-            return self.model(input_ids, self.attention)
+            return self.model(input_ids, attention)
+        self.model.attend_by(attention)
         positions = self.attention.meta.positions.long()
         mark_rows(input_ids)
         mark_rows(positions)
         arguments = (self.body, input_ids, positions)
         try:
             return call_timed("the model", self.done, self.code, *arguments)
+        except CaptureError:
+            raise
         except Exception as err:  # torch's compilers may raise any type
             self.has_failed = True
             self.report(f"torch.compile failed ({cause(err)})")
         # An error of the step itself is raised here again.
-        return self.model(input_ids, self.attention)
+        return self.model(input_ids, attention)
 
     def is_current(self) -> bool:
         """Whether the compiled code, or the code that will be compiled now, is the model's."""

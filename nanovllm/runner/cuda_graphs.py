@@ -8,8 +8,8 @@ a `Batch`. It knows neither the model nor the sampler.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import cast
 
@@ -34,15 +34,11 @@ class CaptureError(RuntimeError):
     """A step runs, and cannot be recorded."""
 
 
-def graph_sizes(max_num_seqs: int, given: tuple[int, ...] | None = None) -> list[int]:
-    """The batch sizes with graphs, in order.
-
-    given: the sizes that the user asks for. By default 1, 2, 4, 8, multiples of 16 up to
-    256, multiples of 32 above, and max_num_seqs.
-    """
-    if given is None:
-        given = (1, 2, 4, 8, *range(16, 256, 16), *range(256, max_num_seqs, 32), max_num_seqs)
-    return sorted({min(size, max_num_seqs) for size in given})
+def graph_sizes(max_num_seqs: int) -> list[int]:
+    """The batch sizes with graphs: 1, 2, 4, 8, steps of 16 to 256, steps of 32, max_num_seqs."""
+    sizes = [1, 2, 4, 8, *range(16, 256, 16), *range(256, max_num_seqs, 32)]
+    smaller = [size for size in sizes if size < max_num_seqs]
+    return [*smaller, max_num_seqs]
 
 
 def recorded_sizes(max_num_seqs: int, compilation: Compilation) -> list[int]:
@@ -79,6 +75,14 @@ def capture(
     are then as before.
     """
     graph = torch.cuda.CUDAGraph()
+    with ready_to_capture(stream, work, largest), recording(graph, stream, pool):
+        work()
+    return graph.replay
+
+
+@contextmanager
+def ready_to_capture(stream: torch.cuda.Stream, work: Work, largest: bool) -> Iterator[None]:
+    """Runs `work` once. Inside the `with` what it did can be captured on `stream`."""
     torch.cuda.synchronize(stream.device)
     with torch.cuda.stream(stream):
         # A first run compiles kernels and lets libraries allocate their memory.
@@ -91,22 +95,20 @@ def capture(
             # Cached memory is freed now, because torch cannot free it in a capture.
             torch.cuda.empty_cache()
         try:
-            record_on_current_stream(graph, stream, pool, work)
+            yield
         finally:
             torch._C._cuda_clearCublasWorkspaces()
-    return graph.replay
 
 
-def record_on_current_stream(
-    graph: torch.cuda.CUDAGraph,
-    stream: torch.cuda.Stream,
-    pool: torch.cuda._POOL_HANDLE,
-    work: Work,
-) -> None:
-    """Captures `work`. Raises CaptureError after undoing a failed capture.
+@contextmanager
+def recording(
+    graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream, pool: torch.cuda._POOL_HANDLE
+) -> Iterator[None]:
+    """Captures what runs inside the `with` on the current stream.
 
-    torch.cuda.graph is not used, because it collects garbage before each graph, and
-    because its stream stays the current one after a failure.
+    Raises CaptureError after undoing a failed capture. torch.cuda.graph is not used,
+    because it collects garbage before each graph, and because its stream stays the current
+    one after a failure.
     """
     generator = torch.cuda.default_generators[stream.device_index]
     state = generator.clone_state()
@@ -116,7 +118,7 @@ def record_on_current_stream(
         with torch.inference_mode(False):
             graph.capture_begin(pool, capture_error_mode="thread_local")
         try:
-            work()
+            yield
         finally:
             graph.capture_end()
     except RuntimeError as err:
@@ -147,6 +149,8 @@ class DecodeGraphs:
     with other parts replays the model's graph and samples eagerly.
     Invariant: the memory that a graph reads and writes never moves.
     """
+
+    unit = "sequences"  # what `sizes` count
 
     def __init__(self, setup: Setup, stream: torch.cuda.Stream | None = None) -> None:
         """stream: for the capture. None runs the functions without graphs."""
@@ -278,10 +282,6 @@ class DecodeGraphs:
         changes = staging.to(self.hidden.device, non_blocking=True)
         indices = changes[:split].view(torch.int64)
         self.inputs.flat.scatter_(0, indices, changes[split:])
-
-    def can_run(self, batch: Batch[np.ndarray]) -> bool:
-        """Whether there is a graph of the model for this batch."""
-        return is_decode(batch) and len(batch.attention.context_lens) <= self.sizes[-1]
 
     def can_sample(self, batch: Batch[np.ndarray]) -> bool:
         """Whether the sampler's graph reads all optional parts of the batch."""

@@ -8,8 +8,10 @@ from __future__ import annotations
 import gc
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -22,6 +24,7 @@ from nanovllm.kernels.choice import kernel_choice
 from nanovllm.runner.cuda_graphs import CaptureError, DecodeGraphs
 from nanovllm.runner.device import current, free_gpu_memory
 from nanovllm.runner.model_runner import ModelRunner
+from nanovllm.runner.pieces import CudaRecorder, Pieces
 from nanovllm.sampling.filters import FiltersPart
 from nanovllm.sampling.logprobs import LogprobsPart
 from nanovllm.sampling.penalties import PenaltiesPart
@@ -97,21 +100,50 @@ def adapter_bytes(runner: ModelRunner) -> int:
     return runner.lora.num_bytes() * runner.setup.args.num_adapters
 
 
+Recorded = TypeVar("Recorded", DecodeGraphs, Pieces)
+
+
 def graph_bytes(runner: ModelRunner) -> int:
-    """Bytes of the decode graphs: the largest one's, and a second one's for each other."""
-    before = free_gpu_memory(runner.device)
-    # Libraries take the memory that they then keep.
-    if record_graphs(runner, 1) is None:
-        # Nothing else uses the GPU's memory yet, so no recording will ever succeed.
+    """Bytes of the decode graphs, and of the pieces of steps with prompts.
+
+    What cannot be recorded now is not tried later, because nothing else uses the GPU's
+    memory yet.
+    """
+    graphs = recorded_bytes(runner, record_graphs)
+    if graphs is None:
         runner.capture_stream = None
         return 0
+    pieces = recorded_bytes(runner, record_pieces)
+    if pieces is None:
+        runner.records_pieces = False
+        return graphs
+    return graphs + pieces
+
+
+def recorded_bytes(
+    runner: ModelRunner, record: Callable[[ModelRunner, int], Recorded | None]
+) -> int | None:
+    """Bytes of what `record` records: the largest size's, and a second one's for each other.
+
+    None where nothing is recorded.
+    """
+    before = free_gpu_memory(runner.device)
+    # Libraries take the memory that they then keep.
+    if record(runner, 1) is None:
+        return None
     free = []
     for count in (1, 2):
-        graphs = record_graphs(runner, count)
+        recorded = record(runner, count)
         free.append(free_gpu_memory(runner.device))
-        num_others = len(graphs.sizes) - 1 if graphs else 0
-        del graphs
+        num_others = len(recorded.sizes) - 1 if recorded else 0
+        del recorded
     return before - free[0] + num_others * max(free[0] - free[1], 0)
+
+
+def record(runner: ModelRunner) -> None:
+    """Records what steps on a GPU replay."""
+    runner.graphs = record_graphs(runner)
+    runner.pieces = record_pieces(runner)
 
 
 @torch.inference_mode()
@@ -124,42 +156,80 @@ def record_graphs(runner: ModelRunner, count: int | None = None) -> DecodeGraphs
     """
     if runner.capture_stream is None:
         return None
-    graphs = DecodeGraphs(runner.setup, runner.capture_stream)
+    with kernel_choice(runner.kernel_choice):
+        graphs = DecodeGraphs(runner.setup, runner.capture_stream)
     if not graphs.sizes:
         return None
-    is_recorded = False
-    try:
-        is_recorded = record_sizes(runner, graphs, graphs.sizes[::-1][:count])
-    finally:
-        if not is_recorded:
-            graphs.clear()  # the traceback of an error holds them
-    free_gpu_memory(runner.device)  # what the first runs of the sizes have left in torch's cache
+
+    def record_size(size: int) -> None:
+        graphs.record(size, runner.forward, lambda hidden, batch: head(runner, hidden, batch))
+
+    is_recorded = record_sizes(runner, graphs, count, record_size, "decoding")
     return graphs if is_recorded else None
 
 
-def record_sizes(runner: ModelRunner, graphs: DecodeGraphs, sizes: list[int]) -> bool:
-    """Whether the graphs of all sizes are recorded, on all ranks."""
-    for size in sizes:
-        failure = ""
-        try:
-            choice = kernel_choice(runner.kernel_choice)
-            with current(runner.device), choice, no_garbage_collection():
-                graphs.record(
-                    size, runner.forward, lambda hidden, batch: head(runner, hidden, batch)
+@torch.inference_mode()
+def record_pieces(runner: ModelRunner, count: int | None = None) -> Pieces | None:
+    """The pieces of steps with prompts, of the `count` largest sizes (None: of all sizes).
+
+    As `record_graphs`.
+    """
+    if runner.capture_stream is None or not runner.records_pieces:
+        return None
+    pieces = Pieces(runner.setup, runner.attention, CudaRecorder(runner.capture_stream))
+
+    def record_size(size: int) -> None:
+        pieces.record(size, runner.forward)
+
+    is_recorded = record_sizes(runner, pieces, count, record_size, "prefill")
+    runner.model.attend_by(runner.attention)  # else the model keeps the recording alive
+    return pieces if is_recorded else None
+
+
+def record_sizes(
+    runner: ModelRunner,
+    recorded: DecodeGraphs | Pieces,
+    count: int | None,
+    record_size: Callable[[int], None],
+    what: str,
+) -> bool:
+    """Whether the `count` largest sizes (None: all sizes) are recorded, on all ranks."""
+    try:
+        for size in recorded.sizes[::-1][:count]:
+            failure = failure_of(runner, record_size, size)
+            # All ranks replay or none does, because padding makes their collectives differ.
+            if not runner.tp.minimum(not failure, runner.device):
+                logger.warning(
+                    "%s runs without CUDA graphs: recording a graph for %d %s failed: %s",
+                    what,
+                    size,
+                    recorded.unit,
+                    failure or "another rank failed",
                 )
-        except RuntimeError as error:
-            if runner.tp.size > 1 and not isinstance(error, CaptureError):
-                raise  # the other ranks wait inside this step's collectives
-            failure = str(error) or type(error).__name__
-        # All ranks replay or none does, because padding makes their collectives differ.
-        if not runner.tp.minimum(not failure, runner.device):
-            logger.warning(
-                "decoding runs without CUDA graphs: recording a graph for %d sequences failed: %s",
-                size,
-                failure or "another rank failed",
-            )
-            return False
+                recorded.clear()
+                return False
+    except BaseException:
+        recorded.clear()  # the error's traceback holds the graphs
+        raise
+    free_gpu_memory(runner.device)  # what the first runs of the sizes have left in torch's cache
     return True
+
+
+def failure_of(runner: ModelRunner, record_size: Callable[[int], None], size: int) -> str:
+    """Records a size. Returns why that failed, or nothing.
+
+    Raises RuntimeError if the step itself fails and there are other ranks, because they
+    wait inside the collectives of this step.
+    """
+    try:
+        choice = kernel_choice(runner.kernel_choice)
+        with current(runner.device), choice, no_garbage_collection():
+            record_size(size)
+    except RuntimeError as error:
+        if runner.tp.size > 1 and not isinstance(error, CaptureError):
+            raise
+        return str(error) or type(error).__name__
+    return ""
 
 
 def head(runner: ModelRunner, hidden: Tensor, batch: Batch[Tensor]) -> Tensor:
@@ -189,7 +259,14 @@ def profile_step(runner: ModelRunner) -> int:
     batch = uniform_batch(num_seqs, length, blocks)
     vocab_size = setup.config.vocab_size
     batch.parts = sampling_parts(num_seqs, length, vocab_size, setup.args.max_logprobs)
-    runner.launch(batch).collect()
+    # Plain definitions take more memory than compiled ones, and a start takes less time
+    # without compilations that no request may need.
+    choice = runner.kernel_choice
+    runner.kernel_choice = replace(choice, compiles=False)
+    try:
+        runner.launch(batch).collect()
+    finally:
+        runner.kernel_choice = choice
     return blocks
 
 

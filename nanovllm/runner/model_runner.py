@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanovllm.attention.base import AttentionSpec
+from nanovllm.attention.base import AttentionBackend, AttentionSpec
 from nanovllm.attention.select import select_backend
 from nanovllm.core.batch import Batch
 from nanovllm.core.step import Logprobs, StepResult
@@ -26,6 +26,7 @@ from nanovllm.runner.cuda_graphs import DecodeGraphs
 from nanovllm.runner.device import current, free_gpu_memory, to_device, to_host
 from nanovllm.runner.load_model import load_weights, make_model
 from nanovllm.runner.lora import ModelAdapters
+from nanovllm.runner.pieces import Pieces
 from nanovllm.runner.readouts.base import Readout
 from nanovllm.runner.readouts.next_tokens import NextTokens, Sampled
 from nanovllm.runner.readouts.registry import READOUTS
@@ -109,6 +110,8 @@ class ModelRunner:
         can_capture = can_record and is_gpu and setup.compilation.cudagraphs is not False
         self.capture_stream = torch.cuda.Stream(self.device) if can_capture else None
         self.graphs: DecodeGraphs | None = None
+        self.records_pieces = can_capture and setup.compilation.prefill_graphs
+        self.pieces: Pieces | None = None
         self.freed: set[str] = set()  # by `sleep`: "weights", "kv_cache"
         self.sleeping_weights: SleepingWeights | None = None
 
@@ -135,14 +138,17 @@ class ModelRunner:
                 return self.run(host_batch)
 
     def run(self, host_batch: Batch[np.ndarray]) -> PendingStep:
-        if self.graphs is not None and self.graphs.can_run(host_batch):
+        if self.graphs is not None and self.graphs.has_graph(host_batch):
             if self.graphs.can_sample(host_batch):
                 return PendingStep(Sampled(self.graphs.next_tokens(host_batch)), {}, NO_ROWS)
             hidden = self.graphs.hidden_states(host_batch)
             batch = to_device(host_batch, self.device)
         else:
             batch = to_device(host_batch, self.device)
-            hidden = self.forward(batch)
+            if self.pieces is not None and self.pieces.can_run(host_batch):
+                hidden = self.pieces.forward(host_batch, batch)
+            else:
+                hidden = self.forward(batch)
         readouts = {
             name: readout.read(self.model, hidden, batch)
             for name, readout in self.readouts.items()
@@ -153,26 +159,33 @@ class ModelRunner:
         rows = logprobs.at if isinstance(logprobs, LogprobsPart) else NO_ROWS
         return PendingStep(sampled, readouts, rows)
 
-    def forward(self, batch: Batch[Tensor]) -> Tensor:
-        """The last layer's output [T, hidden_size]."""
+    def forward(self, batch: Batch[Tensor], attention: AttentionBackend | None = None) -> Tensor:
+        """The last layer's output [T, hidden_size].
+
+        attention: stands for the backend while pieces of a step are recorded.
+        """
         newest = self.last_tokens[batch.tokens.rows]
         token_ids = torch.where(batch.tokens.ids < 0, newest, batch.tokens.ids)
-        self.attention.begin(batch.attention)
+        attention = self.attention if attention is None else attention
+        attention.begin(batch.attention)
         adapter = 0 if self.lora is None else self.lora.rows.only
         if self.programs is not None and adapter is not None:
             return self.programs.forward(token_ids, adapter)
         if self.compiled is not None and adapter == 0:
-            return self.compiled.forward(token_ids)
-        return self.model(token_ids, self.attention)
+            return self.compiled.forward(token_ids, attention)
+        return self.model(token_ids, attention)
 
     def drop_recordings(self) -> None:
-        """Frees all that was recorded: decode graphs on a GPU, programs on a CPU.
+        """Frees all that was recorded: graphs on a GPU, programs on a CPU.
 
         Recordings hold the addresses of pages and weights, and the collectives of the group.
         """
         if self.graphs is not None:
             self.graphs.clear()
             self.graphs = None
+        if self.pieces is not None:
+            self.pieces.clear()
+            self.pieces = None
         if self.programs is not None:
             self.programs.clear()
 

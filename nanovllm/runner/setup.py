@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from nanovllm import loader
+from nanovllm import kernels, loader
 from nanovllm.config import DTYPES, EngineArgs
 from nanovllm.kernels import blocks, cpu
 from nanovllm.kernels.choice import KernelChoice
@@ -77,7 +77,7 @@ class Setup:
     def kernel_choice(self) -> KernelChoice:
         """A new choice, for one rank. On a CPU our own kernels compute what GPUs compile."""
         compilation = self.compilation
-        compiles = self.device.type == "cuda" and compilation.mode != 0
+        compiles = self.device.type == "cuda" and self.compiles_models
         return KernelChoice(compilation.left_out(), compiles, compilation.backend)
 
     @property
@@ -85,12 +85,12 @@ class Setup:
         """Whether the models that torch.compile suits run compiled.
 
         On a CPU they do if the user asks for it, because they are hardly faster then
-        (docs/experiments.md).
+        (docs/experiments.md). For GPUs torch.compile needs Triton.
         """
         mode = self.compilation.mode
         if self.device.type == "cpu":
             return mode not in (None, 0)
-        return mode != 0
+        return mode != 0 and kernels.gpu() is not None
 
     def _model_config(self) -> ModelConfig:
         """The config of the model. Its `tie_embeddings` follows the checkpoint."""

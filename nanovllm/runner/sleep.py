@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from nanovllm.runner.device import free_gpu_memory, free_pinned_memory, to_host
-from nanovllm.runner.memory import record_graphs
+from nanovllm.runner.memory import record
 from nanovllm.runner.model_runner import ModelRunner, SleepingWeights
 
 TAGS = ("kv_cache", "weights")
@@ -40,7 +40,7 @@ def wake_up(runner: ModelRunner, tag: str) -> None:
         free_pinned_memory(runner.device)
     runner.freed.discard(tag)
     if not runner.freed:
-        runner.graphs = record_graphs(runner)
+        record(runner)
 
 
 def bring_weights_back(runner: ModelRunner) -> None:

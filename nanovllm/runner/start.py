@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 
 from nanovllm.parallel import TensorParallel
-from nanovllm.runner.memory import num_blocks, record_graphs
+from nanovllm.runner.memory import num_blocks, record
 from nanovllm.runner.model_runner import ModelRunner
 from nanovllm.runner.setup import Setup
 
@@ -17,7 +17,7 @@ def make_runner(setup: Setup, tp: TensorParallel = TensorParallel()) -> ModelRun
     try:
         runner.num_blocks = tp.minimum(num_blocks(runner), runner.device)
         runner.attention.allocate(runner.num_blocks)
-        runner.graphs = record_graphs(runner)
+        record(runner)
     except BaseException:
         runner.drop_recordings()  # the error's traceback holds the runner
         raise

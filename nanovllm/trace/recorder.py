@@ -180,7 +180,7 @@ class Recorder:
         first_launched = self.launched[0] if self.launched else None
         while self.queue and self.queue[0] is not first_launched:
             record = self.queue.popleft()
-            line = json.dumps(record, ensure_ascii=False, separators=(",", ":"), default=repr)
+            line = json.dumps(record, separators=(",", ":"), allow_nan=False)
             self.file.write(line)
 
     def _state(self, scheduler: TracedScheduler) -> State:
@@ -322,10 +322,19 @@ def changed_params(params: SamplingParams) -> dict[str, object]:
     plain = vars(SamplingParams())
     given = vars(params).items()
     return {
-        name: value
+        name: json_value(value)
         for name, value in given
         if value != plain.get(name) and name not in NOT_OF_TOKENS
     }
+
+
+def json_value(value: object) -> object:
+    """The value, or its text if JSON has no such value: infinity, a function, an object."""
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError):
+        return repr(value)
+    return value
 
 
 def microseconds(start: float, end: float) -> int:

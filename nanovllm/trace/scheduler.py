@@ -148,10 +148,13 @@ class TracedScheduler(Scheduler):
         return row
 
     def _allocate(self, rows: np.ndarray, counts: np.ndarray) -> None:
-        for at, row in enumerate(rows):
+        """Row by row, so that each event of a block names its sequence."""
+        for at in range(len(rows)):
+            one = slice(at, at + 1)
+            row = int(rows[at])
             self.blocks.seq = int(self.table.seq_id[row])
             self.blocks.position = int(self.table.num_blocks[row]) * self.block_size
-            super()._allocate(rows[at : at + 1], counts[at : at + 1])
+            super()._allocate(rows[one], counts[one])
 
     def _register(self, row: int, num_full: int) -> None:
         self.blocks.seq = int(self.table.seq_id[row])

@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor, nn
 
+from nanovllm import kernels
 from nanovllm.loader.source import Source
 
 
@@ -40,6 +41,13 @@ class Weight(ABC):
     @abstractmethod
     def linear(self, layer: nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:
         """x [T, in_features] @ matrix.T + bias [out_features] -> [T, out_features]."""
+
+    def swiglu(self, layer: nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:
+        """`kernels.silu_and_mul` of `linear`: [T, in_features] -> [T, out_features / 2].
+
+        A format may have one kernel for both.
+        """
+        return kernels.silu_and_mul(self.linear(layer, x, bias))
 
     def grouped(
         self,

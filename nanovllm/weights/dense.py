@@ -40,6 +40,9 @@ class DenseWeight(Weight):
     def linear(self, layer: nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:
         return kernels.linear(x, matrix(layer), bias)
 
+    def swiglu(self, layer: nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:
+        return kernels.swiglu_linear(x, matrix(layer), bias)
+
     def grouped(
         self,
         layer: nn.Module,

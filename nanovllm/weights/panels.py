@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from nanovllm.kernels import cpu, cpu_operators
+from nanovllm.weights.base import Weight
 from nanovllm.weights.dense import DenseWeight, matrix
 
 
@@ -37,6 +38,9 @@ class PanelWeight(DenseWeight):
         out = cpu.linear_panels(x, matrix(layer), bias)
         assert out is not None, "x has the dtype of the weight"
         return out
+
+    def swiglu(self, layer: nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:
+        return Weight.swiglu(self, layer, x, bias)
 
     def grouped(
         self,

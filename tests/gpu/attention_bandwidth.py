@@ -16,10 +16,10 @@ from collections.abc import Callable
 import torch
 
 from nanovllm.attention.base import AttentionSpec
-from nanovllm.attention.triton_backend import TritonAttention, decode_programs
+from nanovllm.attention.triton_backend import TritonAttention
 from nanovllm.cache.spec import PagedKV
 from nanovllm.core.batch import AttentionMetadata, ceil_div
-from nanovllm.kernels.triton_ops import device_properties
+from nanovllm.kernels.gpu_table import decode_programs, device_properties
 
 BATCHES, CONTEXTS, PAGES = (1, 8, 32, 128, 256), (256, 1024, 4096), (16, 64, 256)
 
@@ -85,9 +85,7 @@ def decode_bandwidth(
         gpu = device_properties(where)
         (launch,) = backend.shapes.values()
         launch.decode |= shape
-        launch.programs = decode_programs(
-            gpu.multiprocessors, gpu.shared_memory, launch.decode, head_dim, backend.cache_dtype
-        )
+        launch.programs = decode_programs(gpu, launch.decode, head_dim, backend.cache_dtype)
     backend.allocate(batch * pages)
     for tensor in itertools.chain(*backend.pages):
         tensor.copy_(torch.randn(tensor.shape, dtype=dtype, device=where))

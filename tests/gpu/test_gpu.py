@@ -5,22 +5,22 @@ The tests run with and without graphs, with and without overlap, and with every 
 
 from __future__ import annotations
 
-import gc
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from gpu.engines import PROMPTS, make_llm, recorded, recorded_pieces, tokens_of
 from tiny import greedy, random_prompts, shared_model, tiny_model
 
-from nanovllm import LLM, SamplingParams
+from nanovllm import SamplingParams
 from nanovllm.attention.base import AttentionSpec
 from nanovllm.attention.select import BACKENDS, make
 from nanovllm.cache.spec import PagedKV
-from nanovllm.runner.cuda_graphs import is_decode
+from nanovllm.runner.cuda_graphs import DecodeGraphs, is_decode
 from nanovllm.runner.model_runner import ModelRunner
+from nanovllm.runner.pieces import CutAttention
 from nanovllm.runner.readouts.next_tokens import NextTokens
 
 pytestmark = [
@@ -43,28 +43,6 @@ WAYS: list[dict[str, Any]] = [
 ]
 
 
-def make_llm(folder: str, *, graphs: bool = True, **kwargs: Any) -> LLM:
-    defaults = {
-        "skip_tokenizer_init": True,
-        "dtype": "float32",
-        "max_num_batched_tokens": 64,
-        "max_num_seqs": 20,
-        "block_size": 16,
-        "num_gpu_blocks_override": 80,
-        "enforce_eager": not graphs,
-    }
-    return LLM(folder, **{**defaults, **kwargs})
-
-
-def recorded(llm: LLM) -> bool:
-    return llm.llm_engine.executor.runner.graphs is not None
-
-
-def tokens_of(llm: LLM, prompts: list[list[int]], num_tokens: int = 20) -> list[list[int]]:
-    params = SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True)
-    return [out.outputs[0].token_ids for out in llm.generate(prompts, params, use_tqdm=False)]
-
-
 def backends(dtype: torch.dtype, block_size: int) -> list[str]:
     """The attention backends that this machine can run."""
     if not torch.cuda.is_available():
@@ -73,7 +51,6 @@ def backends(dtype: torch.dtype, block_size: int) -> list[str]:
     return [name for name in BACKENDS if not isinstance(make(name, spec, "auto"), str)]
 
 
-PROMPTS = random_prompts([1, 15, 16, 17, 100, 33, 5, 70, 3, 9, 40])
 LENGTHS = [20, 3, 25, 11, 20, 1, 8, 14, 20, 17, 6]  # batches shrink through all sizes of graphs
 SHAPES = [
     ("Qwen3", {}),
@@ -95,6 +72,7 @@ def test_greedy_tokens_equal_transformers(tmp_path, family, shape):
                 folder, graphs=graphs, async_scheduling=overlap, attention_backend=backend
             )
             assert recorded(llm) == (graphs and backend != "torch")
+            assert recorded_pieces(llm) == recorded(llm)
             for times in ("first", "on prefix hits"):
                 outs = llm.generate(PROMPTS, params, use_tqdm=False)
                 assert [out.outputs[0].token_ids for out in outs] == expected, (
@@ -153,6 +131,27 @@ def test_any_sampling_gives_the_tokens_of_the_cpu(graphs, overlap):
         for a, b in zip(ours.outputs[0].logprobs or (), theirs.outputs[0].logprobs or ()):
             assert a.keys() == b.keys()
             assert all(abs(a[token].logprob - b[token].logprob) < 1e-3 for token in a)
+
+
+def test_filters_are_sampled_inside_a_graph(monkeypatch):
+    """Greedy rows, temperatures and filters share one recording, beside padding rows."""
+    folder, _ = shared_model()
+    prompts = random_prompts([12, 20, 5, 33, 8])
+    ways = [{}, {"top_k": 5}, {"temperature": 0.0}, {"top_p": 0.7, "seed": 1}, {"min_p": 0.2}]
+    params = [
+        SamplingParams(max_tokens=24 - 4 * i, ignore_eos=True, **way) for i, way in enumerate(ways)
+    ]
+    expected = make_llm(folder, device="cpu").generate(prompts, params, use_tqdm=False)
+    llm = make_llm(folder)
+
+    def outside(self: DecodeGraphs, batch: Any) -> torch.Tensor:
+        raise AssertionError(f"a batch with {set(batch.parts)} was sampled outside the graph")
+
+    monkeypatch.setattr(DecodeGraphs, "hidden_states", outside)
+    found = llm.generate(prompts, params, use_tqdm=False)
+    assert [out.outputs[0].token_ids for out in found] == [
+        out.outputs[0].token_ids for out in expected
+    ]
 
 
 def test_nothing_waits_for_the_device_between_launches(monkeypatch):
@@ -214,7 +213,7 @@ def test_a_failed_capture_leaves_an_eager_engine_and_a_healthy_torch(
         patch.setattr(NextTokens, "sample", failing)
         llm = make_llm(folder)
     assert not recorded(llm)
-    assert f"without CUDA graphs, recording a graph for {size} sequences failed" in caplog.text
+    assert f"recording a graph for {size} sequences failed" in caplog.text
     assert torch.cuda.current_stream() == torch.cuda.default_stream()
     torch.manual_seed(0)
     first = torch.rand(3, device="cuda")
@@ -226,6 +225,38 @@ def test_a_failed_capture_leaves_an_eager_engine_and_a_healthy_torch(
     assert tokens_of(another, PROMPTS) == expected
 
 
+@pytest.mark.parametrize("failure", [run_out_of_memory, wait_for_the_device])
+def test_a_failed_capture_of_a_piece_leaves_decode_graphs_and_eager_prompts(
+    monkeypatch, caplog, failure
+):
+    folder, model = shared_model()
+    expected = [greedy(model, prompt, 20) for prompt in PROMPTS]
+    attend = CutAttention.attend
+
+    def failing(self: CutAttention, layer: int, q: torch.Tensor, *sinks: Any) -> torch.Tensor:
+        if torch.cuda.is_current_stream_capturing() and layer == 1:
+            failure(q)
+        return attend(self, layer, q, *sinks)
+
+    with monkeypatch.context() as patch, caplog.at_level(logging.WARNING, "nanovllm"):
+        patch.setattr(CutAttention, "attend", failing)
+        llm = make_llm(folder)
+    assert recorded(llm)
+    assert not recorded_pieces(llm)
+    assert "prefill runs without CUDA graphs" in caplog.text
+    assert tokens_of(llm, PROMPTS) == expected
+    another = make_llm(folder)
+    assert recorded_pieces(another)
+    assert tokens_of(another, PROMPTS) == expected
+
+
+def test_pieces_of_transformers_own_code_give_its_tokens():
+    folder, model = shared_model()
+    llm = make_llm(folder, model_impl="transformers")
+    assert recorded_pieces(llm)
+    assert tokens_of(llm, PROMPTS) == [greedy(model, prompt, 20) for prompt in PROMPTS]
+
+
 def test_two_engines_of_different_models_on_one_gpu(tmp_path):
     folder, model = shared_model()
     other_folder, other_model = tiny_model(tmp_path, "Llama", hidden_size=32)
@@ -233,74 +264,6 @@ def test_two_engines_of_different_models_on_one_gpu(tmp_path):
     for _ in range(2):
         assert tokens_of(llm, PROMPTS) == [greedy(model, prompt, 20) for prompt in PROMPTS]
         assert tokens_of(other, PROMPTS) == [greedy(other_model, prompt, 20) for prompt in PROMPTS]
-
-
-# -- memory ------------------------------------------------------------------------------------------------------------
-
-
-def free() -> int:
-    gc.collect()
-    torch.cuda.synchronize()
-    torch.cuda.empty_cache()
-    return torch.cuda.mem_get_info()[0]
-
-
-@contextmanager
-def taken_by_others(share: float) -> Iterator[None]:
-    ballast = torch.empty(
-        int(share * torch.cuda.mem_get_info()[1]), dtype=torch.uint8, device="cuda"
-    )
-    yield
-    del ballast
-
-
-def test_an_engine_takes_its_share_of_the_gpu_beside_other_processes():
-    folder, _ = shared_model()
-    tokens_of(make_llm(folder), PROMPTS)  # kernels and libraries are loaded
-    total = torch.cuda.mem_get_info()[1]
-    blocks = []
-    for others in (0.0, 0.3):
-        with taken_by_others(others):
-            before = free()
-            llm = make_llm(folder, num_gpu_blocks_override=None, gpu_memory_utilization=0.2)
-            tokens_of(llm, PROMPTS)
-            used = before - free()
-            assert 0.18 * total < used < 0.2 * total + (64 << 20)
-            blocks.append(llm.llm_engine.executor.runner.num_blocks)
-            del llm
-    assert blocks[0] == pytest.approx(blocks[1], rel=0.01)
-    with taken_by_others(0.6):
-        before = free()
-        llm = make_llm(folder, num_gpu_blocks_override=None, gpu_memory_utilization=0.9)
-        assert before - free() > 0.8 * before, "all that others leave, where that is less"
-        tokens_of(llm, PROMPTS)
-
-
-def test_too_little_memory_is_an_error_that_says_what_would_fit():
-    folder, _ = shared_model()
-    with pytest.raises(
-        ValueError, match=r"max_model_len=512 needs 32 .*raise gpu_memory_utilization or lower"
-    ):
-        make_llm(folder, num_gpu_blocks_override=None, gpu_memory_utilization=0.0001)
-
-
-def test_a_deleted_engine_gives_its_memory_back():
-    folder, _ = shared_model()
-    tokens_of(make_llm(folder), PROMPTS)
-    before = free()
-    llm = make_llm(folder, num_gpu_blocks_override=None, gpu_memory_utilization=0.3)
-    tokens_of(llm, PROMPTS)
-    assert free() < before - (1 << 30)
-    allocated = torch.cuda.memory_allocated()
-    gc.disable()
-    try:
-        del llm
-        assert torch.cuda.memory_allocated() < allocated - (1 << 30), (
-            "freed without the garbage collector"
-        )
-    finally:
-        gc.enable()
-    assert free() > before - (64 << 20)
 
 
 @pytest.mark.parametrize("level", [1, 2])
