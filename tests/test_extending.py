@@ -18,6 +18,7 @@ from tiny import greedy, make_llm, next_logits, shared_model, tiny_model, tiny_t
 
 from nanovllm import SamplingParams
 from nanovllm.attention.select import BACKENDS
+from nanovllm.kernels.choice import KernelChoice, kernel_choice
 from nanovllm.models.registry import MODELS
 from nanovllm.sampling import sampler
 
@@ -56,7 +57,14 @@ def tokens(llm: Any, prompts: list[list[int]] = PROMPTS, params: SamplingParams 
 
 def test_every_block_is_tested():
     names = [name for name, _ in BLOCK.findall(PAGE.read_text())]
-    assert names == ["seed_oss", "low_rank", "top_n_sigma", "ban_token", "plain_attention"]
+    assert names == [
+        "seed_oss",
+        "low_rank",
+        "top_n_sigma",
+        "ban_token",
+        "plain_attention",
+        "squared_relu",
+    ]
     assert PAGE.read_text().count("```python") == len(names)
 
 
@@ -127,3 +135,14 @@ def test_a_new_backend_equals_the_reference(example, window):
     torch.testing.assert_close(found, case.expected(1), atol=2e-6, rtol=1e-5)
     if window is None:
         assert tokens(make_llm(attention_backend="plain")) == tokens(make_llm())
+
+
+def test_a_new_operation_equals_its_formula_with_one_compilation_for_all_numbers_of_rows(example):
+    squared_relu = example("squared_relu").squared_relu
+    choice = KernelChoice(compiles=True, backend="eager")
+    for rows in (3, 8, 2):
+        x = torch.randn(rows, 5, generator=torch.Generator().manual_seed(rows))
+        with kernel_choice(choice):
+            found = squared_relu(x)
+        assert torch.equal(found, x.clamp(min=0) ** 2)
+    assert choice.done.count == 1
