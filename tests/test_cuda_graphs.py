@@ -16,7 +16,7 @@ import pytest
 import torch
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
-from tiny import greedy, make_llm, nothing_is_left, random_prompts, shared_model  # noqa: F401
+from tiny import WAYS, greedy, make_llm, nothing_is_left, random_prompts, shared_model  # noqa: F401
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.core.ability import ModelFacts
@@ -387,15 +387,7 @@ def test_preempted_sequences_give_the_same_tokens(overlap):
 def test_any_sampling_gives_the_tokens_of_the_eager_path(overlap):
     """Temperatures and filters inside a graph; everything else samples eagerly from its hidden states."""
     prompts = random_prompts([12, 20, 5, 33, 8, 17, 2])
-    ways = [
-        {},
-        {"temperature": 0.0},
-        {"temperature": 0.6, "seed": 4},
-        {"top_p": 0.8, "top_k": 40},
-        {"min_p": 0.05, "logprobs": 3},
-        {"presence_penalty": 1.0, "repetition_penalty": 1.2},
-        {"allowed_token_ids": list(range(50)), "logit_bias": {3: 2.0}},
-    ]
+    ways = WAYS[:7]
     # The plain ones outlive the others, so both kinds of step occur.
     params = [
         SamplingParams(max_tokens=24 - 3 * i, ignore_eos=True, **way) for i, way in enumerate(ways)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from test_moe import FAMILIES
-from tiny import MORE_FAMILIES, random_prompts, shared_model, tiny_model
+from tiny import MORE_FAMILIES, WAYS, random_prompts, shared_model, tiny_model
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException
 
@@ -31,17 +31,6 @@ from nanovllm.runner.device import to_host  # noqa: E402
 from nanovllm.runner.memory import profile_step  # noqa: E402
 
 PROMPTS = random_prompts([1, 15, 40, 70, 3, 9, 5, 17, 2])
-WAYS: list[dict[str, Any]] = [
-    {},
-    {"temperature": 0.0},
-    {"temperature": 0.6, "seed": 4},
-    {"top_p": 0.8, "top_k": 40},
-    {"min_p": 0.05, "logprobs": 3},
-    {"presence_penalty": 1.0, "repetition_penalty": 1.2},
-    {"allowed_token_ids": list(range(50)), "logit_bias": {3: 2.0}},
-    {"temperature": 0.0, "prompt_logprobs": 2, "logprobs": 1},
-    {"temperature": 1.5, "min_tokens": 2},
-]
 SAMPLING = {"_tile_sum_kernel", "_threshold_kernel", "_draw_kernel"}
 LAYERS = {"_rms_norm_kernel", "_activation_and_mul_kernel"}
 ATTENTION = {"_write_kernel", "_plan_kernel", "_decode_kernel", "_prefill_kernel"}

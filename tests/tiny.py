@@ -33,6 +33,18 @@ SIZES: dict[str, Any] = {
     "pad_token_id": None,
     "initializer_range": 0.2,
 }
+# Sampling of every kind, greedy and random rows among each other.
+WAYS: list[dict[str, Any]] = [
+    {},
+    {"temperature": 0.0},
+    {"temperature": 0.6, "seed": 4},
+    {"top_p": 0.8, "top_k": 40},
+    {"min_p": 0.05, "logprobs": 3},
+    {"presence_penalty": 1.0, "repetition_penalty": 1.2},
+    {"allowed_token_ids": list(range(50)), "logit_bias": {3: 2.0}},
+    {"temperature": 0.0, "prompt_logprobs": 2, "logprobs": 1},
+    {"temperature": 1.5, "min_tokens": 2},
+]
 FAMILIES: dict[str, dict[str, Any]] = {
     "Qwen3": {"head_dim": 32},
     "Qwen2": {},

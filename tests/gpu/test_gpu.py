@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from gpu.engines import PROMPTS, make_llm, recorded, recorded_pieces, tokens_of
-from tiny import greedy, random_prompts, shared_model, tiny_model
+from tiny import WAYS, greedy, random_prompts, shared_model, tiny_model
 
 from nanovllm import SamplingParams
 from nanovllm.attention.base import AttentionSpec
@@ -29,18 +29,6 @@ pytestmark = [
 ]
 
 GRAPHS_AND_OVERLAP = [(True, True), (True, False), (False, True), (False, False)]
-# Mixed greedy and random rows, and everything that a graph leaves to eager sampling.
-WAYS: list[dict[str, Any]] = [
-    {},
-    {"temperature": 0.0},
-    {"temperature": 0.6, "seed": 4},
-    {"top_p": 0.8, "top_k": 40},
-    {"min_p": 0.05, "logprobs": 3},
-    {"presence_penalty": 1.0, "repetition_penalty": 1.2},
-    {"allowed_token_ids": list(range(50)), "logit_bias": {3: 2.0}},
-    {"temperature": 0.0, "prompt_logprobs": 2, "logprobs": 1},
-    {"temperature": 1.5, "min_tokens": 5},
-]
 
 
 def backends(dtype: torch.dtype, block_size: int) -> list[str]:
