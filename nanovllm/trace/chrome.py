@@ -46,27 +46,43 @@ def request_events(record: RequestRecord) -> Iterator[Event]:
 
 def step_events(record: StepRecord) -> Iterator[Event]:
     yield from change_events(record)
+    yield from host_events(record)
+    yield from device_events(record)
+
+
+def host_events(record: StepRecord) -> Iterator[Event]:
     number = record["number"]
     us = record["us"]
-    planned = record["time"] + us["schedule"] / 1e6
-    yield span(f"schedule {number}", HOST, 0, record["time"], us["schedule"])
+    start = record["time"]
+    yield span(f"schedule {number}", HOST, 0, start, us["schedule"])
     if us["build"] is not None and us["launch"] is not None:
-        yield span(f"build {number}", HOST, 0, planned, us["build"])
-        launch = planned + us["build"] / 1e6
-        yield span(f"launch {number}", HOST, 0, launch, us["launch"])
+        start += us["schedule"] / 1e6
+        yield span(f"build {number}", HOST, 0, start, us["build"])
+        start += us["build"] / 1e6
+        yield span(f"launch {number}", HOST, 0, start, us["launch"])
     if record["collect_time"] is not None and us["collect"] is not None:
-        yield span(f"collect {number}", HOST, 0, record["collect_time"], us["collect"])
-        done = record["collect_time"] + us["collect"] / 1e6
-        yield span(f"output {number}", HOST, 0, done, us["output"] or 0)
-    if record["device_time"] is None or us["device"] is None:
+        start = record["collect_time"]
+        yield span(f"collect {number}", HOST, 0, start, us["collect"])
+        start += us["collect"] / 1e6
+        yield span(f"output {number}", HOST, 0, start, us["output"] or 0)
+
+
+def device_events(record: StepRecord) -> Iterator[Event]:
+    """The step in the device's row, and its share in the row of each sequence."""
+    start = record["device_time"]
+    duration = record["us"]["device"]
+    if start is None or duration is None:
         return
-    budget = dict(record["budget"])
-    yield span(f"step {number}", DEVICE, 0, record["device_time"], us["device"], budget)
+    number = record["number"]
+    yield span(f"step {number}", DEVICE, 0, start, duration, dict(record["budget"]))
     texts = {token["seq"]: token["text"] for token in record["tokens"]}
     for run in record["seqs"]:
-        name = run["kind"] if run["count"] == 1 else f"{run['kind']} {run['count']}"
-        about: Event = {"step": number, "start": run["start"], "text": texts.get(run["seq"])}
-        yield span(name, SEQUENCES, run["seq"], record["device_time"], us["device"], about)
+        seq = run["seq"]
+        name: str = run["kind"]
+        if run["count"] > 1:
+            name = f"{name} {run['count']}"
+        about: Event = {"step": number, "start": run["start"], "text": texts.get(seq)}
+        yield span(name, SEQUENCES, seq, start, duration, about)
 
 
 def change_events(record: StepRecord | EndRecord) -> Iterator[Event]:
