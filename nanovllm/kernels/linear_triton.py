@@ -29,7 +29,7 @@ COUNTERS = 256  # tiles that are split: at most half of the multiprocessors
 
 
 @triton.jit
-def _product(
+def product(
     x_ptr, weight_ptr, x_row, weight_row, begin, end, K: tl.constexpr,
     BLOCK_M: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_K: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
@@ -41,8 +41,7 @@ def _product(
     x_tile = x_ptr + x_row.to(tl.int64)[:, None] * K + k[None, :]
     weight_tile = weight_ptr + weight_row.to(tl.int64)[:, None] * K + k[None, :]
     acc = tl.zeros([BLOCK_M, COLUMNS], tl.float32)
-    for block in range(begin, end):
-        start = block * BLOCK_K
+    for start in range(begin * BLOCK_K, end * BLOCK_K, BLOCK_K):
         if K % BLOCK_K == 0:
             x = tl.load(x_tile + start)
             weight = tl.load(weight_tile + start)
@@ -78,7 +77,7 @@ def _linear_kernel(
     x_row = tl.minimum(row, num_rows - 1)
     weight_row = tl.minimum(column, N - 1)
     end = tl.minimum((split + 1) * share, tl.cdiv(K, BLOCK_K))
-    acc = _product(
+    acc = product(
         x_ptr, weight_ptr, x_row, weight_row, split * share, end,
         K, BLOCK_M, BLOCK_N, BLOCK_K, COMPUTE,
     )  # fmt: skip
@@ -122,7 +121,7 @@ def _swiglu_kernel(
     alternating = tl.arange(0, 2 * BLOCK_N)
     output = tl.minimum(tl.program_id(0) * BLOCK_N + alternating // 2, N - 1)
     weight_row = output + alternating % 2 * N
-    acc = _product(
+    acc = product(
         x_ptr, weight_ptr, tl.minimum(row, num_rows - 1), weight_row, 0, tl.cdiv(K, BLOCK_K),
         K, BLOCK_M, 2 * BLOCK_N, BLOCK_K, COMPUTE,
     )  # fmt: skip

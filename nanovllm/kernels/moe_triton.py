@@ -15,6 +15,7 @@ from torch import Tensor
 
 from nanovllm.core.batch import ceil_div
 from nanovllm.kernels.gpu_table import power_of_2
+from nanovllm.kernels.linear_triton import product
 from nanovllm.kernels.triton_ops import compute_type
 
 ROUTE_BLOCK = 1024  # routes that a program of `_group_kernel` reads at once
@@ -139,23 +140,14 @@ def _grouped_kernel(
     column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     if group < G:
-        k = tl.arange(0, BLOCK_K)
         # Rows and columns beyond the end repeat the last one, because loads without a mask
         # of them are faster. They are not stored.
-        x_row = tl.minimum(row, stop - 1).to(tl.int64)
+        x_row = tl.minimum(row, stop - 1)
         weight_row = group.to(tl.int64) * N + tl.minimum(column, N - 1)
-        x_tile = x_ptr + x_row[:, None] * K + k[None, :]
-        weight_tile = weight_ptr + weight_row[:, None] * K + k[None, :]
-        for start in range(0, K, BLOCK_K):
-            if K % BLOCK_K == 0:
-                x = tl.load(x_tile + start)
-                weight = tl.load(weight_tile + start)
-            else:
-                inside = (start + k < K)[None, :]
-                x = tl.load(x_tile + start, mask=inside, other=0.0)
-                weight = tl.load(weight_tile + start, mask=inside, other=0.0)
-            weight = tl.trans(weight.to(COMPUTE))
-            acc = tl.dot(x.to(COMPUTE), weight, acc, input_precision="ieee")
+        acc = product(
+            x_ptr, weight_ptr, x_row, weight_row, 0, tl.cdiv(K, BLOCK_K),
+            K, BLOCK_M, BLOCK_N, BLOCK_K, COMPUTE,
+        )  # fmt: skip
         if bias_ptr is not None:
             bias = tl.load(bias_ptr + group * N + column, mask=column < N, other=0.0)
             acc += bias.to(tl.float32)[None, :]
