@@ -6,7 +6,7 @@ stale or misplaced input gives other tokens than transformers'. tests/gpu has th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -525,6 +525,26 @@ def test_the_first_graph_of_a_size_is_freed_when_the_second_cannot_be_recorded(m
     with pytest.raises(torch.OutOfMemoryError):
         graphs.record(2, lambda batch: graphs.hidden, head)
     assert cuda.did[-1] == "reset"
+
+
+def test_a_rank_whose_recording_fails_takes_part_in_what_the_others_record_next():
+    """Each recording runs its function once before, with the collectives of all ranks."""
+    graphs = DecodeGraphs(make_llm(max_num_seqs=2).llm_engine.setup)
+    ran = []
+
+    def failing(work: Callable[[], object], largest: bool) -> Callable[[], object]:
+        work()
+        raise CaptureError("no memory")
+
+    def head(hidden: torch.Tensor, batch: object) -> torch.Tensor:
+        ran.append("head")
+        return hidden[:, 0]
+
+    graphs.capture = failing
+    with pytest.raises(CaptureError, match="no memory"):
+        graphs.record(2, lambda batch: ran.append("forward") or graphs.hidden, head)
+    assert ran == ["forward", "head"]
+    assert not graphs.graphs
 
 
 @pytest.mark.parametrize("end_fails", [True, False])

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(
 
 from fake_cuda import fake_cuda  # noqa: E402
 
-from nanovllm import LLM, SamplingParams  # noqa: E402
+from nanovllm import LLM, SamplingParams, kernels  # noqa: E402
 from nanovllm.attention import flash_backend  # noqa: E402
 from nanovllm.attention.flash_backend import FLASH_2, FLASH_3, FLASH_4  # noqa: E402
 from nanovllm.kernels import triton_ops  # noqa: E402
@@ -73,6 +73,17 @@ def test_every_way_of_sampling(monkeypatch, graphs):
         generate(llm, WAYS)
         assert gpu.launched >= SAMPLING | LAYERS | ATTENTION
         assert gpu.num_copies > 20
+
+
+def test_a_greedy_step_runs_the_kernel_and_nothing_that_would_be_compiled(monkeypatch):
+    """The first greedy request would wait for torch.compile."""
+    folder, _ = shared_model()
+    used: list[str] = []
+    monkeypatch.setattr(kernels, "_argmax", lambda logits: used.append("_argmax"))
+    with fake_cuda(monkeypatch) as gpu:
+        generate(make_llm(folder, enforce_eager=True), WAYS[1:2])
+        assert "_draw_kernel" in gpu.launched
+    assert not used
 
 
 def test_the_step_that_measures_memory(monkeypatch):

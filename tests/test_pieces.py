@@ -8,6 +8,7 @@ see their calls.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -422,6 +423,38 @@ def test_each_piece_is_a_graph_of_one_pool(monkeypatch):
     ]  # fmt: skip
     replay()
     assert cuda.did[-1] == "replay"
+
+
+class NothingKept:
+    """A `Recorder` that keeps no tensor alive, as CUDA graphs keep none."""
+
+    @contextmanager
+    def ready(self, work: Callable[[], object], largest: bool) -> Iterator[None]:
+        work()
+        yield
+
+    @contextmanager
+    def piece(self) -> Iterator[Callable[[], None]]:
+        yield lambda: None
+
+
+def test_all_that_a_piece_reads_stays_alive():
+    """The first piece holds the backend's `begin`, which reads the metadata."""
+    runner = torch_llm(max_num_batched_tokens=32).llm_engine.executor.runner
+    pieces = Pieces(runner.setup, runner.attention, NothingKept())
+    read: list[weakref.ref[Tensor]] = []
+
+    def forward(batch: Any, attention: Any) -> Tensor:
+        found = [batch.tokens.ids, *vars(batch.attention).values()]
+        read[:] = [weakref.ref(x) for x in found if isinstance(x, Tensor)]
+        return runner.forward(batch, attention)
+
+    with torch.inference_mode():
+        for size in (32, 16):
+            pieces.record(size, forward)
+            runner.attention.begin(pieces.static_batch(size).attention)
+            assert len(read) == 6
+            assert all(x() is not None for x in read)
 
 
 def test_a_failure_in_a_piece_gives_everything_back(monkeypatch):

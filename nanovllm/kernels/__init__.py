@@ -316,6 +316,10 @@ def argmax(logits: Tensor) -> Tensor:
         ids = cpu.draw(logits, zeros, zeros)
         if ids is not None:
             return ids
+    triton = triton_for(logits, "draw")
+    if triton is not None:
+        zeros = torch.zeros(len(logits), device=logits.device)
+        return triton.draw(logits, zeros, zeros)
     return _argmax(logits)
 
 

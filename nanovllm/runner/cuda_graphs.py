@@ -235,7 +235,11 @@ class DecodeGraphs:
             tokens.copy_(head(hidden, batch))
 
         is_largest = not self.graphs
-        forward_graph = self.capture(step, is_largest)
+        try:
+            forward_graph = self.capture(step, is_largest)
+        except CaptureError:
+            sample()  # ranks that have recorded `step` wait in the collectives of `sample`
+            raise
         try:
             sample_graph = self.capture(sample, is_largest)
         except BaseException:

@@ -64,6 +64,7 @@ class RecordedStep:
     `hidden`, and q and out of the cuts, do not own their memory.
     """
 
+    batch: Batch[Tensor]  # kept, because the first piece records the backend's `begin` of it
     pieces: list[Work]
     cuts: list[Cut]
     hidden: Tensor  # [size, hidden_size], written by the last piece
@@ -236,7 +237,7 @@ class Pieces:
         except BaseException:
             step.free()  # the error's traceback holds the graphs
             raise
-        self.steps[size] = RecordedStep(step.pieces, step.cuts, alias(hidden))
+        self.steps[size] = RecordedStep(second, step.pieces, step.cuts, alias(hidden))
 
     def can_run(self, batch: Batch[np.ndarray]) -> bool:
         """Whether there are pieces for this batch. They have no products of LoRA."""
