@@ -54,7 +54,10 @@ class WholeFile(TraceFile):
     def __init__(self, path: Path) -> None:
         super().__init__(path)
         self.lines: list[str] = []
+        is_new = not path.exists()
         path.open("a").close()  # an error of the file system comes before the model is loaded
+        if is_new:
+            path.unlink()  # a run without requests leaves no empty file
 
     def write(self, line: str) -> None:
         self.lines.append(line)
@@ -74,4 +77,6 @@ class WholeFile(TraceFile):
 
 def open_trace(path: Path) -> TraceFile:
     """The file for the ending of `path`. Raises OSError where it cannot be written."""
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"trace={str(path)!r}: there is no folder {str(path.parent)!r}")
     return LinesFile(path) if path.suffix == ".jsonl" else WholeFile(path)
