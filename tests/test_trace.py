@@ -618,6 +618,28 @@ def test_the_file_is_complete_when_the_engine_ends(tmp_path: Path) -> None:
     llm.wait_for_completion(use_tqdm=False)
 
 
+@pytest.mark.parametrize("ending", ["html", "json", "jsonl"])
+def test_the_file_stays_as_it_is_until_something_is_recorded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str
+) -> None:
+    path = tmp_path / f"run.{ending}"
+    with pytest.raises(ValueError, match="does not exist"):
+        LLM("/no/such/model", trace=path)
+    assert not path.exists()
+    path.write_text("an earlier run")
+    with pytest.raises(ValueError, match="does not exist"):
+        LLM("/no/such/model", trace=path)
+    assert path.read_text() == "an earlier run"
+
+    monkeypatch.chdir(tmp_path)
+    llm = make_llm(trace=path.name)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    llm.generate(PROMPTS[0], GREEDY, use_tqdm=False)
+    assert "an earlier run" not in path.read_text()
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+
+
 # -- times on a GPU --------------------------------------------------------------------------------
 
 
