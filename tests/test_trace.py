@@ -230,8 +230,9 @@ def test_other_refusals(tmp_path: Path) -> None:
         EngineArgs("m", trace=True)
     with pytest.raises(ValueError, match="use LLM or AsyncLLM"):
         LLMEngine(EngineArgs(shared_model()[0], trace=str(tmp_path / "run.html")))
-    with pytest.raises(FileNotFoundError, match="nowhere"):
-        make_llm(trace=tmp_path / "nowhere" / "run.jsonl")
+    for ending in ("jsonl", "html", "json"):
+        with pytest.raises(FileNotFoundError, match=r"^trace=.*: there is no folder .*nowhere'$"):
+            make_llm(trace=tmp_path / "nowhere" / f"run.{ending}")
     with pytest.raises(ValueError, match="several engines"):
         LLMPredictor({"model": "m", "trace": "run.html"})
 
@@ -610,11 +611,33 @@ def test_the_file_is_complete_when_the_engine_ends(tmp_path: Path) -> None:
     llm = make_llm(trace=tmp_path / "run.html", num_gpu_blocks_override=32)
     llm.enqueue(PROMPTS[0], GREEDY, use_tqdm=False)
     engine = llm.llm_engine
-    assert (tmp_path / "run.html").read_text() == ""
+    assert list(tmp_path.iterdir()) == []
     engine.recorder._flush()
     engine.close()
     assert PROMPTS[0] in prompts_of(tmp_path / "run.html")
     llm.wait_for_completion(use_tqdm=False)
+
+
+@pytest.mark.parametrize("ending", ["html", "json", "jsonl"])
+def test_the_file_stays_as_it_is_until_something_is_recorded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str
+) -> None:
+    path = tmp_path / f"run.{ending}"
+    with pytest.raises(ValueError, match="does not exist"):
+        LLM("/no/such/model", trace=path)
+    assert not path.exists()
+    path.write_text("an earlier run")
+    with pytest.raises(ValueError, match="does not exist"):
+        LLM("/no/such/model", trace=path)
+    assert path.read_text() == "an earlier run"
+
+    monkeypatch.chdir(tmp_path)
+    llm = make_llm(trace=path.name)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    llm.generate(PROMPTS[0], GREEDY, use_tqdm=False)
+    assert "an earlier run" not in path.read_text()
+    assert list((tmp_path / "elsewhere").iterdir()) == []
 
 
 # -- times on a GPU --------------------------------------------------------------------------------

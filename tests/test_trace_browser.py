@@ -170,6 +170,37 @@ def test_texts_grow_token_by_token(shown: list[dict[str, Any]]) -> None:
             assert found["texts"][seq] == before[seq]
 
 
+@pytest.mark.parametrize("total", [0, 119, 121, 500, 8192])
+def test_long_texts_show_their_beginning_and_what_the_step_computes(
+    window: Window, total: int
+) -> None:
+    for computed in (0, total // 3, total):
+        ranges = window.page.evaluate(f"shownRanges({total}, {computed}, 120)")
+        positions = [position for start, end in ranges for position in range(start, end)]
+        assert positions == sorted(set(positions))
+        assert len(positions) == min(total, 120)
+        assert set(positions) <= set(range(total))
+        if total:
+            assert {0, max(computed - 1, 0), min(computed, total - 1)} <= set(positions)
+
+
+def test_a_cut_text_counts_what_it_leaves_out(window: Window) -> None:
+    page = window.page
+    page.evaluate("openBlock(null)")
+    text = """most => {
+      const sequence = [...view.run.sequences.values()][0];
+      const own = {computed: 0, hit: 0, reason: null};
+      const text = sequenceText(sequence, own, "waiting", 0, most);
+      const left = [...text.querySelectorAll(".none")].map((e) => Number(e.textContent.match(/\\d+/)));
+      return [text.querySelectorAll(".token").length, left, sequence.promptLength];
+    }"""
+    shown, left, total = page.evaluate(text, 8)
+    assert shown == 8
+    assert sum(left) == total - 8
+    shown, left, total = page.evaluate(text, 10_000)
+    assert (shown, left) == (total, [])
+
+
 def test_the_run_has_all_that_the_page_can_show() -> None:
     """Otherwise the tests here would test less than they say."""
     steps = frames(traced_records())

@@ -6,6 +6,7 @@ import json
 import os
 from abc import ABC, abstractmethod
 from pathlib import Path
+from typing import TextIO
 
 from nanovllm.trace.chrome import write_chrome_trace
 from nanovllm.trace.page import write_page
@@ -35,9 +36,11 @@ class LinesFile(TraceFile):
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
-        self.file = path.open("w", encoding="utf-8")
+        self.file: TextIO | None = None  # opened by the first record
 
     def write(self, line: str) -> None:
+        if self.file is None:
+            self.file = self.path.open("w", encoding="utf-8")
         self.file.write(line + "\n")
         self.file.flush()
 
@@ -45,7 +48,8 @@ class LinesFile(TraceFile):
         pass
 
     def close(self) -> None:
-        self.file.close()
+        if self.file is not None:
+            self.file.close()
 
 
 class WholeFile(TraceFile):
@@ -54,7 +58,6 @@ class WholeFile(TraceFile):
     def __init__(self, path: Path) -> None:
         super().__init__(path)
         self.lines: list[str] = []
-        path.open("a").close()  # an error of the file system comes before the model is loaded
 
     def write(self, line: str) -> None:
         self.lines.append(line)
@@ -73,5 +76,20 @@ class WholeFile(TraceFile):
 
 
 def open_trace(path: Path) -> TraceFile:
-    """The file for the ending of `path`. Raises OSError where it cannot be written."""
+    """The file for the ending of `path`, which stays as it is until something is recorded.
+
+    Raises OSError where it cannot be written.
+    """
+    check_writable(path)
+    path = path.absolute()  # the program may change its folder
     return LinesFile(path) if path.suffix == ".jsonl" else WholeFile(path)
+
+
+def check_writable(path: Path) -> None:
+    """Raises OSError before the model is loaded, not after the run."""
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"trace={str(path)!r}: there is no folder {str(path.parent)!r}")
+    is_new = not path.exists()
+    path.open("a").close()
+    if is_new:
+        path.unlink()

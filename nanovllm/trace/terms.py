@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from nanovllm.core.sequence import Prefix, Sequence, SequenceTable
@@ -41,10 +42,16 @@ class Term:
     def place(self) -> tuple[str, int]:
         """(path from the folder that holds the package, number of the line)."""
         code = inspect.unwrap(self.code)
-        lines, first = inspect.getsourcelines(code)
+        lines, first = source_lines(code)
         path = Path(inspect.getfile(code)).relative_to(PACKAGE.parent).as_posix()
         found = (i for i, line in enumerate(lines) if line.strip().startswith(self.snippet))
         return path, first + next(found, 0)
+
+
+@cache
+def source_lines(code: Callable[..., object]) -> tuple[list[str], int]:
+    """The lines of code, and the number of the first. Finding them takes longer than packing."""
+    return inspect.getsourcelines(code)
 
 
 TERMS = [

@@ -10,7 +10,7 @@ function drawChart() {
   const root = byId("chart");
   const width = root.clientWidth;
   const isNarrow = width < 600;
-  const left = isNarrow ? 46 : 64;
+  const left = isNarrow ? 54 : 64;
   const count = Math.max(run.steps.length, 1);
   const column = (width - left - THUMB / 2) / count;
   const x = (index) => left + index * column;

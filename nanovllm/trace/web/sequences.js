@@ -2,6 +2,8 @@
 "use strict";
 
 const MOST_SEQUENCES = 24; // panels that are drawn before the reader asks for all
+const MOST_TOKENS = 3600; // of all panels together; a browser lays out so many without a delay
+const FEWEST_TOKENS = 120; // of one panel, which fill it
 
 const panels = new Map(); // id of a sequence -> {element, signature}
 
@@ -17,7 +19,8 @@ function drawSequences(step, state) {
     ]);
     shown = all.filter((sequence) => active.has(sequence.id)).slice(0, MOST_SEQUENCES);
   }
-  const elements = shown.map((sequence) => drawSequence(sequence, step, state));
+  const most = Math.max(FEWEST_TOKENS, Math.floor(MOST_TOKENS / shown.length));
+  const elements = shown.map((sequence) => drawSequence(sequence, step, state, most));
   const box = byId("sequences");
   const isSame =
     box.children.length === elements.length &&
@@ -31,7 +34,8 @@ function drawSequences(step, state) {
   scrollToNewest(shown);
 }
 
-function drawSequence(sequence, step, state) {
+// most: the number of tokens that its text may show.
+function drawSequence(sequence, step, state, most) {
   const { run } = view;
   if (!panels.has(sequence.id)) {
     const element = el("article", {
@@ -54,6 +58,7 @@ function drawSequence(sequence, step, state) {
     table,
     shared,
     generatedNow(sequence, generated),
+    shownRanges(sequence.promptLength + generated, own.computed, most),
   ]);
   if (signature === panel.signature) return panel.element;
   panel.signature = signature;
@@ -64,7 +69,7 @@ function drawSequence(sequence, step, state) {
   panel.element.replaceChildren(
     sequenceHead(sequence, own, status, generated),
     sequenceTable(table, state),
-    sequenceText(sequence, own, status, generated),
+    sequenceText(sequence, own, status, generated, most),
   );
   return panel.element;
 }
@@ -118,35 +123,52 @@ function sequenceTable(table, state) {
   );
 }
 
-// The tokens of a sequence. Long texts lose their middle.
-function sequenceText(sequence, own, status, generated) {
-  const { run } = view;
+// The tokens of a sequence. Of a long text the beginning and what surrounds the newest step.
+function sequenceText(sequence, own, status, generated, most) {
   const total = sequence.promptLength + generated;
   const newest = generatedNow(sequence, generated) ? total - 1 : -1;
   const pieces = [];
-  const isLong = total > 420;
-  for (let position = 0; position < total; position += 1) {
-    if (isLong && position === 60) {
-      const next = Math.min(Math.max(own.computed - 200, 60), total - 300);
-      if (next > 60) {
-        pieces.push(el("span", { class: "none" }, ` … ${number(next - 60)} tokens … `));
-        position = next;
-      }
-    }
-    const token = run.tokenAt(sequence, position);
-    let kind = position < sequence.promptLength ? "token prompt" : "token answer";
-    if (position < own.hit) kind += " from-cache";
-    if (position >= own.computed && position !== newest && status !== "finished") kind += " ahead";
-    if (position === newest) kind += " newest";
-    const text = position === newest ? visibleText(token) : addedText(sequence, token);
-    pieces.push(el("span", { class: kind, "data-token": `${sequence.id}:${position}` }, text));
+  let position = 0;
+  for (const [from, to] of shownRanges(total, own.computed, most)) {
+    if (from > position) pieces.push(omission(from - position));
+    for (position = from; position < to; position += 1)
+      pieces.push(textToken(sequence, position, own, status, newest));
   }
+  if (total > position) pieces.push(omission(total - position));
   if (status === "finished") pieces.push(sequence.ending.text);
   return el(
     "p",
     { class: "text", tabindex: 0, "aria-label": `Text of sequence ${sequence.label}` },
     pieces,
   );
+}
+
+// The positions [from, to) of a text that are shown, at most `most` of `total`.
+function shownRanges(total, computed, most) {
+  if (total <= most) return [[0, total]];
+  const head = Math.floor(most / 4);
+  const size = most - head;
+  const centred = computed - Math.floor(size / 2);
+  const from = Math.max(head, Math.min(centred, total - size));
+  return [
+    [0, head],
+    [from, from + size],
+  ];
+}
+
+function omission(count) {
+  const tokens = count === 1 ? "token" : "tokens";
+  return el("span", { class: "none" }, ` … ${number(count)} ${tokens} … `);
+}
+
+function textToken(sequence, position, own, status, newest) {
+  const token = view.run.tokenAt(sequence, position);
+  let kind = position < sequence.promptLength ? "token prompt" : "token answer";
+  if (position < own.hit) kind += " from-cache";
+  if (position >= own.computed && position !== newest && status !== "finished") kind += " ahead";
+  if (position === newest) kind += " newest";
+  const text = position === newest ? visibleText(token) : addedText(sequence, token);
+  return el("span", { class: kind, "data-token": `${sequence.id}:${position}` }, text);
 }
 
 // Whether the step that is shown sampled the sequence's last token.
