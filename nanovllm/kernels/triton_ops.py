@@ -445,6 +445,7 @@ def _sum_tile(
     logits_ptr, stride, temperature_ptr, threshold_ptr, max_ptr, sum_ptr, tile, V,
     TILE: tl.constexpr, TILES: tl.constexpr, FILTER: tl.constexpr,
 ):  # fmt: skip
+    """The work of `_tile_sum_kernel` on one tile. A tile beyond the row stores nothing."""
     row = tl.program_id(0)
     x = _load_logits(logits_ptr, stride, threshold_ptr, row, tile, V, TILE, FILTER)
     temperature = tl.load(temperature_ptr + row)
