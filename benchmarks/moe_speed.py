@@ -54,7 +54,7 @@ def used_experts(llm: LLM, batch: int) -> float:
 
 
 def step_seconds(llm: LLM, batch: int, num_tokens: int) -> float:
-    """Seconds of a decode step: a long run less a short one. The best of several rounds."""
+    """Seconds of a decode step: the shortest long run minus the shortest short run."""
     generate(llm, batch, 4)
     short = min(generate(llm, batch, 2) for _ in range(3))
     long = min(generate(llm, batch, 2 + num_tokens) for _ in range(4))

@@ -151,8 +151,8 @@ class Cluster:
     """How a job uses a cluster.
 
     address: of a running cluster; None stands for Ray's own choice, which starts one here
-    if there is none. concurrency: replicas; None stands for as many as the GPUs allow,
-    and for one on each node without GPUs. num_cpus: of a replica without GPUs.
+    if there is none. concurrency: replicas. None: the number that the GPUs allow,
+    and one on each node without GPUs. num_cpus: of a replica without GPUs.
     """
 
     address: str | None = None

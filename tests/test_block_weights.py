@@ -123,7 +123,7 @@ def assert_near(actual: Tensor, expected: Tensor) -> None:
 
 
 class Alone(TensorParallel):
-    """Acts as one of several ranks. The other ranks add nothing to its sums."""
+    """Pretends to be a rank. All other ranks add zeros to its sums."""
 
     def all_reduce(self, x: Tensor) -> Tensor:
         return x

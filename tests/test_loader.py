@@ -757,8 +757,8 @@ def test_gguf_sentencepiece_tokenizer(tmp_path: Path) -> None:
 
 
 def test_gguf_tokenizer_of_gemma(tmp_path: Path) -> None:
-    """No space before a text. Tokens of several spaces or line ends are taken whole, as in
-    SentencePiece: they are "user-defined", and llama.cpp's conversion writes them with real spaces.
+    """No space before a text. A token of spaces or of line ends stays whole, as in
+    SentencePiece. Such tokens are "user-defined", and llama.cpp's conversion writes them with real spaces.
     """
     special = ["<pad>", "<eos>", "<bos>", "<unk>"]
     user_defined = ["<start_of_turn>", "\n", "\n\n", "\n\n\n", "  ", "   ", "<h1>"]

@@ -200,9 +200,10 @@ class Scheduler:
         """Whether waiting sequences may enter a step in which running ones compute `counts`.
 
         While rows or blocks are scarce, sequences enter in groups. The steps between two
-        groups only decode, and such steps replay CUDA graphs. A group enters when
-        `admission_group` sequences have ended, or as many as wait, or after
-        ADMISSION_STEPS steps. A step that computes a prompt anyway is open to others.
+        groups only decode, and such steps replay whole CUDA graphs. A group enters when
+        `admission_group` running sequences have ended. Fewer are enough if fewer wait. A
+        group enters after ADMISSION_STEPS steps in any case. A step that computes a prompt
+        anyway is open to all waiting sequences.
         """
         full = self.full
         if full is None or self.admission_group == 1:
